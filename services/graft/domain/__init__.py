@@ -1,0 +1,1 @@
+"""Frozen types, names, the job state machine and the errors. No I/O, and no library but the standard one."""

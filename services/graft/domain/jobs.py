@@ -1,0 +1,203 @@
+"""A fine-tuning job: its states, the table of legal moves, its specification and what is known of it."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from itertools import pairwise
+
+from graft.domain.errors import FailedPrecondition
+
+
+class JobState(StrEnum):
+    """Where a job is. Only the orchestrator moves it."""
+
+    VALIDATING = "VALIDATING"
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    REGISTERING = "REGISTERING"
+    EVALUATING = "EVALUATING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    PAUSED = "PAUSED"
+
+
+FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+LIVE = frozenset(JobState) - FINAL - {JobState.PAUSED}
+
+_FORWARD = [
+    JobState.VALIDATING,
+    JobState.QUEUED,
+    JobState.STARTING,
+    JobState.RUNNING,
+    JobState.REGISTERING,
+    JobState.EVALUATING,
+    JobState.SUCCEEDED,
+]
+TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    **{
+        state: frozenset({following, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED})
+        | (frozenset({JobState.QUEUED}) if index >= 2 else frozenset())
+        for index, (state, following) in enumerate(pairwise(_FORWARD))
+    },
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.CANCELLED}),
+    **{state: frozenset() for state in FINAL},
+}
+"""The whole table of DESIGN: forward, to an end from any live state, and back to QUEUED on retry."""
+
+
+def check_transition(before: JobState, after: JobState) -> None:
+    """Raises FailedPrecondition unless `before → after` is in the table."""
+    if after not in TRANSITIONS[before]:
+        raise FailedPrecondition(
+            f"A job cannot go from {before} to {after}.",
+            reason="ILLEGAL_TRANSITION",
+            metadata={"before": before.value, "after": after.value},
+        )
+
+
+class OverLengthPolicy(StrEnum):
+    """What to do with an example longer than the context."""
+
+    DROP = "drop"
+    TRUNCATE = "truncate"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA as asked for (Hu et al. 2021, arXiv:2106.09685). Zero and empty mean: derive."""
+
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Hyperparameters as asked for. None means: derive from data and model."""
+
+    epochs: float | None = None
+    max_steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    warmup_ratio: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    context_tokens: int | None = None
+    seed: int | None = None
+    num_workers: int | None = None
+    checkpoint_steps: int | None = None
+    over_length_policy: OverLengthPolicy = OverLengthPolicy.DROP
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """What a client asked for. Immutable once stored."""
+
+    base_model: str
+    training_dataset: str
+    """Data set id (not the resource name)."""
+    validation_dataset: str | None = None
+    suffix: str | None = None
+    method: str = "supervised"
+    lora: Lora = field(default_factory=Lora)
+    hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """One hyperparameter as used. `name` is as in Hyperparameters, or `lora.rank` and so on."""
+
+    name: str
+    value: float | int | str | list[str]
+    derived: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training is. `loss` is in nats per completion token."""
+
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    loss: float = 0.0
+    tokens_per_second: float = 0.0
+    trained_tokens: int = 0
+    remaining_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class JobError:
+    """Why a job failed, for its `error` status."""
+
+    code: str
+    """Name of a google.rpc.Code."""
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stored job."""
+
+    id: str
+    project: str
+    spec: JobSpec
+    state: JobState
+    create_time: datetime
+    update_time: datetime
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    attempt: int = 1
+    fine_tuned_model: str | None = None
+    error: JobError | None = None
+    resolved: tuple[Resolved, ...] = ()
+    progress: Progress | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    cancel_requested: bool = False
+    pause_requested: bool = False
+    mlflow_run_id: str | None = None
+    lease_owner: str | None = None
+    lease_expire_time: datetime | None = None
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter: the suffix, or the job's own id."""
+        return self.spec.suffix or self.id
+
+
+class EventLevel(StrEnum):
+    """How grave an event is."""
+
+    INFO = "info"
+    WARN = "warn"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a job. `sequence` counts from 1 within the job and is the cursor of Watch."""
+
+    sequence: int
+    create_time: datetime
+    level: EventLevel
+    type: str
+    """`state`, `metrics`, `message` or `checkpoint`."""
+    message: str
+    data: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of the adapter during training."""
+
+    step: int
+    create_time: datetime
+    uri: str
+    attempt: int
+    metrics: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,88 @@
+"""Data sets, base models and adapters as Graft's parts pass them to each other."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+
+class DatasetFormat(StrEnum):
+    """Row layout of a data set."""
+
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt_completion"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An uploaded data set: JSONL, immutable. `uri` is an fsspec URL or path that only services see."""
+
+    id: str
+    project: str
+    display_name: str
+    format: DatasetFormat
+    row_count: int
+    size_bytes: int
+    digest: str
+    uri: str
+    create_time: datetime
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model that can be trained on and served. `path` is a Hugging Face folder in safetensors."""
+
+    id: str
+    path: str
+    digest: str
+    parameter_count: int
+    size_bytes: int
+    context_tokens: int
+    license: str
+    source: str
+    target_modules: tuple[str, ...]
+    """Names of its linear layers, without the LM head, for example `q_proj`."""
+    max_lora_rank: int
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable version in the registry, as the read model and the registry know it."""
+
+    project: str
+    base_model: str
+    adapter: str
+    version: int
+    digest: str
+    base_model_digest: str
+    dataset_digest: str
+    job_id: str
+    rank: int
+    size_bytes: int
+    mlflow_run_id: str
+    create_time: datetime
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """`base:adapter@version`."""
+        return f"{self.base_model}:{self.adapter}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A named line of versions, and the aliases into it."""
+
+    project: str
+    base_model: str
+    adapter: str
+    aliases: dict[str, int]
+    newest_version: int
+    create_time: datetime
+
+
+@dataclass(frozen=True)
+class RegistrySnapshot:
+    """All of Graft's adapters as the registry tells them at one moment."""
+
+    adapters: tuple[Adapter, ...]
+    versions: tuple[AdapterVersion, ...]

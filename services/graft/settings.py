@@ -1,0 +1,191 @@
+"""Every setting of every process: one typed class a process, read from `graft.yaml` and `GRAFT_*` variables.
+
+`graft.yaml` has one section a class (`gateway:`, `serving:` …); a variable is `GRAFT_<SECTION>_<FIELD>` and wins over
+the file. Unknown sections, keys and variables are refused. The file is `$GRAFT_CONFIG`, or `$GRAFT_HOME/graft.yaml`.
+Does not know what the settings are used for.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graft.domain.errors import InvalidArgument
+
+MIB = 1024 * 1024
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HomeSettings(_Section):
+    """Where state lives. `GRAFT_HOME` and `GRAFT_CACHE` are read without a section."""
+
+    path: Path
+    """Database, MLflow, artifacts, data sets, runs, logs."""
+    cache: Path
+    """Converted base models and pulled adapters; may be shared between homes and deleted while nothing runs."""
+
+
+class StoreSettings(_Section):
+    """The SQL store."""
+
+    url: str = ""
+    """SQLAlchemy URL, `sqlite+aiosqlite:///…` or `postgresql+psycopg://…`. Empty: SQLite in the home."""
+
+
+class GatewaySettings(_Section):
+    """The gRPC and HTTP edge."""
+
+    host: str = "127.0.0.1"
+    """Any address but loopback is refused until API keys are set."""
+    grpc_port: int = 50051
+    http_port: int = 8080
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    max_message_bytes: int = 4 * MIB
+    """gRPC's own default; larger prompts than the context cannot be answered anyway."""
+    max_upload_bytes: int = 512 * MIB
+    """OpenAI's limit for a file."""
+    shutdown_grace_seconds: float = 10.0
+
+
+class ServingSettings(_Section):
+    """The inference service: one base model, many adapters."""
+
+    host: str = "127.0.0.1"
+    grpc_port: int = 9000
+    base_model: str = "smollm2-135m"
+    max_loras: int = Field(default=4, ge=1)
+    """Adapters in one batch (vLLM's GPU-side slots)."""
+    max_cpu_loras: int = Field(default=16, ge=1)
+    """Adapters in the engine's host memory; beyond it the least recently used leaves."""
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    context_tokens: int = 2048
+    """Longest prompt plus answer. 2048 keeps 4 sequences in half a GiB of KV cache at 135M parameters."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    max_num_seqs: int = 32
+    num_replicas: int = Field(default=1, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: float32 on a CPU without AVX-512 BF16 or AMX (bf16 is 7–15 times slower there), else bfloat16."""
+
+
+class RegistrySettings(_Section):
+    """MLflow."""
+
+    tracking_uri: str = ""
+    """Empty: the stack's own server on `host` and `port`."""
+    host: str = "127.0.0.1"
+    port: int = 5000
+
+
+class OrchestratorSettings(_Section):
+    """The job loop."""
+
+    ray_address: str = ""
+    """Empty: the stack's own cluster."""
+    poll_seconds: float = 0.25
+    lease_seconds: float = 15.0
+    max_concurrent_jobs: int = 0
+    """0: as many as the cluster's CPUs hold."""
+    registry_poll_seconds: float = 1.0
+    """An alias moved in MLflow is honoured within five seconds."""
+
+
+class RaySettings(_Section):
+    """The local Ray head."""
+
+    host: str = "127.0.0.1"
+    port: int = 6379
+    dashboard_port: int = 8265
+    num_cpus: int = 0
+    """0: the machine's cores."""
+    object_store_mib: int = 256
+    """Graft moves weights through files, not through Ray objects."""
+
+
+class Settings(_Section):
+    """All sections. A process takes the ones that it needs."""
+
+    home: HomeSettings
+    store: StoreSettings = StoreSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    serving: ServingSettings = ServingSettings()
+    registry: RegistrySettings = RegistrySettings()
+    orchestrator: OrchestratorSettings = OrchestratorSettings()
+    ray: RaySettings = RaySettings()
+
+    @property
+    def store_url(self) -> str:
+        """The store's URL, filled in for the embedded database."""
+        return self.store.url or f"sqlite+aiosqlite:///{self.home.path / 'graft.db'}"
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's URI, filled in for the stack's own server."""
+        return self.registry.tracking_uri or f"http://{self.registry.host}:{self.registry.port}"
+
+    @property
+    def engine_address(self) -> str:
+        """`host:port` of the internal gRPC."""
+        return f"{self.serving.host}:{self.serving.grpc_port}"
+
+    @property
+    def ray_address(self) -> str:
+        """`host:port` of Ray's head."""
+        return self.orchestrator.ray_address or f"{self.ray.host}:{self.ray.port}"
+
+
+_PLAIN = {"GRAFT_HOME", "GRAFT_CACHE", "GRAFT_CONFIG", "GRAFT_ADDRESS", "GRAFT_API_KEY", "GRAFT_PROJECT"}
+"""Variables without a section; the last three are the client's."""
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    known = {
+        f"GRAFT_{section}_{name}".upper(): (section, name)
+        for section, info in Settings.model_fields.items()
+        if section != "home" and isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        for name in info.annotation.model_fields
+    }
+    found: dict[str, dict[str, str]] = {}
+    for variable, value in environment.items():
+        if not variable.startswith("GRAFT_") or variable in _PLAIN or variable.startswith("GRAFT_TEST_"):
+            continue
+        if variable not in known:
+            close = difflib.get_close_matches(variable, [*known, *_PLAIN], n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise InvalidArgument(f"{variable} is not a setting.{hint}", reason="UNKNOWN_SETTING")
+        section, name = known[variable]
+        found.setdefault(section, {})[name] = value
+    return found
+
+
+def load(environment: Mapping[str, str] | None = None) -> Settings:
+    """Reads the file and the environment (`os.environ` when None). Raises InvalidArgument listing every fault."""
+    env = os.environ if environment is None else environment
+    home = Path(env.get("GRAFT_HOME") or "~/.graft").expanduser().absolute()
+    cache = Path(env.get("GRAFT_CACHE") or home / "cache").expanduser().absolute()
+    file = Path(env.get("GRAFT_CONFIG") or home / "graft.yaml")
+    sections: dict[str, Any] = {}
+    if file.is_file():
+        try:
+            sections = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise InvalidArgument(f"{file} is not YAML: {error}", reason="INVALID_SETTINGS") from None
+        if not isinstance(sections, dict):
+            raise InvalidArgument(f"{file}: expected sections such as `gateway:`", reason="INVALID_SETTINGS")
+    elif env.get("GRAFT_CONFIG"):
+        raise InvalidArgument(f"GRAFT_CONFIG names {file}, which does not exist.", reason="INVALID_SETTINGS")
+    for section, values in _from_environment(env).items():
+        sections[section] = {**(sections.get(section) or {}), **values}
+    sections["home"] = {"path": home, "cache": cache}
+    try:
+        return Settings.model_validate(sections)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise InvalidArgument(f"Settings ({file} and GRAFT_*): {faults}", reason="INVALID_SETTINGS") from None

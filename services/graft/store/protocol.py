@@ -1,0 +1,156 @@
+"""What the gateway and the orchestrator ask of the store. `graft.store.sql` is the one implementation.
+
+All methods are coroutines; times are timezone-aware UTC. Who may write what: the gateway creates data sets, jobs and
+wishes (`request_cancel`, `request_alias`); everything else is the orchestrator's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Generic, Protocol, TypeVar
+
+from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
+from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """A page of results. `next_page_token` is empty on the last."""
+
+    items: tuple[T, ...]
+    next_page_token: str = ""
+
+
+@dataclass(frozen=True)
+class AliasWish:
+    """A client's wish to point an alias, until the orchestrator has carried it out in the registry."""
+
+    id: str
+    project: str
+    base_model: str
+    adapter: str
+    alias: str
+    version: int
+    done: bool = False
+    error: JobError | None = None
+
+
+class Store(Protocol):
+    """Jobs, events, data sets, leases, keys, and the read model of the registry."""
+
+    async def close(self) -> None: ...
+    async def ping(self) -> None:
+        """Raises Unavailable when the database does not answer."""
+
+    # Data sets (gateway)
+    async def create_dataset(self, dataset: Dataset, request_id: str | None) -> Dataset:
+        """Stores a row. With a `request_id` seen before in the project, returns the first one's data set."""
+        ...
+
+    async def find_dataset_by_request(self, project: str, request_id: str) -> Dataset | None: ...
+    async def get_dataset(self, project: str, dataset_id: str) -> Dataset:
+        """Raises NotFound naming it and what exists."""
+        ...
+
+    async def list_datasets(self, project: str, page_size: int, page_token: str) -> Page[Dataset]:
+        """Newest first. Raises InvalidArgument for a bad token."""
+        ...
+
+    async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
+        """Raises NotFound, or FailedPrecondition while a live job uses it."""
+        ...
+
+    # Jobs (gateway)
+    async def create_job(self, project: str, job_id: str, spec: JobSpec, request_id: str | None) -> Job:
+        """Stores a job in VALIDATING with its first event; a repeated `request_id` returns the first one's job."""
+        ...
+
+    async def get_job(self, project: str, job_id: str) -> Job: ...
+    async def list_jobs(self, project: str, page_size: int, page_token: str) -> Page[Job]: ...
+    async def request_cancel(self, project: str, job_id: str) -> Job:
+        """Idempotent. Raises FailedPrecondition when the job has already SUCCEEDED or FAILED."""
+        ...
+
+    async def list_events(self, project: str, job_id: str, after_sequence: int, limit: int) -> tuple[Event, ...]: ...
+    async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]: ...
+
+    # Jobs (orchestrator). `owner` must hold the lease and `attempt` be current, else Aborted.
+    async def claim_jobs(self, owner: str, lease: timedelta, limit: int) -> tuple[Job, ...]:
+        """Takes up to `limit` live jobs whose lease is free or has run out, oldest first."""
+        ...
+
+    async def renew_leases(self, owner: str, lease: timedelta) -> frozenset[str]:
+        """Extends every lease of `owner`; returns the ids still held."""
+        ...
+
+    async def release_leases(self, owner: str) -> None: ...
+    async def leased_jobs(self, owner: str) -> tuple[Job, ...]: ...
+    async def transition(
+        self,
+        job: Job,
+        owner: str,
+        state: JobState,
+        *,
+        message: str,
+        error: JobError | None = None,
+        fine_tuned_model: str | None = None,
+        next_attempt: bool = False,
+    ) -> Job:
+        """Moves the job and writes a `state` event in one transaction. Sets start and end times. A move to QUEUED
+        with `next_attempt` raises `attempt` by one. Raises FailedPrecondition for an illegal move."""
+        ...
+
+    async def record(
+        self,
+        job: Job,
+        owner: str,
+        *,
+        progress: Progress | None = None,
+        resolved: Sequence[Resolved] | None = None,
+        metrics: dict[str, float] | None = None,
+        mlflow_run_id: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        event: tuple[EventLevel, str, str, dict[str, object]] | None = None,
+    ) -> Job:
+        """Writes what is given (metrics are merged) and an event `(level, type, message, data)` in one transaction."""
+        ...
+
+    # Registry's read model and wishes
+    async def replace_base_models(self, models: Sequence[BaseModel]) -> None: ...
+    async def get_base_model(self, base: str) -> BaseModel: ...
+    async def list_base_models(self) -> tuple[BaseModel, ...]: ...
+    async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
+        """Makes the read model equal to the snapshot, in one transaction."""
+        ...
+
+    async def get_adapter(self, project: str, base: str, adapter: str) -> Adapter:
+        """Raises NotFound naming it and what exists (also when the base model does not exist)."""
+        ...
+
+    async def list_adapters(self, project: str, base: str | None, page_size: int, page_token: str) -> Page[Adapter]: ...
+    async def resolve_version(
+        self, project: str, base: str, adapter: str, *, version: int | None, alias: str | None
+    ) -> AdapterVersion:
+        """Raises NotFound naming the adapter, version or alias and what exists."""
+        ...
+
+    async def list_versions(
+        self, project: str, base: str, adapter: str, page_size: int, page_token: str
+    ) -> Page[AdapterVersion]: ...
+    async def request_alias(self, wish: AliasWish) -> AliasWish: ...
+    async def get_alias_wish(self, wish_id: str) -> AliasWish: ...
+    async def pending_alias_wishes(self) -> tuple[AliasWish, ...]: ...
+    async def finish_alias_wish(self, wish_id: str, error: JobError | None) -> None: ...
+
+    # API keys, stored as SHA-256 of the secret
+    async def add_key(self, key_hash: str, project: str, label: str) -> None: ...
+    async def find_key(self, key_hash: str) -> str | None:
+        """The key's project, or None."""
+        ...
+
+    async def has_keys(self) -> bool: ...
+    async def now(self) -> datetime:
+        """The database's clock, UTC: leases compare against it, so that hosts' clocks do not matter."""
+        ...
