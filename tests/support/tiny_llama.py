@@ -1,9 +1,10 @@
-"""A tiny llama with random weights and a byte-level tokenizer, made on the spot: seconds instead of minutes in tests."""
+"""A tiny llama with random weights and a byte-level tokenizer, made on the spot for tests that need speed."""
 
 from pathlib import Path
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
