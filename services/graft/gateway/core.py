@@ -1,0 +1,253 @@
+"""What the gateway does, whichever protocol asks: one method an operation, domain types in and out.
+
+Owns the order of checks, the data sets' files and the waiting for wishes. Knows neither gRPC nor HTTP: both edges call
+it. Jobs' states are the orchestrator's; only wishes are written here.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from graft.domain.errors import KINDS, Internal, InvalidArgument, NotFound, Unavailable
+from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec
+from graft.domain.names import check_alias, check_id, parse_model
+from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset
+from graft.gateway import generation, resolving
+from graft.gateway.checks import check_job, check_page_size, check_request_id
+from graft.gateway.generation import Answer
+from graft.gateway.resolving import Resolution
+from graft.gateway.uploads import Upload, dataset_file, remove_dataset_file
+from graft.internal.engine_client import EngineClient
+from graft.internal.v1 import engine_pb2
+from graft.settings import Settings
+from graft.store.protocol import AliasWish, Page, Store
+
+WATCH_POLL_SECONDS = 0.2
+ALIAS_TIMEOUT_SECONDS = 10.0
+ALIAS_POLL_SECONDS = 0.1
+EVENTS_AT_ONCE = 500
+"""Bounds the memory of one Watch that starts from the beginning of a long job."""
+
+
+class Core:
+    """Every operation of the public API."""
+
+    def __init__(self, store: Store, engine: EngineClient, settings: Settings) -> None:
+        self.store = store
+        self.engine = engine
+        self.settings = settings
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Ends every Watch at its next poll, so that a stop need not wait for jobs."""
+        self._draining.set()
+
+    # Data sets
+
+    def begin_upload(self, project: str, display_name: str, request_id: str | None = None) -> Upload:
+        """An upload to be entered with `async with`, fed with `write` and ended with `finish`."""
+        check_id(project, "project")
+        return Upload(self.store, self.settings, project, display_name, check_request_id(request_id))
+
+    async def get_dataset(self, project: str, dataset_id: str) -> Dataset:
+        """Raises NotFound naming it and what exists."""
+        return await self.store.get_dataset(project, dataset_id)
+
+    async def list_datasets(self, project: str, page_size: int = 0, page_token: str = "") -> Page[Dataset]:
+        """Newest first; 50 when `page_size` is 0, 1000 at most."""
+        return await self.store.list_datasets(project, check_page_size(page_size), page_token)
+
+    async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
+        """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job uses it."""
+        dataset = await self.store.delete_dataset(project, dataset_id)
+        # The row first: a stop in between leaves a file that nothing names, never a row without its file.
+        await asyncio.to_thread(remove_dataset_file, self.settings, project, dataset_id)
+        return dataset
+
+    async def dataset_path(self, project: str, dataset_id: str) -> Path:
+        """The file of a stored data set. Raises NotFound, also when the file has gone from the disk."""
+        dataset = await self.store.get_dataset(project, dataset_id)
+        path = dataset_file(self.settings, project, dataset.id)
+        if not path.is_file():
+            raise NotFound(
+                f"The file of data set {dataset_id!r} is no longer on the disk. Upload it again.",
+                reason="DATASET_FILE_MISSING",
+                metadata={"name": dataset_id},
+            )
+        return path
+
+    # Jobs
+
+    async def create_job(self, project: str, spec: JobSpec, request_id: str | None = None) -> Job:
+        """Checks a specification against what exists and what the engine can load, and stores it in VALIDATING.
+
+        Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
+        """
+        check_id(project, "project")
+        spec = await check_job(self.store, self.settings, project, spec)
+        return await self.store.create_job(project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id))
+
+    async def get_job(self, project: str, job_id: str) -> Job:
+        """Raises NotFound naming it and what exists."""
+        return await self.store.get_job(project, job_id)
+
+    async def list_jobs(self, project: str, page_size: int = 0, page_token: str = "") -> Page[Job]:
+        """Newest first; 50 when `page_size` is 0, 1000 at most."""
+        return await self.store.list_jobs(project, check_page_size(page_size), page_token)
+
+    async def cancel_job(self, project: str, job_id: str) -> Job:
+        """Writes the wish. Raises FailedPrecondition when the job has already SUCCEEDED or FAILED."""
+        return await self.store.request_cancel(project, job_id)
+
+    async def list_events(
+        self, project: str, job_id: str, after_sequence: int = 0, limit: int = 0
+    ) -> tuple[Event, ...]:
+        """Events with a higher sequence, in order; `limit` as a page size."""
+        await self.store.get_job(project, job_id)
+        return await self.store.list_events(project, job_id, after_sequence, check_page_size(limit))
+
+    async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]:
+        """All checkpoints in order."""
+        await self.store.get_job(project, job_id)
+        return await self.store.list_checkpoints(project, job_id)
+
+    async def watch_job(self, project: str, job_id: str, after_sequence: int = 0) -> AsyncIterator[tuple[Event, Job]]:
+        """Events after the cursor with the job as it is, until the job has ended and all its events are sent.
+
+        Raises NotFound at once, and Unavailable when the gateway stops: resume from the last sequence.
+        """
+        await self.store.get_job(project, job_id)
+        ended = False
+        while True:
+            events = await self.store.list_events(project, job_id, after_sequence, EVENTS_AT_ONCE)
+            job = await self.store.get_job(project, job_id)  # after the events: never older than them
+            for event in events:
+                after_sequence = event.sequence
+                yield event, job
+            if events:
+                continue
+            if ended:
+                return
+            ended = job.state in FINAL  # the last event may have come between the two reads: look once more
+            if ended:
+                continue
+            if self._draining.is_set():
+                raise Unavailable(
+                    f"The gateway is stopping. Watch again after sequence {after_sequence}.",
+                    reason="GATEWAY_STOPPING",
+                    metadata={"after_sequence": str(after_sequence)},
+                    retry_after_seconds=2.0,
+                )
+            await asyncio.sleep(WATCH_POLL_SECONDS)
+
+    # Base models and adapters
+
+    async def list_base_models(self) -> tuple[BaseModel, ...]:
+        """All, by id."""
+        return await self.store.list_base_models()
+
+    async def get_base_model(self, base: str) -> BaseModel:
+        """Raises NotFound naming it and what exists."""
+        return await self.store.get_base_model(base)
+
+    async def get_adapter(self, project: str, base: str, adapter: str) -> Adapter:
+        """Raises NotFound naming it and what exists."""
+        return await self.store.get_adapter(project, base, adapter)
+
+    async def list_adapters(
+        self, project: str, base: str | None = None, page_size: int = 0, page_token: str = ""
+    ) -> Page[Adapter]:
+        """Adapters of one base model, or of all when None."""
+        if base is not None:
+            await self.store.get_base_model(base)
+        return await self.store.list_adapters(project, base, check_page_size(page_size), page_token)
+
+    async def get_version(self, project: str, base: str, adapter: str, selector: str) -> AdapterVersion:
+        """One version by `selector`: its number, or an alias. Raises NotFound naming what exists."""
+        name = parse_model(f"{base}:{adapter}@{selector}", "name")
+        return await self.store.resolve_version(project, base, adapter, version=name.version, alias=name.alias)
+
+    async def list_versions(
+        self, project: str, base: str, adapter: str, page_size: int = 0, page_token: str = ""
+    ) -> Page[AdapterVersion]:
+        """Newest first. Raises NotFound for an unknown adapter."""
+        await self.store.get_adapter(project, base, adapter)
+        return await self.store.list_versions(project, base, adapter, check_page_size(page_size), page_token)
+
+    async def set_alias(self, project: str, base: str, adapter: str, alias: str, version: int) -> Adapter:
+        """Asks for the alias and waits until the registry has it and the read model shows it.
+
+        Raises InvalidArgument, NotFound, whatever the registry refused with, or Unavailable after 10 s: the wish
+        stays and is carried out when the registry answers.
+        """
+        check_alias(alias)
+        if version < 1:
+            raise InvalidArgument("version: versions start at 1", reason="INVALID_VERSION")
+        await self.store.resolve_version(project, base, adapter, version=version, alias=None)
+        wish = await self.store.request_alias(
+            AliasWish(f"aw-{secrets.token_hex(6)}", project, base, adapter, alias, version)
+        )
+        try:
+            async with asyncio.timeout(ALIAS_TIMEOUT_SECONDS):
+                while not (wish := await self.store.get_alias_wish(wish.id)).done:
+                    await asyncio.sleep(ALIAS_POLL_SECONDS)
+                if wish.error is not None:
+                    kind = KINDS.get(wish.error.code, Internal)
+                    raise kind(wish.error.message, reason=wish.error.reason)
+                while (found := await self.store.get_adapter(project, base, adapter)).aliases.get(alias) != version:
+                    await asyncio.sleep(ALIAS_POLL_SECONDS)
+                return found
+        except TimeoutError:
+            raise Unavailable(
+                f"The registry has not confirmed alias {alias!r} within {ALIAS_TIMEOUT_SECONDS:.0f} s. The wish is "
+                "kept and is carried out as soon as the registry answers.",
+                reason="REGISTRY_SLOW",
+                retry_after_seconds=5.0,
+            ) from None
+
+    # The engine
+
+    async def load_version(self, project: str, base: str, adapter: str, selector: str) -> list[engine_pb2.Replica]:
+        """Loads a version and returns the replicas after it. Raises what the engine refused it with."""
+        version = await self.get_version(project, base, adapter, selector)
+        resolving.check_served(base, self.settings.serving.base_model)
+        response = await self.engine.load(resolving.adapter_ref(version))
+        return await self._named(project, list(response.replicas))
+
+    async def unload_version(self, project: str, base: str, adapter: str, selector: str) -> list[engine_pb2.Replica]:
+        """Takes a version out of the engine and returns the replicas after it."""
+        version = await self.get_version(project, base, adapter, selector)
+        response = await self.engine.unload(version.digest)
+        return await self._named(project, list(response.replicas))
+
+    async def residency(self, project: str) -> list[engine_pb2.Replica]:
+        """What every replica holds, asked now. A resident of another project keeps its digest but not its name."""
+        response = await self.engine.residency()
+        return await self._named(project, list(response.replicas))
+
+    async def _named(self, project: str, replicas: list[engine_pb2.Replica]) -> list[engine_pb2.Replica]:
+        for replica in replicas:
+            for resident in replica.adapters:
+                if not await resolving.owns(self.store, project, resident.model, resident.digest):
+                    resident.model = ""
+        return replicas
+
+    # Generation
+
+    async def resolve(self, project: str, model: str) -> Resolution:
+        """What a `model` means now. Raises InvalidArgument, NotFound, or FailedPrecondition (base not served)."""
+        return await resolving.resolve(self.store, project, model, self.settings.serving.base_model)
+
+    async def generate(self, project: str, endpoint: engine_pb2.Endpoint, body: dict[str, object]) -> Answer:
+        """Answers an OpenAI body. OpenAI's own error objects come back in the Answer; all else is raised."""
+        resolution = await self.resolve(project, generation.model_of(body))
+        return await generation.generate(self.engine, resolution, endpoint, body)
+
+    async def stream(
+        self, project: str, endpoint: engine_pb2.Endpoint, body: dict[str, object]
+    ) -> AsyncIterator[bytes]:
+        """Answers an OpenAI body as payloads of `data:` lines. Every refusal is raised before the first payload."""
+        resolution = await self.resolve(project, generation.model_of(body))
+        async for payload in generation.stream(self.engine, resolution, endpoint, body):
+            yield payload

@@ -1,0 +1,69 @@
+"""From a `model` string to what the engine is asked for. Knows the read model, never MLflow."""
+
+from dataclasses import dataclass
+
+from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
+from graft.domain.names import parse_model, registered_model
+from graft.domain.resources import AdapterVersion
+from graft.internal.v1 import engine_pb2
+from graft.store.protocol import Store
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a `model` means now. `adapter` is None for the base model."""
+
+    public_model: str
+    """What the answer's `model` says: `base`, or `base:adapter@version`."""
+    adapter: engine_pb2.AdapterRef | None
+
+
+def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:
+    """The engine's name for a version: immutable, so that no cache can serve stale weights."""
+    return engine_pb2.AdapterRef(
+        model=version.model,
+        registered_model=registered_model(version.project, version.base_model, version.adapter),
+        version=version.version,
+        digest=version.digest,
+    )
+
+
+def check_served(base: str, served: str) -> None:
+    """Raises FailedPrecondition unless `base` is the one that the inference service carries.
+
+    Without it a request for another base of the catalogue would be answered by the wrong weights.
+    """
+    if base != served:
+        raise FailedPrecondition(
+            f"Base model {base!r} is not being served; the inference service carries {served!r}. "
+            "Set GRAFT_SERVING_BASE_MODEL and restart the stack to change it.",
+            reason="BASE_MODEL_NOT_SERVED",
+            metadata={"base_model": base, "served": served},
+        )
+
+
+async def resolve(store: Store, project: str, model: str, served: str) -> Resolution:
+    """Resolves `base`, `base:adapter`, `base:adapter@3` or `base:adapter@alias`.
+
+    Raises InvalidArgument for a malformed name, NotFound naming what exists, FailedPrecondition for a base model
+    that is not `served`.
+    """
+    name = parse_model(model)
+    await store.get_base_model(name.base)
+    check_served(name.base, served)
+    if name.adapter is None:
+        return Resolution(name.base, None)
+    version = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
+    return Resolution(version.model, adapter_ref(version))
+
+
+async def owns(store: Store, project: str, model: str, digest: str) -> bool:
+    """Whether `model` names that content in the project. The engine does not know projects."""
+    try:
+        name = parse_model(model)
+        if name.adapter is None:
+            return False
+        found = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
+    except (InvalidArgument, NotFound):  # named by another project, or deleted from the registry since
+        return False
+    return found.digest == digest

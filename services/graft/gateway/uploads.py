@@ -1,0 +1,167 @@
+"""Data set files: one temporary file beside its target, validated as it streams in, renamed when proven.
+
+Owns `$GRAFT_HOME/datasets/{project}/{id}.jsonl`. Nothing of a failed or abandoned upload stays.
+"""
+
+import asyncio
+import errno
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from graft.data.formats import FileReport, JsonlValidator
+from graft.domain.errors import ResourceExhausted
+from graft.domain.resources import Dataset
+from graft.settings import MIB, Settings
+from graft.store.protocol import Store
+
+
+def dataset_file(settings: Settings, project: str, dataset_id: str) -> Path:
+    """Where a data set lies."""
+    return settings.home.path / "datasets" / project / f"{dataset_id}.jsonl"
+
+
+def remove_dataset_file(settings: Settings, project: str, dataset_id: str) -> None:
+    """Removes a data set's file; it may be gone already."""
+    dataset_file(settings, project, dataset_id).unlink(missing_ok=True)
+
+
+class Upload:
+    """One upload, an async context manager: `write` pieces, then `finish`. Leaving without `finish` removes it all."""
+
+    def __init__(
+        self, store: Store, settings: Settings, project: str, display_name: str, request_id: str | None
+    ) -> None:
+        self._rows = store
+        self._settings = settings
+        self._project = project
+        self._display_name = display_name
+        self._request_id = request_id
+        self._id = f"ds-{secrets.token_hex(6)}"
+        self._target = dataset_file(settings, project, self._id)
+        self._temporary = self._target.with_suffix(".part")
+        self._file: BinaryIO | None = None
+        self._validator = JsonlValidator()
+        self._size_bytes = 0
+        self._finishing: asyncio.Future[Dataset] | None = None
+        self._first: Dataset | None = None
+        """What an earlier upload with the same `request_id` stored: this one is then read and dropped."""
+
+    async def __aenter__(self) -> Self:
+        if self._request_id is not None:
+            self._first = await self._rows.find_dataset_by_request(self._project, self._request_id)
+        if self._first is None:
+            self._file = await asyncio.to_thread(self._open)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._finishing is not None:
+            await asyncio.wait({self._finishing})
+        # Not in a thread: a cancelled upload must not leave its file behind.
+        if self._file is not None:
+            with suppress(OSError):  # close flushes: on a full disk it fails, and the file goes anyway
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    async def write(self, chunk: bytes) -> None:
+        """Takes the next bytes. Raises ResourceExhausted over the size limit or on a full disk."""
+        self._size_bytes += len(chunk)
+        limit = self._settings.gateway.max_upload_bytes
+        if self._size_bytes > limit:
+            raise ResourceExhausted(
+                f"The file is larger than the limit of {limit / MIB:.0f} MiB ({limit} bytes). Split it, or raise "
+                "GRAFT_GATEWAY_MAX_UPLOAD_BYTES.",
+                reason="UPLOAD_TOO_LARGE",
+                metadata={"max_upload_bytes": str(limit)},
+            )
+        if self._first is None and chunk:
+            await asyncio.to_thread(self._take, chunk)
+
+    async def finish(self) -> Dataset:
+        """Stores the data set. Raises InvalidArgument (BAD_DATASET) with the bad lines; nothing is stored then."""
+        if self._first is not None:
+            return self._first
+        # Shielded: a client that leaves now must not part the row from its file.
+        self._finishing = asyncio.ensure_future(self._store())
+        return await asyncio.shield(self._finishing)
+
+    async def _store(self) -> Dataset:
+        report = await asyncio.to_thread(self._prove)
+        try:
+            dataset = Dataset(
+                id=self._id,
+                project=self._project,
+                display_name=self._display_name,
+                format=report.format,
+                row_count=report.row_count,
+                size_bytes=report.size_bytes,
+                digest=report.digest,
+                uri=str(self._target),
+                create_time=await self._rows.now(),
+            )
+            stored = await self._rows.create_dataset(dataset, self._request_id)
+        except BaseException:
+            self._target.unlink(missing_ok=True)
+            raise
+        if stored.id != self._id:  # the same request came twice at once, and the other was first
+            self._target.unlink(missing_ok=True)
+        return stored
+
+    def _open(self) -> BinaryIO:
+        with _full_disk_told():
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            return self._temporary.open("xb")
+
+    def _take(self, chunk: bytes) -> None:
+        assert self._file is not None
+        with _full_disk_told():
+            self._file.write(chunk)
+        self._validator.feed(chunk)
+
+    def _prove(self) -> FileReport:
+        """Validates to the end, then makes the file durable under its name: fsync of the file, rename, of the folder."""
+        assert self._file is not None
+        report = self._validator.finish()
+        with _full_disk_told():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._temporary.rename(self._target)
+            folder = os.open(self._target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        return report
+
+
+@contextmanager
+def _full_disk_told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ResourceExhausted(
+            "The disk that holds GRAFT_HOME is full; nothing was stored. Free space there, or delete data sets, and "
+            "upload again.",
+            reason="DISK_FULL",
+        ) from error
+
+
+def remove_abandoned(settings: Settings) -> int:
+    """Removes what a killed gateway left of its uploads; returns how many files.
+
+    Only files untouched for a day: another gateway on the same storage may be writing younger ones.
+    """
+    old = time.time() - 24 * 3600
+    found = [path for path in (settings.home.path / "datasets").glob("*/*.part") if path.stat().st_mtime < old]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
