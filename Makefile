@@ -1,0 +1,30 @@
+# Every target runs from a fresh clone: each sets up what it needs first.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+BIN := .venv/bin
+.PHONY: help setup test test-unit lint stubs lock
+
+help: ## Lists the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Makes .venv with locked dependencies and generated stubs
+	@deploy/setup/setup
+
+test: setup ## Runs every test
+	$(BIN)/pytest
+
+test-unit: setup ## Runs the tests that need no server
+	$(BIN)/pytest tests/unit
+
+lint: setup ## Runs ruff, mypy, import-linter and buf
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+stubs: setup ## Generates the gRPC stubs from protos/
+	$(BIN)/python deploy/setup/stubs.py
+
+lock: setup ## Recompiles the lock from pyproject.toml (needs uv)
+	deploy/setup/lock
