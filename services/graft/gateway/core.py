@@ -190,14 +190,14 @@ class Core:
         )
         try:
             async with asyncio.timeout(ALIAS_TIMEOUT_SECONDS):
-                while not (wish := await self.store.get_alias_wish(wish.id)).done:
+                while not (wish := await self.store.get_alias_wish(wish.id)).done:  # noqa: ASYNC110 - another process writes it
                     await asyncio.sleep(ALIAS_POLL_SECONDS)
                 if wish.error is not None:
                     kind = KINDS.get(wish.error.code, Internal)
                     raise kind(wish.error.message, reason=wish.error.reason)
-                while (found := await self.store.get_adapter(project, base, adapter)).aliases.get(alias) != version:
+                while (await self.store.get_adapter(project, base, adapter)).aliases.get(alias) != version:  # noqa: ASYNC110
                     await asyncio.sleep(ALIAS_POLL_SECONDS)
-                return found
+                return await self.store.get_adapter(project, base, adapter)
         except TimeoutError:
             raise Unavailable(
                 f"The registry has not confirmed alias {alias!r} within {ALIAS_TIMEOUT_SECONDS:.0f} s. The wish is "
@@ -239,13 +239,13 @@ class Core:
         """What a `model` means now. Raises InvalidArgument, NotFound, or FailedPrecondition (base not served)."""
         return await resolving.resolve(self.store, project, model, self.settings.serving.base_model)
 
-    async def generate(self, project: str, endpoint: engine_pb2.Endpoint, body: dict[str, object]) -> Answer:
+    async def generate(self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]) -> Answer:
         """Answers an OpenAI body. OpenAI's own error objects come back in the Answer; all else is raised."""
         resolution = await self.resolve(project, generation.model_of(body))
         return await generation.generate(self.engine, resolution, endpoint, body)
 
     async def stream(
-        self, project: str, endpoint: engine_pb2.Endpoint, body: dict[str, object]
+        self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
     ) -> AsyncIterator[bytes]:
         """Answers an OpenAI body as payloads of `data:` lines. Every refusal is raised before the first payload."""
         resolution = await self.resolve(project, generation.model_of(body))

@@ -73,7 +73,9 @@ def refusal(http_status: int, body: bytes) -> GraftError:
     )
 
 
-def _request(resolution: Resolution, endpoint: engine_pb2.Endpoint, body: object) -> engine_pb2.GenerateRequest:
+def _request(
+    resolution: Resolution, endpoint: engine_pb2.Endpoint.ValueType, body: object
+) -> engine_pb2.GenerateRequest:
     return engine_pb2.GenerateRequest(
         endpoint=endpoint,
         body=json.dumps(body, ensure_ascii=False).encode(),
@@ -84,7 +86,7 @@ def _request(resolution: Resolution, endpoint: engine_pb2.Endpoint, body: object
 
 
 async def generate(
-    engine: EngineClient, resolution: Resolution, endpoint: engine_pb2.Endpoint, body: dict[str, object]
+    engine: EngineClient, resolution: Resolution, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
 ) -> Answer:
     """One answer. OpenAI's own errors come back as an Answer; the engine's failures are raised."""
     response = await engine.generate(_request(resolution, endpoint, body), timeout_seconds=GENERATE_TIMEOUT_SECONDS)
@@ -92,7 +94,7 @@ async def generate(
 
 
 async def stream(
-    engine: EngineClient, resolution: Resolution, endpoint: engine_pb2.Endpoint, body: dict[str, object]
+    engine: EngineClient, resolution: Resolution, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
 ) -> AsyncIterator[bytes]:
     """Payloads of `data:` lines, without `[DONE]`. An error object of OpenAI is raised as a domain error."""
     request = engine_pb2.StreamRequest(request=_request(resolution, endpoint, {**body, "stream": True}))

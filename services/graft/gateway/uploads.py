@@ -126,7 +126,7 @@ class Upload:
         self._validator.feed(chunk)
 
     def _prove(self) -> FileReport:
-        """Validates to the end, then makes the file durable under its name: fsync of the file, rename, of the folder."""
+        """Validates to the end, then makes the file durable under its name: fsync, rename, fsync of the folder."""
         assert self._file is not None
         report = self._validator.finish()
         with _full_disk_told():
