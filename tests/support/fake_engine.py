@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from graft.internal.status import to_status
 
 from graft.domain.errors import GraftError
-from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
 
 WORDS = ("one", " two", " three")
@@ -47,7 +47,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             {"error": {"message": "top_p must be in (0, 1].", "type": "BadRequestError", "param": "top_p", "code": 400}}
         ).encode()
 
-    async def Generate(self, request: engine_pb2.GenerateRequest, context: Any) -> engine_pb2.GenerateResponse:
+    async def Generate(self, request: engine_pb2.GenerateRequest, _context: Any) -> engine_pb2.GenerateResponse:
         """OpenAI's answer object with the echo."""
         text = self._take(request)
         if self.error is not None:
@@ -66,7 +66,9 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         }
         return engine_pb2.GenerateResponse(http_status=200, body=json.dumps(body).encode())
 
-    async def Stream(self, request: engine_pb2.StreamRequest, context: Any) -> AsyncIterator[engine_pb2.StreamResponse]:
+    async def Stream(
+        self, request: engine_pb2.StreamRequest, _context: Any
+    ) -> AsyncIterator[engine_pb2.StreamResponse]:
         """The adapter's name, then WORDS, as OpenAI's chunks; usage last when the body asks for it."""
         inner = request.request
         text = self._take(inner)
@@ -90,7 +92,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                 http_status=200, data=json.dumps({**common, "choices": [], "usage": usage}).encode()
             )
 
-    async def Load(self, request: engine_pb2.LoadRequest, context: Any) -> engine_pb2.LoadResponse:
+    async def Load(self, request: engine_pb2.LoadRequest, _context: Any) -> engine_pb2.LoadResponse:
         """Adds the adapter to the replica."""
         if self.error is not None:
             return engine_pb2.LoadResponse(error=to_status(self.error))
@@ -99,14 +101,14 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             held.last_use_time.GetCurrentTime()
         return engine_pb2.LoadResponse(replicas=[self.replica], load_seconds=0.01)
 
-    async def Unload(self, request: engine_pb2.UnloadRequest, context: Any) -> engine_pb2.UnloadResponse:
+    async def Unload(self, request: engine_pb2.UnloadRequest, _context: Any) -> engine_pb2.UnloadResponse:
         """Takes the adapter out of the replica."""
         kept = [held for held in self.replica.adapters if held.digest != request.digest]
         del self.replica.adapters[:]
         self.replica.adapters.extend(kept)
         return engine_pb2.UnloadResponse(replicas=[self.replica])
 
-    async def Residency(self, request: engine_pb2.ResidencyRequest, context: Any) -> engine_pb2.ResidencyResponse:
+    async def Residency(self, _request: engine_pb2.ResidencyRequest, _context: Any) -> engine_pb2.ResidencyResponse:
         """The one replica."""
         return engine_pb2.ResidencyResponse(replicas=[self.replica])
 

@@ -30,7 +30,7 @@ _FORMATS = {
     DatasetFormat.MESSAGES: dataset_pb2.DATASET_FORMAT_MESSAGES,
     DatasetFormat.PROMPT_COMPLETION: dataset_pb2.DATASET_FORMAT_PROMPT_COMPLETION,
 }
-_POLICIES = {
+_POLICIES: dict[int, OverLengthPolicy] = {
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_UNSPECIFIED: OverLengthPolicy.DROP,
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_DROP: OverLengthPolicy.DROP,
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_TRUNCATE: OverLengthPolicy.TRUNCATE,
@@ -132,7 +132,7 @@ def job_spec(project: str, asked: fine_tuning_job_pb2.FineTuningJob) -> JobSpec:
         hyperparameters=Hyperparameters(
             # ListFields tells set from unset, also for a value of zero.
             **{field.name: value for field, value in asked_for.ListFields() if field.name in _OPTIONAL_HYPERPARAMETERS},
-            over_length_policy=_POLICIES.get(asked_for.over_length_policy, OverLengthPolicy.DROP),
+            over_length_policy=_policy(asked_for.over_length_policy),
         ),
         metadata=dict(asked.metadata),
     )
@@ -157,6 +157,17 @@ def _dataset_id(project: str, name: str, field: str) -> str:
             f"{field}: {description}", reason="WRONG_PROJECT", violations=(FieldViolation(field, description),)
         )
     return dataset_id
+
+
+def _policy(number: int) -> OverLengthPolicy:
+    if number not in _POLICIES:
+        field = "hyperparameters.over_length_policy"
+        raise InvalidArgument(
+            f"{field}: {number} is not a policy that this version knows; use DROP, TRUNCATE or FAIL.",
+            reason="INVALID_JOB",
+            violations=(FieldViolation(field, f"{number} is not a policy"),),
+        )
+    return _POLICIES[number]
 
 
 def _required(field: str, hint: str) -> InvalidArgument:

@@ -1,0 +1,94 @@
+"""Who may ask: API keys, stored as SHA-256, on both protocols as `Authorization: Bearer <key>`.
+
+On loopback every token, or none, is accepted and the project is the one that the request names. Any other address is
+refused at start until the store has keys; there a key opens its own project only.
+"""
+
+import hashlib
+import ipaddress
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from graft.domain.errors import FailedPrecondition, PermissionDenied, Unauthenticated
+from graft.domain.names import DEFAULT_PROJECT
+from graft.settings import GatewaySettings
+from graft.store.protocol import Store
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks. `project` is None for one who may use every project."""
+
+    project: str | None = None
+
+    def default_project(self) -> str:
+        """The project of a request that names none."""
+        return self.project or DEFAULT_PROJECT
+
+    def check(self, project: str) -> str:
+        """Returns `project`; raises PermissionDenied when it is not this principal's."""
+        if self.project is not None and project != self.project:
+            raise PermissionDenied(
+                f"This API key is for project {self.project!r}, not for {project!r}.",
+                reason="WRONG_PROJECT",
+                metadata={"project": project},
+            )
+        return project
+
+
+_principal: ContextVar[Principal] = ContextVar("graft_principal")
+
+
+def begin(principal: Principal) -> None:
+    """Sets who the current task answers."""
+    _principal.set(principal)
+
+
+def current() -> Principal:
+    """Who the current task answers. Raises LookupError outside of a request."""
+    return _principal.get()
+
+
+def key_hash(secret: str) -> str:
+    """What is stored of an API key. Keys are long and random, so that a plain digest cannot be guessed back."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def is_loopback(host: str) -> bool:
+    """True for `localhost` and loopback addresses; a name that might resolve elsewhere is not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Authenticator:
+    """Turns an `Authorization` header into a Principal."""
+
+    def __init__(self, store: Store, settings: GatewaySettings) -> None:
+        self._store = store
+        self._host = settings.host
+        self._open = is_loopback(settings.host)
+
+    async def check_start(self) -> None:
+        """Raises FailedPrecondition when the gateway would listen beyond loopback without a single key."""
+        if not self._open and not await self._store.has_keys():
+            raise FailedPrecondition(
+                f"GRAFT_GATEWAY_HOST is {self._host}, which other machines can reach, but no API key exists. Add one "
+                "to the store, or listen on 127.0.0.1.",
+                reason="NO_API_KEYS",
+            )
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """The Principal of a header's value. Raises Unauthenticated for a missing, malformed or unknown key."""
+        if self._open:
+            return Principal()
+        scheme, _, secret = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise Unauthenticated("No API key. Send it as 'Authorization: Bearer <key>'.", reason="API_KEY_MISSING")
+        project = await self._store.find_key(key_hash(secret.strip()))
+        if project is None:
+            raise Unauthenticated("The API key is not known here.", reason="API_KEY_UNKNOWN")
+        return Principal(project)

@@ -1,0 +1,99 @@
+"""The gateway's process: gRPC and HTTP on one event loop, until SIGTERM or SIGINT.
+
+    python -m graft.gateway.main
+
+Exit codes: 0 after a stop on request, 2 when it cannot start (one sentence on standard error says why).
+Imports nothing heavy: it is ready in under two seconds.
+"""
+
+import asyncio
+import signal
+import sys
+import time
+
+import structlog
+
+from graft import logs
+from graft.domain.errors import GraftError
+from graft.gateway import server
+from graft.gateway.auth import Authenticator
+from graft.gateway.core import Core
+from graft.gateway.http.app import build_app
+from graft.gateway.uploads import remove_abandoned
+from graft.internal.engine_client import EngineClient
+from graft.settings import Settings, load
+from graft.store.protocol import Store
+from graft.store.sql import open_store
+
+_log = structlog.get_logger("graft.gateway")
+
+
+async def serve(settings: Settings, store: Store, engine: EngineClient, stop: asyncio.Event, started: float) -> None:
+    """Serves until `stop` is set, then drains. `started` is the process's `time.perf_counter()` at its begin.
+
+    Raises FailedPrecondition when a port, the TLS files or the keys do not allow a start.
+    """
+    gateway = settings.gateway
+    server.check_tls(gateway)
+    core = Core(store, engine, settings)
+    authenticator = Authenticator(store, gateway)
+    await authenticator.check_start()
+    http_socket = server.bind(gateway.host, gateway.http_port, "GRAFT_GATEWAY_HTTP_PORT")
+    try:
+        grpc_server, healthy = server.grpc_server(core, authenticator, gateway)
+        grpc_port = server.add_grpc_port(grpc_server, gateway)
+        http = server.http_server(build_app(core, authenticator), gateway)
+        await grpc_server.start()
+        http_task = asyncio.create_task(http.serve(sockets=[http_socket]))
+        stop_task = asyncio.create_task(stop.wait())
+        while not http.started and not http_task.done():
+            await asyncio.sleep(0.01)
+        await server.tell_serving(healthy)
+        _log.info(
+            "gateway ready",
+            grpc=f"{gateway.host}:{grpc_port}",
+            http=f"{gateway.host}:{http_socket.getsockname()[1]}",
+            tls=gateway.tls_certificate is not None,
+            seconds=round(time.perf_counter() - started, 2),
+        )
+        await asyncio.wait({stop_task, http_task}, return_when=asyncio.FIRST_COMPLETED)
+        stop_task.cancel()
+        _log.info("gateway stops", grace_seconds=gateway.shutdown_grace_seconds)
+        core.drain()
+        await healthy.enter_graceful_shutdown()
+        http.should_exit = True
+        await asyncio.gather(grpc_server.stop(gateway.shutdown_grace_seconds), http_task)
+    finally:
+        http_socket.close()
+
+
+async def run(settings: Settings, started: float) -> None:
+    """Opens store and engine client, serves, and closes them. SIGTERM and SIGINT stop it."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    store = await open_store(settings)
+    engine = EngineClient(settings.engine_address)
+    try:
+        if removed := await asyncio.to_thread(remove_abandoned, settings):
+            _log.info("abandoned uploads removed", files=removed)
+        await serve(settings, store, engine, stop, started)
+    finally:
+        await engine.close()
+        await store.close()
+
+
+def main() -> int:
+    """Returns the exit code."""
+    started = time.perf_counter()
+    logs.configure("gateway")
+    try:
+        asyncio.run(run(load(), started))
+    except GraftError as error:
+        print(f"graft gateway: {error.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
