@@ -1,0 +1,134 @@
+"""A client of the internal `Engine` service: what the gateway and the orchestrator talk to the replicas with.
+
+Owns the channel and the mapping of failures to domain errors. Does not know OpenAI's bodies, Ray Serve's classes or
+vLLM: to it the service is an address and the metadata key by which Serve's gRPC proxy picks the application.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from graft.domain.errors import GraftError, Internal, ResourceExhausted, Unavailable
+from graft.internal.status import from_status
+from graft.internal.v1 import engine_pb2, engine_pb2_grpc
+
+APPLICATION: Final = "graft-engine"
+"""Name of the Serve application that answers."""
+_METADATA: Final = (("application", APPLICATION),)
+DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
+"""Answers with `logprobs` over a whole context are some MiB of JSON; gRPC's own 4 MiB is too small for them."""
+RETRY_SECONDS: Final = 2.0
+STARTING: Final = "The inference service is starting or restarting. Try again shortly."
+
+
+ResponseT = TypeVar("ResponseT", engine_pb2.GenerateResponse, engine_pb2.LoadResponse, engine_pb2.UnloadResponse)
+
+
+def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
+    """What a failed call means. Serve's own text may hold traces and addresses, so it is not passed on."""
+    code = error.code()
+    # NOT_FOUND is Serve's proxy before the application is deployed; the engine itself never answers with it.
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
+        return Unavailable(STARTING, reason="ENGINE_STARTING", retry_after_seconds=RETRY_SECONDS)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Unavailable(
+            "The inference service did not answer in time.",
+            reason="ENGINE_TIMEOUT",
+            retry_after_seconds=RETRY_SECONDS,
+        )
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ResourceExhausted(
+            "The message is too large for the inference service, or its queue is full.",
+            reason="ENGINE_LIMIT",
+            retry_after_seconds=RETRY_SECONDS,
+        )
+    # Domain errors travel inside responses. What is left is a replica that ended while it answered.
+    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
+        return Unavailable(
+            "The inference service ended while it answered. Try again shortly.",
+            reason="ENGINE_LOST",
+            retry_after_seconds=RETRY_SECONDS,
+        )
+    return Internal(f"The inference service failed with {code.name}.", reason="ENGINE_FAILED")
+
+
+class EngineClient:
+    """Calls the engine. Every method raises domain errors only."""
+
+    def __init__(self, address: str, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
+        self.address = address
+        self._max_message_bytes = max_message_bytes
+        # Opened by the first call: a grpc.aio channel belongs to the event loop that runs when it is made.
+        self._channel: grpc.aio.Channel | None = None
+
+    async def close(self) -> None:
+        """Closes the channel; calls in flight are cancelled."""
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def generate(
+        self, request: engine_pb2.GenerateRequest, timeout_seconds: float
+    ) -> engine_pb2.GenerateResponse:
+        """Answers an OpenAI body at once. A refusal by OpenAI's handler is an answer, with its `http_status`."""
+        return await self._call(engine_pb2.GenerateResponse, self._stub().Generate, request, timeout_seconds)
+
+    async def stream(self, request: engine_pb2.StreamRequest) -> AsyncIterator[engine_pb2.StreamResponse]:
+        """Answers an OpenAI body piece by piece. Closing the iterator cancels the call and frees the engine."""
+        call = self._stub().Stream(request, metadata=_METADATA)
+        try:
+            async for response in call:
+                if response.HasField("error"):
+                    raise from_status(response.error)
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_transport(error) from error
+        finally:
+            call.cancel()
+
+    async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse:
+        """Pulls, proves and loads an adapter version. Raises what it was refused with."""
+        return await self._call(
+            engine_pb2.LoadResponse, self._stub().Load, engine_pb2.LoadRequest(adapter=adapter), timeout_seconds
+        )
+
+    async def unload(self, digest: str, timeout_seconds: float = 120) -> engine_pb2.UnloadResponse:
+        """Takes an adapter version out, after its requests in flight have ended."""
+        return await self._call(
+            engine_pb2.UnloadResponse, self._stub().Unload, engine_pb2.UnloadRequest(digest=digest), timeout_seconds
+        )
+
+    async def residency(self, timeout_seconds: float = 10) -> engine_pb2.ResidencyResponse:
+        """What every replica holds."""
+        try:
+            response: engine_pb2.ResidencyResponse = await self._stub().Residency(
+                engine_pb2.ResidencyRequest(), timeout=timeout_seconds, metadata=_METADATA
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_transport(error) from error
+        return response
+
+    def _stub(self) -> Any:
+        if self._channel is None:
+            self._channel = grpc.aio.insecure_channel(
+                self.address,
+                options=[
+                    ("grpc.max_receive_message_length", self._max_message_bytes),
+                    ("grpc.max_send_message_length", self._max_message_bytes),
+                    # A service that was restarted is found again within a second, not after gRPC's two minutes.
+                    ("grpc.initial_reconnect_backoff_ms", 100),
+                    ("grpc.max_reconnect_backoff_ms", 1000),
+                ],
+            )
+        # grpc.aio needs the async stub; the generated annotations know only the synchronous one.
+        return engine_pb2_grpc.EngineStub(self._channel)
+
+    async def _call(self, _kind: type[ResponseT], method: Any, request: Any, timeout_seconds: float) -> ResponseT:
+        try:
+            response: ResponseT = await method(request, timeout=timeout_seconds, metadata=_METADATA)
+        except grpc.aio.AioRpcError as error:
+            raise from_transport(error) from error
+        if response.HasField("error"):
+            raise from_status(response.error)
+        return response

@@ -1,0 +1,137 @@
+"""Domain errors survive the wire, and every failure of the engine's transport is told as a domain error."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+
+from graft.domain.errors import (
+    KINDS,
+    FailedPrecondition,
+    FieldViolation,
+    GraftError,
+    Internal,
+    InvalidArgument,
+    Unavailable,
+)
+from graft.internal.engine_client import EngineClient
+from graft.internal.status import from_status, to_status
+from graft.internal.v1 import engine_pb2, engine_pb2_grpc
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.__name__)
+def test_every_kind_of_error_survives_a_round_trip(kind: type[GraftError]) -> None:
+    error = kind(
+        "Line 3 is wrong.",
+        reason="BAD_DATASET",
+        metadata={"bad_lines": "1"},
+        violations=(FieldViolation("line 3: messages[0].role", "is not a role"),),
+        retry_after_seconds=0.25,
+    )
+    again = from_status(status_pb2.Status.FromString(to_status(error).SerializeToString()))
+    assert type(again) is kind
+    assert vars(again) == vars(error)
+
+
+def test_an_error_without_violations_or_hint_carries_only_its_reason() -> None:
+    status = to_status(InvalidArgument("No.", reason="NO"))
+    assert len(status.details) == 1
+    again = from_status(status)
+    assert (again.violations, again.retry_after_seconds, again.metadata) == ((), None, {})
+
+
+@pytest.mark.parametrize("code", [2, 99])
+def test_a_status_of_an_unknown_kind_is_internal(code: int) -> None:
+    assert type(from_status(status_pb2.Status(code=code, message="?"))) is Internal
+
+
+class _Engine(engine_pb2_grpc.EngineServicer):
+    """Answers with `error` inside a response, or aborts the call with `code`."""
+
+    error: GraftError | None = None
+    code: grpc.StatusCode | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
+
+    async def _abort(self, context: Any) -> None:
+        self.metadata = tuple(context.invocation_metadata())
+        if self.code is not None:
+            await context.abort(self.code, "ray::ServeReplica at 10.0.0.1, traceback …")
+
+    async def Load(self, _request: engine_pb2.LoadRequest, context: Any) -> engine_pb2.LoadResponse:
+        await self._abort(context)
+        return engine_pb2.LoadResponse(error=None if self.error is None else to_status(self.error))
+
+    async def Residency(self, _request: engine_pb2.ResidencyRequest, context: Any) -> engine_pb2.ResidencyResponse:
+        await self._abort(context)
+        return engine_pb2.ResidencyResponse()
+
+    async def Stream(
+        self, _request: engine_pb2.StreamRequest, context: Any
+    ) -> AsyncIterator[engine_pb2.StreamResponse]:
+        yield engine_pb2.StreamResponse(data=b"{}", http_status=200)
+        await self._abort(context)
+        if self.error is not None:
+            yield engine_pb2.StreamResponse(error=to_status(self.error))
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[tuple[_Engine, EngineClient]]:
+    servicer = _Engine()
+    server = grpc.aio.server()
+    engine_pb2_grpc.add_EngineServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    client = EngineClient(f"127.0.0.1:{port}")
+    yield servicer, client
+    await client.close()
+    await server.stop(None)
+
+
+async def test_every_call_names_the_serve_application(engine: tuple[_Engine, EngineClient]) -> None:
+    servicer, client = engine
+    await client.load(engine_pb2.AdapterRef(digest="sha256:0"))
+    assert ("application", "graft-engine") in servicer.metadata
+
+
+async def test_an_error_in_a_response_is_raised_as_the_domain_error(engine: tuple[_Engine, EngineClient]) -> None:
+    servicer, client = engine
+    servicer.error = FailedPrecondition("adapter_model.safetensors is truncated.", reason="ADAPTER_INVALID")
+    with pytest.raises(FailedPrecondition, match="truncated"):
+        await client.load(engine_pb2.AdapterRef())
+    with pytest.raises(FailedPrecondition, match="truncated"):
+        _ = [piece async for piece in client.stream(engine_pb2.StreamRequest())]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "ENGINE_STARTING"),
+        (grpc.StatusCode.NOT_FOUND, "ENGINE_STARTING"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "ENGINE_TIMEOUT"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "ENGINE_LIMIT"),
+        (grpc.StatusCode.INTERNAL, "ENGINE_LOST"),
+        (grpc.StatusCode.PERMISSION_DENIED, "ENGINE_FAILED"),
+    ],
+)
+async def test_a_transport_failure_is_a_domain_error_without_the_servers_text(
+    engine: tuple[_Engine, EngineClient], code: grpc.StatusCode, reason: str
+) -> None:
+    servicer, client = engine
+    servicer.code = code
+    with pytest.raises(GraftError) as caught:
+        await client.residency()
+    assert caught.value.reason == reason
+    assert "10.0.0.1" not in caught.value.message
+    with pytest.raises(GraftError) as caught:
+        _ = [piece async for piece in client.stream(engine_pb2.StreamRequest())]
+    assert caught.value.reason == reason
+
+
+async def test_nobody_listening_is_unavailable_with_a_retry_hint() -> None:
+    client = EngineClient("127.0.0.1:1")
+    with pytest.raises(Unavailable) as caught:
+        await client.residency(timeout_seconds=5)
+    assert (caught.value.reason, caught.value.retry_after_seconds) == ("ENGINE_STARTING", 2.0)
+    await client.close()
