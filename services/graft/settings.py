@@ -9,10 +9,10 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from graft.domain.errors import InvalidArgument
 
@@ -21,6 +21,11 @@ MIB = 1024 * 1024
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _number(value: object) -> object:
+    """A variable's text as a number: pydantic reads one for `int` by itself, but not for a Literal of numbers."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
 
 
 class HomeSettings(_Section):
@@ -65,7 +70,7 @@ class ServingSettings(_Section):
     """Adapters in one batch (vLLM's GPU-side slots)."""
     max_cpu_loras: int = Field(default=16, ge=1)
     """Adapters in the engine's host memory; beyond it the least recently used leaves."""
-    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
+    max_lora_rank: Annotated[Literal[8, 16, 32, 64, 128, 256, 320, 512], BeforeValidator(_number)] = 64
     context_tokens: int = 2048
     """Longest prompt plus answer. 2048 keeps 4 sequences in half a GiB of KV cache at 135M parameters."""
     kv_cache_gib: int = Field(default=1, ge=1)

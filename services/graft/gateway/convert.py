@@ -6,10 +6,9 @@ from datetime import datetime
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.rpc import error_details_pb2, status_pb2
 
 from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, fine_tuning_job_pb2
-from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.domain.errors import KINDS, FieldViolation, GraftError, Internal, InvalidArgument
 from graft.domain.jobs import (
     Checkpoint,
     Event,
@@ -24,6 +23,7 @@ from graft.domain.jobs import (
 )
 from graft.domain.names import dataset_name, job_name, parse_resource, resource
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
+from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2
 
 _FORMATS = {
@@ -54,19 +54,6 @@ _OPTIONAL_HYPERPARAMETERS = (
     "num_workers",
     "checkpoint_steps",
 )
-_CODES = {
-    # google.rpc.Code by name; googleapis-common-protos has the enum, but a table of what Graft raises is checkable.
-    "INVALID_ARGUMENT": 3,
-    "NOT_FOUND": 5,
-    "ALREADY_EXISTS": 6,
-    "PERMISSION_DENIED": 7,
-    "RESOURCE_EXHAUSTED": 8,
-    "FAILED_PRECONDITION": 9,
-    "ABORTED": 10,
-    "INTERNAL": 13,
-    "UNAVAILABLE": 14,
-    "UNAUTHENTICATED": 16,
-}
 
 
 def timestamp(time: datetime | None) -> Timestamp | None:
@@ -199,7 +186,7 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
         ),
         metadata=spec.metadata,
         state=fine_tuning_job_pb2.FineTuningJob.State.Value(f"STATE_{found.state.value}"),
-        error=_job_error(found.error) if found.error else None,
+        error=to_status(_error(found.error)) if found.error else None,
         create_time=timestamp(found.create_time),
         start_time=timestamp(found.start_time),
         end_time=timestamp(found.end_time),
@@ -213,10 +200,8 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
     )
 
 
-def _job_error(error: JobError) -> status_pb2.Status:
-    status = status_pb2.Status(code=_CODES.get(error.code, _CODES["INTERNAL"]), message=error.message)
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain="graft"))
-    return status
+def _error(error: JobError) -> GraftError:
+    return KINDS.get(error.code, Internal)(error.message, reason=error.reason)
 
 
 def _resolved(one: Resolved) -> fine_tuning_job_pb2.ResolvedHyperparameter:

@@ -25,7 +25,7 @@ _log = structlog.get_logger("graft.gateway")
 
 def known(error: Exception) -> GraftError:
     """The error itself when it is Graft's; else INTERNAL with the request's id, the trace in the log only."""
-    if isinstance(error, GraftError) and not isinstance(error, Internal):
+    if isinstance(error, GraftError):
         return error
     request_id = current_request_id()
     _log.error("request failed unexpectedly", exc_info=error)

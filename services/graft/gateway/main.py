@@ -12,9 +12,10 @@ import sys
 import time
 
 import structlog
+from sqlalchemy.exc import OperationalError
 
 from graft import logs
-from graft.domain.errors import GraftError
+from graft.domain.errors import FailedPrecondition, GraftError
 from graft.gateway import server
 from graft.gateway.auth import Authenticator
 from graft.gateway.core import Core
@@ -23,7 +24,7 @@ from graft.gateway.uploads import remove_abandoned
 from graft.internal.engine_client import EngineClient
 from graft.settings import Settings, load
 from graft.store.protocol import Store
-from graft.store.sql import open_store
+from graft.store.sql import migrate, open_store
 
 _log = structlog.get_logger("graft.gateway")
 
@@ -46,7 +47,7 @@ async def serve(settings: Settings, store: Store, engine: EngineClient, stop: as
         await grpc_server.start()
         http_task = asyncio.create_task(http.serve(sockets=[http_socket]))
         stop_task = asyncio.create_task(stop.wait())
-        while not http.started and not http_task.done():
+        while not http.started and not http_task.done():  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.01)
         await server.tell_serving(healthy)
         _log.info(
@@ -72,7 +73,8 @@ async def run(settings: Settings, started: float) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    store = await open_store(settings)
+    await asyncio.to_thread(_migrate, settings.store_url)
+    store = open_store(settings.store_url)
     engine = EngineClient(settings.engine_address)
     try:
         if removed := await asyncio.to_thread(remove_abandoned, settings):
@@ -81,6 +83,15 @@ async def run(settings: Settings, started: float) -> None:
     finally:
         await engine.close()
         await store.close()
+
+
+def _migrate(url: str) -> None:
+    try:
+        migrate(url)
+    except OperationalError as error:
+        raise FailedPrecondition(
+            f"The database cannot be used: {error.orig}. Check GRAFT_STORE_URL and GRAFT_HOME.", reason="STORE_UNUSABLE"
+        ) from None
 
 
 def main() -> int:

@@ -93,7 +93,7 @@ def add_grpc_port(server: grpc.aio.Server, settings: GatewaySettings) -> int:
     try:
         if settings.tls_certificate and settings.tls_key:
             pair = (_read(settings.tls_key, "TLS_KEY"), _read(settings.tls_certificate, "TLS_CERTIFICATE"))
-            return server.add_secure_port(address, grpc.ssl_server_credentials((pair,)))
+            return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise FailedPrecondition(

@@ -1,0 +1,134 @@
+"""Data sets through the public gRPC door: stored whole or not at all."""
+
+import errno
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graft.api.v1 import dataset_pb2, dataset_service_pb2
+from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
+from graft.domain.errors import InvalidArgument, NotFound, ResourceExhausted
+from graft.gateway import uploads
+from tests.support.gateways import ROWS, Gateway, eventually, gateway, refused
+
+Request = dataset_service_pb2.UploadDatasetRequest
+
+
+def pieces(content: bytes, size: int = 20, **header: Any) -> Iterator[Request]:
+    yield Request(header=Request.Header(**{"parent": "projects/default", "display_name": "rows.jsonl"} | header))
+    for start in range(0, len(content), size):
+        yield Request(chunk=content[start : start + size])
+
+
+def files(it: Gateway) -> list[Path]:
+    return [path for path in it.settings.home.path.glob("datasets/**/*") if path.is_file()]
+
+
+async def test_an_uploaded_data_set_is_stored_found_listed_and_deleted(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        stub = DatasetServiceStub(it.channel)
+        made = await stub.UploadDataset(pieces(ROWS))
+        assert made.name.startswith("projects/default/datasets/ds-")
+        assert made.format == dataset_pb2.DATASET_FORMAT_PROMPT_COMPLETION
+        assert (made.row_count, made.size_bytes, made.display_name) == (2, len(ROWS), "rows.jsonl")
+        assert made.digest == f"sha256:{hashlib.sha256(ROWS).hexdigest()}"
+        assert [path.read_bytes() for path in files(it)] == [ROWS]
+        dataset_id = made.name.rsplit("/", 1)[1]
+        assert (await it.core.dataset_path("default", dataset_id)).read_bytes() == ROWS
+        assert await stub.GetDataset(dataset_service_pb2.GetDatasetRequest(name=made.name)) == made
+        listed = await stub.ListDatasets(dataset_service_pb2.ListDatasetsRequest(parent="projects/default"))
+        assert list(listed.datasets) == [made]
+        await stub.DeleteDataset(dataset_service_pb2.DeleteDatasetRequest(name=made.name))
+        assert files(it) == []
+        error = await refused(stub.GetDataset(dataset_service_pb2.GetDatasetRequest(name=made.name)))
+        assert isinstance(error, NotFound)
+        assert dataset_id in error.message
+
+
+async def test_a_file_with_bad_lines_is_refused_with_their_count_and_stores_nothing(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        bad = ROWS + b"not json\n" * 30
+        error = await refused(DatasetServiceStub(it.channel).UploadDataset(pieces(bad)))
+        assert isinstance(error, InvalidArgument)
+        assert error.reason == "BAD_DATASET"
+        assert error.metadata["bad_lines"] == "30"
+        assert len(error.violations) == 20
+        assert error.violations[0].field.startswith("line 3")
+        assert files(it) == []
+
+
+async def test_an_upload_over_the_limit_is_refused_by_counting_and_stores_nothing(tmp_path: Path) -> None:
+    async with gateway(tmp_path, GRAFT_GATEWAY_MAX_UPLOAD_BYTES="50") as it:
+        error = await refused(DatasetServiceStub(it.channel).UploadDataset(pieces(ROWS)))
+        assert isinstance(error, ResourceExhausted)
+        assert error.reason == "UPLOAD_TOO_LARGE"
+        assert "GRAFT_GATEWAY_MAX_UPLOAD_BYTES" in error.message
+        assert files(it) == []
+
+
+async def test_a_repeated_upload_returns_the_first_ones_data_set(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        stub = DatasetServiceStub(it.channel)
+        first = await stub.UploadDataset(pieces(ROWS, request_id="one"))
+        assert await stub.UploadDataset(pieces(ROWS, request_id="one")) == first
+        assert len(files(it)) == 1
+
+
+async def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        # The request stream never ends by itself, so that the upload is open when the client cancels.
+        call = DatasetServiceStub(it.channel).UploadDataset()
+        for piece in pieces(ROWS):
+            await call.write(piece)
+        await eventually(lambda: len(files(it)) == 1)
+        call.cancel()
+        await eventually(lambda: files(it) == [])
+
+
+async def test_a_full_disk_is_told_in_a_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(uploads.os, "fsync", full)
+    async with gateway(tmp_path) as it:
+        error = await refused(DatasetServiceStub(it.channel).UploadDataset(pieces(ROWS)))
+        assert isinstance(error, ResourceExhausted)
+        assert error.reason == "DISK_FULL"
+        assert files(it) == []
+
+
+async def test_an_upload_without_its_header_is_refused(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        error = await refused(DatasetServiceStub(it.channel).UploadDataset(iter([Request(chunk=ROWS)])))
+        assert isinstance(error, InvalidArgument)
+        assert error.violations[0].field == "header"
+
+
+async def test_a_data_set_stored_by_nobody_is_not_kept_when_the_row_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gateway(tmp_path) as it:
+
+        async def broken(*_: Any) -> None:
+            raise ValueError("secret detail")
+
+        monkeypatch.setattr(it.store, "create_dataset", broken)
+        error = await refused(DatasetServiceStub(it.channel).UploadDataset(pieces(ROWS)))
+        assert error.code == "INTERNAL"
+        assert "secret" not in error.message
+        assert error.metadata["request_id"] in error.message
+        assert files(it) == []
+
+
+async def test_a_parent_that_is_no_project_is_refused_by_its_form(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        for parent in ("projects/../..", "default", "projects/A b"):
+            error = await refused(DatasetServiceStub(it.channel).UploadDataset(pieces(ROWS, parent=parent)))
+            assert isinstance(error, InvalidArgument)
+            assert error.violations[0].field == "header.parent"
+        assert files(it) == []
