@@ -33,6 +33,9 @@ async def _until(condition: object, seconds: float = 20.0) -> None:
 
 
 SLEEP = "import time; time.sleep(1000)"
+GRANDCHILD = (
+    "import os, time\nwith open(os.environ['GRAFT_TEST_PIDS'], 'a') as f: f.write(f'{os.getpid()} ')\ntime.sleep(1000)"
+)
 
 
 async def test_a_process_starts_only_after_those_it_needs_are_ready(tmp_path: Path) -> None:
@@ -69,19 +72,19 @@ async def test_a_process_that_dies_is_restarted_and_counted(tmp_path: Path) -> N
     assert not supervisor.status_file.exists()
 
 
-async def test_stopping_leaves_no_grandchild_even_one_that_left_its_parent(tmp_path: Path) -> None:
+async def test_stopping_leaves_no_grandchild_even_one_that_left_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pids = tmp_path / "pids"
-    # The child starts a grandchild in a session of its own and another through a parent that ends at once.
+    # The child starts one grandchild in a session of its own, and another through a parent that ends at once.
+    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {GRANDCHILD!r}], start_new_session=True)"
     script = (
         "import subprocess, sys, time\n"
-        f"sleep = [sys.executable, '-c', {SLEEP!r}]\n"
-        "a = subprocess.Popen(sleep, start_new_session=True)\n"
-        "b = subprocess.run([sys.executable, '-c', "
-        '\'import subprocess,sys; print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"],'
-        " start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)'], capture_output=True, text=True).stdout\n"
-        f"open({str(pids)!r}, 'w').write(f'{{a.pid}} {{b}}')\n"
+        f"subprocess.Popen([sys.executable, '-c', {GRANDCHILD!r}], start_new_session=True)\n"
+        f"subprocess.run([sys.executable, '-c', {orphan!r}])\n"
         "time.sleep(1000)\n"
     )
+    monkeypatch.setenv("GRAFT_TEST_PIDS", str(pids))
     supervisor = Supervisor([_process("parent", script, pids)], tmp_path)
     running = asyncio.create_task(supervisor.run())
     await asyncio.wait_for(supervisor.all_ready.wait(), 20)

@@ -1,0 +1,99 @@
+"""Rows to domain types and back. The one place that knows both."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from graft.domain.jobs import (
+    Checkpoint,
+    Event,
+    EventLevel,
+    Hyperparameters,
+    Job,
+    JobError,
+    JobSpec,
+    JobState,
+    Lora,
+    OverLengthPolicy,
+    Progress,
+    Resolved,
+)
+from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
+from graft.store.protocol import AliasWish
+
+Row = RowMapping
+
+
+def spec_to_json(spec: JobSpec) -> dict[str, Any]:
+    """JSON of a specification."""
+    return asdict(spec)
+
+
+def spec_from_json(value: Mapping[str, Any]) -> JobSpec:
+    """The specification of `spec_to_json`."""
+    hyperparameters = dict(value["hyperparameters"])
+    hyperparameters["over_length_policy"] = OverLengthPolicy(hyperparameters["over_length_policy"])
+    lora = dict(value["lora"])
+    lora["target_modules"] = tuple(lora["target_modules"])
+    return JobSpec(**{**value, "lora": Lora(**lora), "hyperparameters": Hyperparameters(**hyperparameters)})
+
+
+_JOB_PLAIN = [
+    field.name
+    for field in fields(Job)
+    if field.name not in {"spec", "state", "error", "resolved", "progress", "metrics"}
+]
+
+
+def job(row: Row) -> Job:
+    """A row of `jobs`."""
+    return Job(
+        **{name: row[name] for name in _JOB_PLAIN},
+        spec=spec_from_json(row["spec"]),
+        state=JobState(row["state"]),
+        error=None if row["error"] is None else JobError(**row["error"]),
+        resolved=tuple(Resolved(**item) for item in row["resolved"]),
+        progress=None if row["progress"] is None else Progress(**row["progress"]),
+        metrics=dict(row["metrics"]),
+    )
+
+
+def dataset(row: Row) -> Dataset:
+    """A row of `datasets`."""
+    values = {field.name: row[field.name] for field in fields(Dataset)}
+    return Dataset(**{**values, "format": DatasetFormat(row["format"])})
+
+
+def event(row: Row) -> Event:
+    """A row of `events`."""
+    values = {field.name: row[field.name] for field in fields(Event)}
+    return Event(**{**values, "level": EventLevel(row["level"])})
+
+
+def checkpoint(row: Row) -> Checkpoint:
+    """A row of `checkpoints`."""
+    return Checkpoint(**{field.name: row[field.name] for field in fields(Checkpoint)})
+
+
+def base_model(row: Row) -> BaseModel:
+    """A row of `base_models`."""
+    values = {field.name: row[field.name] for field in fields(BaseModel)}
+    return BaseModel(**{**values, "target_modules": tuple(row["target_modules"])})
+
+
+def adapter(row: Row) -> Adapter:
+    """A row of `adapters`."""
+    return Adapter(**{field.name: row[field.name] for field in fields(Adapter)})
+
+
+def adapter_version(row: Row) -> AdapterVersion:
+    """A row of `adapter_versions`."""
+    return AdapterVersion(**{field.name: row[field.name] for field in fields(AdapterVersion)})
+
+
+def alias_wish(row: Row) -> AliasWish:
+    """A row of `alias_wishes`."""
+    values = {field.name: row[field.name] for field in fields(AliasWish)}
+    return AliasWish(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})

@@ -1,0 +1,67 @@
+"""The store on SQLAlchemy: SQLite embedded, PostgreSQL by URL. Puts the parts together and migrates the schema."""
+
+from datetime import datetime
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine, make_url, text
+
+from graft.store.database import Database, ping
+from graft.store.datasets import DatasetStore
+from graft.store.jobs import JobStore
+from graft.store.keys import KeyStore
+from graft.store.mirror import MirrorStore
+
+_MIGRATION_LOCK = 0x67726166
+"""PostgreSQL advisory lock ("graf" in ASCII), so that two processes that start together migrate once."""
+
+
+class SqlStore(DatasetStore, JobStore, MirrorStore, KeyStore):
+    """`graft.store.protocol.Store` on one database."""
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self._database.close()
+
+    async def ping(self) -> None:
+        """Raises Unavailable when the database does not answer."""
+        await ping(self._database)
+
+    async def now(self) -> datetime:
+        """The database's clock, UTC."""
+        async with self._database.read() as connection:
+            return await self._database.now(connection)
+
+
+def open_store(url: str) -> SqlStore:
+    """A store on an already migrated database. Connects on first use."""
+    return SqlStore(Database(url))
+
+
+def migrate(url: str) -> None:
+    """Brings the database to the newest schema; creates an SQLite file's folder. Blocking; many may call at once.
+
+    Raises sqlalchemy.exc.OperationalError when the database cannot be reached.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        parsed = parsed.set(drivername="sqlite")
+        if parsed.database and parsed.database != ":memory:":
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(parsed)
+    try:
+        with engine.begin() as connection:
+            if engine.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+            else:
+                # Two processes that start together: the second waits here, then finds nothing to do.
+                connection.exec_driver_sql("PRAGMA busy_timeout=30000")
+                connection.exec_driver_sql("BEGIN EXCLUSIVE")
+            config = Config()
+            config.set_main_option("script_location", "graft.store:migrations")
+            config.set_main_option("path_separator", "os")
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        engine.dispose()

@@ -1,0 +1,75 @@
+"""A real PostgreSQL server for tests: its own folder, its own port, ended with the test session."""
+
+import glob
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def _binary(name: str) -> str | None:
+    versioned = sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"))
+    return versioned[-1] if versioned else shutil.which(name)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """Yields the SQLAlchemy URL of an empty server. Skips aloud where PostgreSQL is missing, and fails there in CI."""
+    initdb, server = _binary("initdb"), _binary("postgres")
+    if initdb is None or server is None:
+        reason = "PostgreSQL's server is missing (Debian: apt-get install postgresql)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="graft-postgres-"))
+    # PostgreSQL refuses to run as root.
+    user = {} if os.geteuid() != 0 else {"user": pwd.getpwnam("nobody").pw_uid, "group": pwd.getpwnam("nobody").pw_gid}
+    if user:
+        os.chown(folder, user["user"], user["group"])
+    data, port = folder / "data", free_port()
+    process = None
+    try:
+        subprocess.run(
+            [initdb, "--pgdata", str(data), "--username=graft", "--auth=trust", "--no-sync", "--encoding=UTF8"],
+            check=True,
+            capture_output=True,
+            cwd=folder,
+            **user,  # type: ignore[call-overload]
+        )
+        with open(folder / "log", "wb") as log:
+            process = subprocess.Popen(
+                [server, "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-c", "fsync=off"],
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+                **user,  # type: ignore[call-overload]
+            )
+        deadline = time.monotonic() + 30
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"PostgreSQL did not start: {(folder / 'log').read_text()}")
+            time.sleep(0.05)
+        yield f"postgresql+psycopg://graft@127.0.0.1:{port}/postgres"
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait(timeout=30)
+        shutil.rmtree(folder)
