@@ -4,18 +4,20 @@
         client = EngineClient(engine.address)
 
 `engine.requests` keeps every body it was sent; `engine.error` makes every call fail with that domain error;
-`engine.refuse` makes generation answer with OpenAI's error object and that HTTP status.
+`engine.refuse` makes generation answer with OpenAI's error object and that HTTP status; `engine.delay_seconds` comes
+before every answer and every piece; `engine.abandoned` counts the streams that their reader left.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-from graft.internal.status import to_status
 
 from graft.domain.errors import GraftError
+from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
 
 WORDS = ("one", " two", " three")
@@ -30,6 +32,8 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.requests: list[tuple[engine_pb2.GenerateRequest, dict[str, Any]]] = []
         self.error: GraftError | None = None
         self.refuse: int | None = None
+        self.delay_seconds = 0.0
+        self.abandoned = 0
         self.replica = engine_pb2.Replica(
             replica="fake-1", base_model=base_model, capacity=4, ready=True, max_lora_rank=64
         )
@@ -50,6 +54,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     async def Generate(self, request: engine_pb2.GenerateRequest, _context: Any) -> engine_pb2.GenerateResponse:
         """OpenAI's answer object with the echo."""
         text = self._take(request)
+        await asyncio.sleep(self.delay_seconds)
         if self.error is not None:
             return engine_pb2.GenerateResponse(error=to_status(self.error))
         if self.refuse is not None:
@@ -83,6 +88,11 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         common = {"id": "cmpl-fake", "created": 0, "model": inner.public_model}
         common["object"] = "chat.completion.chunk" if chat else "text_completion"
         for number, piece in enumerate(pieces):
+            try:
+                await asyncio.sleep(self.delay_seconds)
+            except asyncio.CancelledError:
+                self.abandoned += 1
+                raise
             choice: dict[str, Any] = {"index": 0, "finish_reason": "stop" if number == len(pieces) - 1 else None}
             choice |= {"delta": {"content": piece}} if chat else {"text": piece}
             yield engine_pb2.StreamResponse(http_status=200, data=json.dumps({**common, "choices": [choice]}).encode())

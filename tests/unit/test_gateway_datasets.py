@@ -1,5 +1,6 @@
 """Data sets through the public gRPC door: stored whole or not at all."""
 
+import asyncio
 import errno
 import hashlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from graft.api.v1 import dataset_pb2, dataset_service_pb2
 from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
 from graft.domain.errors import InvalidArgument, NotFound, ResourceExhausted
 from graft.gateway import uploads
-from tests.support.gateways import ROWS, Gateway, eventually, gateway, refused
+from tests.support.gateways import ROWS, Gateway, gateway, refused
 
 Request = dataset_service_pb2.UploadDatasetRequest
 
@@ -79,13 +80,15 @@ async def test_a_repeated_upload_returns_the_first_ones_data_set(tmp_path: Path)
 
 async def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
-        # The request stream never ends by itself, so that the upload is open when the client cancels.
-        call = DatasetServiceStub(it.channel).UploadDataset()
-        for piece in pieces(ROWS):
-            await call.write(piece)
-        await eventually(lambda: len(files(it)) == 1)
-        call.cancel()
-        await eventually(lambda: files(it) == [])
+        for sent in range(6):  # at every stage: what was sent so far would make a legal file
+            call = DatasetServiceStub(it.channel).UploadDataset()
+            for piece in list(pieces(ROWS + ROWS, len(ROWS)))[: sent % 3 + 1]:
+                await call.write(piece)
+            await asyncio.sleep(0.02 * (sent // 3))
+            call.cancel()
+        await asyncio.sleep(0.3)
+        assert files(it) == []
+        assert (await it.core.list_datasets("default")).items == ()
 
 
 async def test_a_full_disk_is_told_in_a_sentence_and_leaves_nothing(

@@ -9,10 +9,10 @@ import pytest
 from graft.api.v1 import generation_pb2
 from graft.api.v1.generation_service_pb2 import GenerateRequest, StreamGenerateRequest
 from graft.api.v1.generation_service_pb2_grpc import GenerationServiceStub
-from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from graft.domain.errors import FailedPrecondition, FieldViolation, InvalidArgument, NotFound, Unavailable
 from graft.domain.resources import BaseModel
 from graft.internal.v1 import engine_pb2
-from tests.support.gateways import BASE, base_model, drained, gateway, refused
+from tests.support.gateways import BASE, base_model, drained, eventually, gateway, refused
 
 
 def chat(model: str, text: str = "hello", **sampling: Any) -> GenerateRequest:
@@ -159,6 +159,24 @@ async def test_a_name_of_megabytes_comes_back_as_a_short_error(tmp_path: Path) -
         error = await refused(GenerationServiceStub(it.channel).Generate(chat("x" * 1_000_000)))
         assert isinstance(error, InvalidArgument)
         assert len(error.message) <= 1000
+
+
+async def test_an_error_in_any_alphabet_stays_below_what_clients_accept(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        fault = FieldViolation("field" * 100, "\N{TEST TUBE}" * 1000)
+        it.engine.error = InvalidArgument("\N{TEST TUBE}" * 1000, reason="BAD_ADAPTER", violations=(fault,) * 30)
+        for _ in range(50):  # beyond the limit gRPC refuses with a probability, not always
+            error = await refused(GenerationServiceStub(it.channel).Generate(chat(BASE)))
+            assert len(error.violations) == 20
+
+
+async def test_a_client_that_leaves_a_stream_frees_the_engine(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        it.engine.delay_seconds = 0.2
+        call = GenerationServiceStub(it.channel).StreamGenerate(StreamGenerateRequest(request=chat(BASE)))
+        assert (await call.read()).text == "[base] "
+        call.cancel()
+        await eventually(lambda: it.engine.abandoned == 1)
 
 
 async def test_a_message_over_the_limit_is_refused(tmp_path: Path) -> None:

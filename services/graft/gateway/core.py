@@ -6,7 +6,8 @@ it. Jobs' states are the orchestrator's; only wishes are written here.
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 from graft.domain.errors import KINDS, Internal, InvalidArgument, NotFound, Unavailable
@@ -112,7 +113,9 @@ class Core:
         await self.store.get_job(project, job_id)
         return await self.store.list_checkpoints(project, job_id)
 
-    async def watch_job(self, project: str, job_id: str, after_sequence: int = 0) -> AsyncIterator[tuple[Event, Job]]:
+    async def watch_job(
+        self, project: str, job_id: str, after_sequence: int = 0
+    ) -> AsyncGenerator[tuple[Event, Job], None]:
         """Events after the cursor with the job as it is, until the job has ended and all its events are sent.
 
         Raises NotFound at once, and Unavailable when the gateway stops: resume from the last sequence.
@@ -246,8 +249,9 @@ class Core:
 
     async def stream(
         self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Answers an OpenAI body as payloads of `data:` lines. Every refusal is raised before the first payload."""
         resolution = await self.resolve(project, generation.model_of(body))
-        async for payload in generation.stream(self.engine, resolution, endpoint, body):
-            yield payload
+        async with aclosing(generation.stream(self.engine, resolution, endpoint, body)) as payloads:
+            async for payload in payloads:
+                yield payload

@@ -3,22 +3,22 @@
 The HTTP edge uses `known` too, so that both protocols tell a defect in the same words.
 """
 
-from dataclasses import replace
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import grpc
 import structlog
 from grpc_status import rpc_status
 
-from graft.domain.errors import GraftError, Internal
+from graft.domain.errors import FieldViolation, GraftError, Internal
 from graft.gateway.requests import current_request_id
 from graft.internal.status import to_status
 
 MAX_VIOLATIONS = 20
-MAX_TEXT_CHARACTERS = 1000
-MAX_FIELD_CHARACTERS = 160
-"""Details travel in gRPC's trailing metadata, of which clients accept 8 KiB by default: 20 violations of 160 characters
-twice would pass it, so names and descriptions share the allowance below."""
+MAX_STATUS_BYTES = 7000
+"""An error travels in trailing metadata, of which clients accept 8 KiB by default and beyond it fail at random."""
+_TEXT_CHARACTERS = (160, 80, 40, 20)
+"""Lengths to clip texts to, until the whole fits: what 20 violations take depends on their alphabet."""
 
 _log = structlog.get_logger("graft.gateway")
 
@@ -38,16 +38,22 @@ def known(error: Exception) -> GraftError:
 
 def clipped(error: GraftError) -> GraftError:
     """The same error, small enough for gRPC's trailing metadata: a request may name things megabytes long."""
+    for most in _TEXT_CHARACTERS:
+        shorter = _shortened(error, most)
+        # Details are sent as base64, and the message a second time, percent-encoded.
+        status_bytes = to_status(shorter).ByteSize() * 4 // 3 + len(quote(shorter.message))
+        if status_bytes <= MAX_STATUS_BYTES:
+            break
+    return shorter
+
+
+def _shortened(error: GraftError, most: int) -> GraftError:
     return type(error)(
-        _clip(error.message, MAX_TEXT_CHARACTERS),
+        _clip(error.message, most * 6),
         reason=error.reason,
-        metadata={_clip(key, 64): _clip(value, MAX_FIELD_CHARACTERS) for key, value in error.metadata.items()},
+        metadata={_clip(key, 40): _clip(value, most) for key, value in list(error.metadata.items())[:10]},
         violations=tuple(
-            replace(
-                violation,
-                field=_clip(violation.field, MAX_FIELD_CHARACTERS // 2),
-                description=_clip(violation.description, MAX_FIELD_CHARACTERS),
-            )
+            FieldViolation(_clip(violation.field, most // 2), _clip(violation.description, most))
             for violation in error.violations[:MAX_VIOLATIONS]
         ),
         retry_after_seconds=error.retry_after_seconds,

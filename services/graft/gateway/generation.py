@@ -1,8 +1,10 @@
 """OpenAI bodies to and from the engine. The bodies themselves are checked by vLLM's own handlers in the replica."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import cast
 
 from graft.domain.errors import (
     FailedPrecondition,
@@ -95,10 +97,12 @@ async def generate(
 
 async def stream(
     engine: EngineClient, resolution: Resolution, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Payloads of `data:` lines, without `[DONE]`. An error object of OpenAI is raised as a domain error."""
     request = engine_pb2.StreamRequest(request=_request(resolution, endpoint, {**body, "stream": True}))
-    async for piece in engine.stream(request):
-        if piece.http_status not in (0, 200):
-            raise refusal(piece.http_status, piece.data)
-        yield piece.data
+    pieces = cast("AsyncGenerator[engine_pb2.StreamResponse, None]", engine.stream(request))
+    async with aclosing(pieces):  # a caller that stops early frees the engine now, not at some garbage collection
+        async for piece in pieces:
+            if piece.http_status not in (0, 200):
+                raise refusal(piece.http_status, piece.data)
+            yield piece.data

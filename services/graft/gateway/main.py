@@ -2,7 +2,8 @@
 
     python -m graft.gateway.main
 
-Exit codes: 0 after a stop on request, 2 when it cannot start (one sentence on standard error says why).
+Exit codes: 0 after a stop on request, 1 when a server ended by itself, 2 when it cannot start (one sentence on
+standard error says why).
 Imports nothing heavy: it is ready in under two seconds.
 """
 
@@ -11,11 +12,12 @@ import signal
 import sys
 import time
 
+import psutil
 import structlog
 from sqlalchemy.exc import OperationalError
 
 from graft import logs
-from graft.domain.errors import FailedPrecondition, GraftError
+from graft.domain.errors import FailedPrecondition, GraftError, Internal
 from graft.gateway import server
 from graft.gateway.auth import Authenticator
 from graft.gateway.core import Core
@@ -29,10 +31,11 @@ from graft.store.sql import migrate, open_store
 _log = structlog.get_logger("graft.gateway")
 
 
-async def serve(settings: Settings, store: Store, engine: EngineClient, stop: asyncio.Event, started: float) -> None:
-    """Serves until `stop` is set, then drains. `started` is the process's `time.perf_counter()` at its begin.
+async def serve(settings: Settings, store: Store, engine: EngineClient, stop: asyncio.Event) -> None:
+    """Serves until `stop` is set, then drains.
 
-    Raises FailedPrecondition when a port, the TLS files or the keys do not allow a start.
+    Raises FailedPrecondition when a port, the TLS files or the keys do not allow a start, and Internal when the HTTP
+    server ends by itself.
     """
     gateway = settings.gateway
     server.check_tls(gateway)
@@ -55,7 +58,7 @@ async def serve(settings: Settings, store: Store, engine: EngineClient, stop: as
             grpc=f"{gateway.host}:{grpc_port}",
             http=f"{gateway.host}:{http_socket.getsockname()[1]}",
             tls=gateway.tls_certificate is not None,
-            seconds=round(time.perf_counter() - started, 2),
+            seconds=round(time.time() - psutil.Process().create_time(), 2),
         )
         await asyncio.wait({stop_task, http_task}, return_when=asyncio.FIRST_COMPLETED)
         stop_task.cancel()
@@ -64,11 +67,13 @@ async def serve(settings: Settings, store: Store, engine: EngineClient, stop: as
         await healthy.enter_graceful_shutdown()
         http.should_exit = True
         await asyncio.gather(grpc_server.stop(gateway.shutdown_grace_seconds), http_task)
+        if not stop.is_set():
+            raise Internal("The HTTP server ended by itself; the lines above say why.", reason="HTTP_ENDED")
     finally:
         http_socket.close()
 
 
-async def run(settings: Settings, started: float) -> None:
+async def run(settings: Settings) -> None:
     """Opens store and engine client, serves, and closes them. SIGTERM and SIGINT stop it."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -79,7 +84,7 @@ async def run(settings: Settings, started: float) -> None:
     try:
         if removed := await asyncio.to_thread(remove_abandoned, settings):
             _log.info("abandoned uploads removed", files=removed)
-        await serve(settings, store, engine, stop, started)
+        await serve(settings, store, engine, stop)
     finally:
         await engine.close()
         await store.close()
@@ -96,13 +101,12 @@ def _migrate(url: str) -> None:
 
 def main() -> int:
     """Returns the exit code."""
-    started = time.perf_counter()
     logs.configure("gateway")
     try:
-        asyncio.run(run(load(), started))
+        asyncio.run(run(load()))
     except GraftError as error:
         print(f"graft gateway: {error.message}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Internal) else 2
     return 0
 
 

@@ -49,7 +49,8 @@ async def resolve(store: Store, project: str, model: str, served: str) -> Resolu
     that is not `served`.
     """
     name = parse_model(model)
-    await store.get_base_model(name.base)
+    if name.adapter is None or name.base != served:  # else the lookup of the version checks the base model too
+        await store.get_base_model(name.base)
     check_served(name.base, served)
     if name.adapter is None:
         return Resolution(name.base, None)

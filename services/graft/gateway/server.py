@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,14 @@ def check_tls(settings: GatewaySettings) -> None:
     if settings.tls_certificate and settings.tls_key:
         _read(settings.tls_certificate, "TLS_CERTIFICATE")
         _read(settings.tls_key, "TLS_KEY")
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+        except ssl.SSLError as error:
+            raise FailedPrecondition(
+                f"The TLS files do not make a pair ({error.reason or error}): GRAFT_GATEWAY_TLS_CERTIFICATE must be a "
+                "PEM chain, and GRAFT_GATEWAY_TLS_KEY its unencrypted PEM key.",
+                reason="TLS_MISMATCH",
+            ) from None
 
 
 def _read(path: Path, setting: str) -> bytes:

@@ -56,7 +56,7 @@ class Upload:
         if self._request_id is not None:
             self._first = await self._rows.find_dataset_by_request(self._project, self._request_id)
         if self._first is None:
-            self._file = await asyncio.to_thread(self._open)
+            self._file = self._open()  # not in a thread: a cancelled await would leave the file without an owner
         return self
 
     async def __aexit__(
@@ -88,13 +88,16 @@ class Upload:
         """Stores the data set. Raises InvalidArgument (BAD_DATASET) with the bad lines; nothing is stored then."""
         if self._first is not None:
             return self._first
+        # gRPC ends the stream of a client that left as if it were complete, and cancels a moment later: proving takes
+        # longer than that moment, so that half a file is dropped here.
+        report = await asyncio.to_thread(self._prove)
         # Shielded: a client that leaves now must not part the row from its file.
-        self._finishing = asyncio.ensure_future(self._store())
+        self._finishing = asyncio.ensure_future(self._store(report))
         return await asyncio.shield(self._finishing)
 
-    async def _store(self) -> Dataset:
-        report = await asyncio.to_thread(self._prove)
+    async def _store(self, report: FileReport) -> Dataset:
         try:
+            await asyncio.to_thread(self._rename)
             dataset = Dataset(
                 id=self._id,
                 project=self._project,
@@ -126,19 +129,23 @@ class Upload:
         self._validator.feed(chunk)
 
     def _prove(self) -> FileReport:
-        """Validates to the end, then makes the file durable under its name: fsync, rename, fsync of the folder."""
+        """Validates to the end and makes the content durable."""
         assert self._file is not None
         report = self._validator.finish()
         with _full_disk_told():
             self._file.flush()
             os.fsync(self._file.fileno())
+        return report
+
+    def _rename(self) -> None:
+        """Gives the file its name, durably."""
+        with _full_disk_told():
             self._temporary.rename(self._target)
             folder = os.open(self._target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        return report
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from graft.api.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc
@@ -46,15 +47,16 @@ class GenerationService(generation_service_pb2_grpc.GenerationServiceServicer):
         body["stream_options"] = {"include_usage": True}
         project = parent_project(request.request.parent, "request.parent")
         last = generation_service_pb2.StreamGenerateResponse()
-        async for payload in self._core.stream(project, endpoint, body):
-            told = json.loads(payload)
-            last.model = told.get("model") or last.model
-            if told.get("usage"):
-                last.usage.CopyFrom(_usage(told["usage"]))
-            for choice in told.get("choices", ()):
-                last.finish_reason = choice.get("finish_reason") or last.finish_reason
-                if text := _text(choice, "delta"):
-                    yield generation_service_pb2.StreamGenerateResponse(model=last.model, text=text)
+        async with aclosing(self._core.stream(project, endpoint, body)) as payloads:
+            async for payload in payloads:
+                told = json.loads(payload)
+                last.model = told.get("model") or last.model
+                if told.get("usage"):
+                    last.usage.CopyFrom(_usage(told["usage"]))
+                for choice in told.get("choices", ()):
+                    last.finish_reason = choice.get("finish_reason") or last.finish_reason
+                    if text := _text(choice, "delta"):
+                        yield generation_service_pb2.StreamGenerateResponse(model=last.model, text=text)
         yield last
 
 
