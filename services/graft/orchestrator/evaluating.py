@@ -1,0 +1,180 @@
+"""EVALUATING: proves in the engine that will serve it that the adapter is the one that was trained, and promotes it.
+
+Parity: the trainer scored a few examples after its last step (`graft.json`); the engine scores the same tokens with the
+loaded version. A wrong scale, a missing module or a mixed-up file shows as a difference of tenths of a nat and more.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from graft.domain.errors import FailedPrecondition, Internal, Unavailable
+from graft.domain.jobs import EventLevel, JobState
+from graft.domain.names import registered_model
+from graft.domain.resources import AdapterVersion
+from graft.internal.v1 import engine_pb2
+from graft.orchestrator.context import Context
+from graft.orchestrator.ports import Engine
+from graft.orchestrator.registering import REGISTERED
+
+PARITY_NATS = 0.05
+"""Largest allowed difference of the mean log-probability of a probe's completion, per token. Both sides compute in
+float32; what remains is the order of summation (1e-4 and less), and 0.05 would change no answer that matters."""
+GENERATE_TIMEOUT_SECONDS = 120.0
+"""A probe is one prefill; a busy engine answers it after what is queued."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An example as the trainer scored it."""
+
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    mean_logprob: float
+    """Mean over the completion's tokens, in nats."""
+
+
+async def evaluate(context: Context) -> None:
+    """Loads the version, proves parity, applies the gate. Raises FailedPrecondition PARITY_FAILED."""
+    job, parts = context.job, context.parts
+    said = context.said.get(REGISTERED)
+    if said is None:
+        raise Internal(f"Job {job.id!r} is evaluated, but none of its events names its version.", reason="NO_VERSION")
+    version = await parts.store.resolve_version(
+        job.project, job.spec.base_model, job.adapter, version=int(str(said["version"])), alias=None
+    )
+    adapter = adapter_ref(version)
+    loaded = await context.patiently("The engine", lambda: parts.engine.load(adapter))
+    metrics = {"adapter_bytes": float(version.size_bytes), "load_seconds": loaded.load_seconds}
+    if isinstance(started := said.get("publish_start_time_seconds"), int | float):
+        metrics["publish_seconds"] = max(time.time() - started, 0.0)
+    await context.say("loaded", f"{version.model} is loaded.", {"load_seconds": loaded.load_seconds}, metrics=metrics)
+
+    probes = read_probes(context.output_dir / "adapter" / "graft.json")
+    fitting = [probe for probe in probes if _fits(probe, parts.settings.serving.context_tokens)]
+    if not fitting:
+        raise FailedPrecondition(
+            f"None of the {len(probes)} probes of {version.model} can be scored by the engine, so that nothing proves "
+            "that it serves what was trained.",
+            reason="PARITY_FAILED",
+        )
+    difference = 0.0
+    for probe in fitting:
+        mean_logprob = await context.patiently("The engine", partial(score, parts.engine, adapter, probe))
+        difference = max(difference, abs(mean_logprob - probe.mean_logprob))
+    text = f"Parity of {version.model} over {len(fitting)} probes: the engine differs by at most {difference:.4f} nats."
+    passed = difference <= PARITY_NATS  # false for NaN too
+    await context.say(
+        "parity",
+        text,
+        {"max_abs_difference": difference, "probes": len(fitting), "limit": PARITY_NATS},
+        level=EventLevel.INFO if passed else EventLevel.ERROR,
+        metrics={"parity_max_abs_difference": difference},
+    )
+    if not passed:
+        await context.patiently("The engine", lambda: parts.engine.unload(version.digest))
+        raise FailedPrecondition(
+            f"The engine does not compute what was trained: its log-probabilities differ by up to {difference:.4f} "
+            f"nats a token from the trainer's, and {PARITY_NATS} is allowed. {version.model} gets no alias.",
+            reason="PARITY_FAILED",
+            metadata={"max_abs_difference": f"{difference:.6f}"},
+        )
+    if await context.patiently("The registry", lambda: context.mirror.promote_first(version)):
+        await context.say("champion", f"{version.model} is its adapter's champion.")
+    tracker = context.track(await context.material())
+    tracker.log(context.job.metrics, context.job.progress.step if context.job.progress else 0)
+    tracker.finish("FINISHED")
+    await context.move(
+        JobState.SUCCEEDED, f"{version.model} is trained, proven and loaded.", fine_tuned_model=version.model
+    )
+
+
+def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:
+    """The version as the engine is told of it."""
+    return engine_pb2.AdapterRef(
+        model=version.model,
+        registered_model=registered_model(version.project, version.base_model, version.adapter),
+        version=version.version,
+        digest=version.digest,
+    )
+
+
+def read_probes(path: Path) -> list[Probe]:
+    """The probes of a run's `graft.json`. Raises FailedPrecondition when the file cannot be read as that."""
+    try:
+        return [
+            Probe(
+                [int(token) for token in probe["prompt_token_ids"]],
+                [int(token) for token in probe["completion_token_ids"]],
+                float(probe["mean_logprob"]),
+            )
+            for probe in json.loads(path.read_text())["probes"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FailedPrecondition(
+            f"The run's {path.name} holds no readable probes ({type(error).__name__}: {error}).",
+            reason="PARITY_FAILED",
+        ) from error
+
+
+async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) -> float:
+    """The engine's mean log-probability of the probe's completion, in nats a token.
+
+    `prompt_logprobs: 0` is vLLM's extension of the completions API: for each prompt token its own log-probability.
+    Raises Unavailable while the engine cannot answer, FailedPrecondition for an answer without scores.
+    """
+    body = {
+        "model": adapter.model,
+        "prompt": [*probe.prompt_token_ids, *probe.completion_token_ids],
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": 0,
+    }
+    response = await engine.generate(
+        engine_pb2.GenerateRequest(
+            endpoint=engine_pb2.ENDPOINT_COMPLETIONS,
+            body=json.dumps(body).encode(),
+            adapter=adapter,
+            public_model=adapter.model,
+        ),
+        GENERATE_TIMEOUT_SECONDS,
+    )
+    if response.http_status in (429, 503):
+        raise Unavailable("The engine is overloaded.", reason="ENGINE_OVERLOADED")
+    if response.http_status != 200:
+        raise FailedPrecondition(
+            f"The engine refused to score a probe of {adapter.model} (HTTP {response.http_status}): "
+            f"{_message(response.body)}",
+            reason="PARITY_FAILED",
+        )
+    try:
+        positions: list[Any] = json.loads(response.body)["choices"][0]["prompt_logprobs"]
+        first = len(probe.prompt_token_ids)
+        logprobs = [
+            float(positions[first + index][str(token)]["logprob"])
+            for index, token in enumerate(probe.completion_token_ids)
+        ]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise FailedPrecondition(
+            f"The engine's answer for a probe of {adapter.model} has no prompt_logprobs for each of its tokens "
+            f"({type(error).__name__}: {error}).",
+            reason="PARITY_FAILED",
+        ) from error
+    return sum(logprobs) / len(logprobs)
+
+
+def _fits(probe: Probe, context_tokens: int) -> bool:
+    # The engine must have room for the one token that every request generates.
+    return bool(probe.completion_token_ids) and (
+        len(probe.prompt_token_ids) + len(probe.completion_token_ids) < context_tokens
+    )
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return "no reason was given"

@@ -1,0 +1,211 @@
+"""RUNNING: a run's reports become progress, events, checkpoints and MLflow metrics, each once.
+
+Every stored event carries the sequence of the report that it came from. The highest one of an attempt is the cursor
+from which the next owner of the job goes on polling.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import ParamSpec, TypeVar
+
+from graft.domain.errors import KINDS, FailedPrecondition, Internal, Unavailable
+from graft.domain.jobs import Checkpoint, EventLevel, JobState, Progress
+from graft.orchestrator.context import Context
+from graft.orchestrator.ports import Report, RunStatus
+from graft.orchestrator.threads import call
+from graft.orchestrator.tracking import Tracker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ENDS = ("finished", "failed", "cancelled")
+_PROGRESS = tuple(item.name for item in fields(Progress))
+
+
+async def ask_ray(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls Ray in a thread. Raises Unavailable when Ray itself does not answer."""
+    try:
+        return await call(function, *args, **kwargs)
+    except Exception as error:
+        # Ray's own exceptions are known by their module: importing ray here would cost every test two seconds.
+        if type(error).__module__.partition(".")[0] == "ray" or isinstance(error, ConnectionError | TimeoutError):
+            raise Unavailable(
+                f"The training cluster does not answer ({type(error).__name__}).", reason="RAY_UNAVAILABLE"
+            ) from error
+        raise
+
+
+async def poll(context: Context, after_sequence: int) -> RunStatus:
+    """The current attempt's run, with its reports after `after_sequence`."""
+    job = context.job
+    return await context.patiently(
+        "The training cluster",
+        lambda: ask_ray(context.parts.runs.poll, job.id, job.attempt, after_sequence),
+    )
+
+
+async def stop_run(context: Context) -> None:
+    """Ends the current attempt's run and frees what it holds. Idempotent. Raises Aborted when the lease is lost."""
+    job = context.job
+    await context.record()  # the store's fence: another owner's run must not be ended by us
+    await ask_ray(context.parts.runs.cancel, job.id, job.attempt)
+    await ask_ray(context.parts.runs.release, job.id, job.attempt)
+
+
+async def follow(context: Context) -> None:
+    """Follows the run to its end. Raises what it failed with."""
+    end = context.said.get(_end_key(context))
+    if end is None:
+        tracker = context.track(await context.material())
+        end = await _Follower(context, tracker).follow()
+    if end is None:
+        await give_up_attempt(context)
+    elif end["kind"] == "finished":
+        await context.move(JobState.REGISTERING, "Training has finished.")
+    elif end["kind"] == "failed":
+        kind = KINDS.get(str(end.get("code", "")), Internal)
+        raise kind(
+            str(end.get("message") or "Training failed without a message."),
+            reason=str(end.get("reason") or "TRAINING_FAILED"),
+        )
+    else:
+        raise FailedPrecondition("The run was cancelled, and not by a request to Graft.", reason="RUN_CANCELLED")
+
+
+async def give_up_attempt(context: Context) -> None:
+    """The run died without a last report: the next attempt, or the end. Raises Unavailable after the last one."""
+    job, most = context.job, context.parts.limits.max_attempts
+    if job.attempt >= most:
+        raise Unavailable(
+            f"The training run died {most} times without a report of why. Look for killed workers (memory, lost nodes) "
+            f"in Ray's logs; the last output is under runs/{job.id}/{job.attempt} in Graft's home.",
+            reason="RUN_LOST",
+        )
+    await stop_run(context)
+    context.track(None).finish("FAILED")
+    context.room.free(job.id)
+    await context.move(
+        JobState.QUEUED,
+        f"The training run died without a report (attempt {job.attempt} of {most}). Trying again.",
+        next_attempt=True,
+    )
+
+
+def _end_key(context: Context) -> str:
+    return f"end-{context.job.attempt}"
+
+
+@dataclass
+class _Follower:
+    context: Context
+    tracker: Tracker
+    pending: Report | None = None
+    """The newest metrics report that no event tells yet."""
+    kept_report_seconds: float = float("-inf")
+    kept_wall_seconds: float = float("-inf")
+    seen: int = field(init=False)
+    """Sequence of the last report taken; the stored cursor stays behind it while metrics are pending."""
+
+    def __post_init__(self) -> None:
+        self.seen = self.context.cursor
+
+    async def follow(self) -> dict[str, object] | None:
+        """Data of the end's event, or None when the run is gone without one."""
+        while True:
+            status = await poll(self.context, self.seen)
+            end = await self._take(status.reports)
+            if end is not None:
+                return end
+            if not status.reports and not (status.exists and status.alive):
+                await self._flush()
+                return None
+            if status.alive:
+                await asyncio.sleep(self.context.parts.settings.orchestrator.poll_seconds)
+
+    async def _take(self, reports: Sequence[Report]) -> dict[str, object] | None:
+        interval_seconds = self.context.parts.limits.event_interval_seconds
+        for report in reports:
+            self.seen = report.sequence
+            if report.kind == "metrics":
+                self._log(report)
+                self.pending = report
+                if report.time_seconds - self.kept_report_seconds >= interval_seconds:
+                    await self._flush()
+                continue
+            await self._flush()
+            if report.kind == "checkpoint":
+                await self._checkpoint(report)
+            elif report.kind in ENDS:
+                return await self._end(report)
+            else:
+                await self._message(report)
+        if time.monotonic() - self.kept_wall_seconds >= interval_seconds:
+            await self._flush()
+        return None
+
+    def _log(self, report: Report) -> None:
+        metrics = {name: value for name, value in _numbers(report.data).items() if name not in ("step", "total_steps")}
+        self.tracker.log(metrics, _step(report))
+
+    def _data(self, report: Report) -> dict[str, object]:
+        return {**report.data, "attempt": self.context.job.attempt, "report": report.sequence}
+
+    async def _flush(self) -> None:
+        report, self.pending = self.pending, None
+        if report is None:
+            return
+        self.kept_report_seconds, self.kept_wall_seconds = report.time_seconds, time.monotonic()
+        before = self.context.job.progress or Progress()
+        told = {name: value for name, value in _numbers(report.data).items() if name in _PROGRESS}
+        for name in ("step", "total_steps", "trained_tokens"):
+            if name in told:
+                told[name] = int(told[name])
+        progress = replace(before, **told)  # type: ignore[arg-type] # names are Progress's own, values its numbers
+        message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}."
+        await self.context.record(progress=progress, event=(EventLevel.INFO, "metrics", message, self._data(report)))
+        self.context.cursor = report.sequence
+
+    async def _checkpoint(self, report: Report) -> None:
+        metrics = report.data.get("metrics")
+        checkpoint = Checkpoint(
+            step=_step(report),
+            create_time=await self.context.parts.store.now(),
+            uri=str(report.data.get("uri") or report.data.get("path") or ""),
+            attempt=self.context.job.attempt,
+            metrics=_numbers(metrics) if isinstance(metrics, dict) else {},
+        )
+        event = (EventLevel.INFO, "checkpoint", f"Checkpoint at step {checkpoint.step}.", self._data(report))
+        await self.context.record(checkpoint=checkpoint, event=event)
+        self.context.cursor = report.sequence
+
+    async def _message(self, report: Report) -> None:
+        level = report.data.get("level")
+        known = level if isinstance(level, str) and level in set(EventLevel) else EventLevel.INFO
+        text = str(report.data.get("message") or ("Training has started." if report.kind == "started" else report.kind))
+        await self.context.record(event=(EventLevel(known), "message", text, self._data(report)))
+        self.context.cursor = report.sequence
+
+    async def _end(self, report: Report) -> dict[str, object]:
+        texts = {
+            "finished": "The last step is done.",
+            "failed": "The run has failed.",
+            "cancelled": "The run was stopped.",
+        }
+        data = {**self._data(report), "kind": report.kind}
+        metrics = _numbers(report.data) if report.kind == "finished" else None
+        await self.context.say(_end_key(self.context), texts[report.kind], data, metrics=metrics)
+        self.context.cursor = report.sequence
+        return data
+
+
+def _step(report: Report) -> int:
+    step = report.data.get("step", 0)
+    return int(step) if isinstance(step, int | float) else 0
+
+
+def _numbers(data: dict[str, object]) -> dict[str, float]:
+    return {
+        name: value for name, value in data.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }

@@ -1,0 +1,131 @@
+"""The orchestrator's process: connects the loop to the store, Ray, MLflow and the engine, and ends well on SIGTERM.
+
+The stack migrates the store before. Runs are detached: they outlive this process, and its successor adopts them.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+
+import structlog
+
+from graft import settings as graft_settings
+from graft.domain.errors import GraftError
+from graft.internal.engine_client import EngineClient
+from graft.orchestrator.loop import Orchestrator
+from graft.orchestrator.ports import Parts
+from graft.orchestrator.preparer import TokenizingPreparer
+from graft.orchestrator.threads import call
+from graft.registry.base_models import ensure_base_model, load_catalog
+from graft.registry.mlflow_registry import Registry
+from graft.settings import Settings
+from graft.store.sql import open_store
+from graft.training.run import RayRuns
+
+log = structlog.get_logger()
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A lost MLflow is noticed and told within seconds; our own callers try again. Its default is 7 tries with back-off,
+    # each of up to 120 s, in which nobody knows what is wrong.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # The tokenizer runs in threads beside others.
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def configure_logging() -> None:
+    """One JSON object a line on standard output."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+
+
+def connect_ray(settings: Settings) -> None:
+    """Joins the cluster as a driver. Raises ConnectionError when nothing answers at its address."""
+    import ray
+
+    ray.init(
+        address=settings.ray_address,
+        namespace="graft",
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        configure_logging=False,
+    )
+
+
+def cluster_cpus() -> float:
+    """All CPUs of the cluster, those in use too."""
+    import ray
+
+    return float(ray.cluster_resources().get("CPU", 0.0))
+
+
+async def serve(settings: Settings) -> None:
+    """Until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    store = open_store(settings.store_url)
+    engine = EngineClient(settings.engine_address)
+    try:
+        await call(ensure_base_model, settings, settings.serving.base_model)
+        await store.replace_base_models(await call(load_catalog, settings))
+        orchestrator = Orchestrator(
+            Parts(
+                store=store,
+                runs=RayRuns(),
+                registry=Registry(settings.tracking_uri, settings.home.cache),
+                engine=engine,
+                preparer=TokenizingPreparer(settings),
+                capacity=cluster_cpus,
+                settings=settings,
+            )
+        )
+        work = asyncio.create_task(orchestrator.run())
+        stopping = asyncio.create_task(stop.wait())
+        log.info("orchestrator_ready", owner=orchestrator.owner)
+        await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await work
+    finally:
+        await engine.close()
+        await store.close()
+    log.info("orchestrator_stopped")
+
+
+def main() -> int:
+    """Exit code 0 after a stop that was asked for, 1 when it cannot work."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    configure_logging()
+    try:
+        settings = graft_settings.load()
+        connect_ray(settings)
+        asyncio.run(serve(settings))
+    except GraftError as error:
+        log.error("orchestrator_failed", error=error.message, reason=error.reason)
+        return 1
+    except ConnectionError as error:
+        log.error("ray_unreachable", error=f"No Ray cluster answers: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

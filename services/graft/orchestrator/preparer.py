@@ -1,0 +1,66 @@
+"""Reads a job's data as training will: the base model's own tokenizer, the job's context and policy.
+
+transformers is imported on the first job, not at start: it takes seconds that the other parts need then.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from graft.data.prepare import DataStats, prepare
+from graft.domain.errors import InvalidArgument, NotFound
+from graft.domain.jobs import Job
+from graft.domain.resources import BaseModel, Dataset
+from graft.orchestrator.ports import PreparedData
+from graft.settings import Settings
+from graft.training.derive import derive
+from graft.training.run import RunSpec, run_spec
+
+
+class TokenizingPreparer:
+    """The real Preparer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
+        """Tokenises every row. Raises NotFound for a missing file, InvalidArgument for data that cannot be used."""
+        training_stats = self._stats(job, base, dataset)
+        validation_stats = self._stats(job, base, validation) if validation is not None else None
+        return PreparedData(training_stats, validation_stats, derive(job.spec, base, training_stats))
+
+    def plan(
+        self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
+    ) -> RunSpec:
+        """The run's specification from the job's resolved hyperparameters."""
+        return run_spec(job, base, dataset, validation, output_dir)
+
+    def _stats(self, job: Job, base: BaseModel, dataset: Dataset) -> DataStats:
+        path = Path(dataset.uri)
+        if not path.is_file():
+            raise NotFound(
+                f"The file of data set {dataset.id!r} is gone from the store's disk. Upload it again.",
+                reason="DATASET_FILE_MISSING",
+                metadata={"dataset": dataset.id},
+            )
+        hyperparameters = job.spec.hyperparameters
+        longest = min(base.context_tokens, self._settings.serving.context_tokens)
+        context_tokens = hyperparameters.context_tokens or longest
+        prepared = prepare(
+            path, dataset.format, _tokenizer(base.path), context_tokens, hyperparameters.over_length_policy
+        )
+        if not prepared.examples:
+            raise InvalidArgument(
+                f"Data set {dataset.id!r} leaves nothing to train on: of {prepared.stats.row_count} rows "
+                f"{prepared.stats.over_length_count} are longer than the context of {context_tokens} tokens.",
+                reason="NO_EXAMPLES",
+                metadata={"dataset": dataset.id},
+            )
+        return prepared.stats
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -1,0 +1,77 @@
+"""Who may train now: the cluster's CPUs shared among this orchestrator's jobs, oldest first.
+
+Does not place anything: Ray does. It only keeps jobs QUEUED that Ray could not place, so that their state tells the
+truth. Order is strict: a wide job at the head is not overtaken for ever by narrow ones behind it.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from graft.domain.errors import FailedPrecondition
+from graft.domain.jobs import Job
+from graft.orchestrator.ports import Parts
+from graft.orchestrator.threads import call
+
+
+def worker_count(job: Job) -> int:
+    """Workers of the job's run, one CPU each; 1 until it is derived."""
+    return resolved_int(job, "num_workers", 1)
+
+
+def resolved_int(job: Job, name: str, default: int) -> int:
+    """A hyperparameter as used, or `default` until it is derived."""
+    found = next((item.value for item in job.resolved if item.name == name), default)
+    return int(found) if isinstance(found, int | float) else default
+
+
+@dataclass
+class Room:
+    """Jobs that hold CPUs, and those that wait for some."""
+
+    parts: Parts
+    _held: dict[str, int] = field(default_factory=dict)
+    _waiting: dict[str, datetime] = field(default_factory=dict)
+
+    def hold(self, job: Job) -> None:
+        """Counts an adopted job that trains already."""
+        self._held[job.id] = worker_count(job)
+
+    def free(self, job_id: str) -> None:
+        """Gives back what a job holds, if it holds anything."""
+        self._held.pop(job_id, None)
+
+    async def enter(self, job: Job) -> None:
+        """Waits until the job may train and holds its CPUs. Raises FailedPrecondition if it can never fit."""
+        workers = worker_count(job)
+        self._waiting[job.id] = job.create_time
+        too_small_since: float | None = None
+        try:
+            while True:
+                # Only the head asks: a hundred waiting jobs must not be a hundred questions a turn.
+                cpus = await call(self.parts.capacity) if self._first() == job.id else 0.0
+                if 0 < cpus < workers:
+                    too_small_since = too_small_since or time.monotonic()
+                    if time.monotonic() - too_small_since >= self.parts.limits.never_fits_seconds:
+                        raise FailedPrecondition(
+                            f"The job asks for {workers} workers of one CPU each, and the cluster has {cpus:g}. "
+                            "Ask for fewer workers (num_workers), or add nodes.",
+                            reason="DOES_NOT_FIT",
+                            metadata={"workers": str(workers), "cpus": f"{cpus:g}"},
+                        )
+                else:
+                    too_small_since = None
+                    if self._fits(workers, cpus):
+                        self._held[job.id] = workers
+                        return
+                await asyncio.sleep(self.parts.settings.orchestrator.poll_seconds)
+        finally:
+            self._waiting.pop(job.id, None)
+
+    def _first(self) -> str:
+        return min(self._waiting, key=lambda job_id: (self._waiting[job_id], job_id))
+
+    def _fits(self, workers: int, cpus: float) -> bool:
+        most = self.parts.settings.orchestrator.max_concurrent_jobs
+        return sum(self._held.values()) + workers <= cpus and (most == 0 or len(self._held) < most)

@@ -1,0 +1,109 @@
+"""A job's straight way: one function a state, each safe to run again from its start.
+
+A step reads what is there, does what is missing and moves the job on. It never asks who did the rest: that is how
+another orchestrator adopts the job exactly where it is. Cancellation, failure and the lease are the loop's.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from graft.domain.jobs import EventLevel, JobState, Resolved
+from graft.orchestrator.context import Context
+from graft.orchestrator.evaluating import evaluate
+from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
+from graft.orchestrator.ports import PreparedData
+from graft.orchestrator.registering import register
+from graft.orchestrator.threads import call, to_the_end
+
+__all__ = ["STEPS"]
+
+
+async def validate(context: Context) -> None:
+    """VALIDATING: reads the data as training will and fixes every hyperparameter. Raises what is wrong with them."""
+    if not context.job.resolved:
+        material = await context.material()
+        prepared = await call(
+            context.parts.preparer.prepare, context.job, material.base, material.dataset, material.validation
+        )
+        await _tell_data(context, prepared)
+        await context.say(
+            "resolved",
+            "Hyperparameters: " + ", ".join(f"{item.name}={_value(item)}" for item in prepared.resolved) + ".",
+            {
+                "hyperparameters": {
+                    item.name: {"value": item.value, "derived": item.derived, "reason": item.reason}
+                    for item in prepared.resolved
+                }
+            },
+            resolved=prepared.resolved,
+        )
+    await context.move(JobState.QUEUED, "The data is valid. Waiting for room to train.")
+
+
+async def queue(context: Context) -> None:
+    """QUEUED: waits for CPUs. Raises FailedPrecondition for a job that can never have them."""
+    await context.room.enter(context.job)
+    await context.move(JobState.STARTING, "Starting the training workers.")
+
+
+async def start(context: Context) -> None:
+    """STARTING: starts the run, or finds it started, and waits for its first report."""
+    job, parts = context.job, context.parts
+    material = await context.material()
+    context.track(material)
+    spec = parts.preparer.plan(job, material.base, material.dataset, material.validation, context.output_dir)
+    await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
+    while not (status := await poll(context, 0)).reports:
+        if not (status.exists and status.alive):
+            await give_up_attempt(context)
+            return
+        await asyncio.sleep(parts.settings.orchestrator.poll_seconds)
+    await context.move(JobState.RUNNING, "Training.")
+
+
+async def run(context: Context) -> None:
+    """RUNNING: follows the run."""
+    await follow(context)
+
+
+def _value(item: Resolved) -> str:
+    return "/".join(item.value) if isinstance(item.value, list) else str(item.value)
+
+
+async def _tell_data(context: Context, prepared: PreparedData) -> None:
+    policy = context.job.spec.hyperparameters.over_length_policy
+    parts = [("training", prepared.training), ("validation", prepared.validation)]
+    for name, stats in parts:
+        if stats is None:
+            continue
+        text = (
+            f"The {name} data: {stats.row_count} rows, {stats.example_count} examples, {stats.tokens} tokens "
+            f"({stats.completion_tokens} of completions), the longest example {stats.longest_tokens}."
+        )
+        if stats.over_length_count:
+            text += f" {stats.over_length_count} are longer than the context; policy: {policy.value}."
+        await context.say(
+            f"data-{name}",
+            text,
+            {
+                "row_count": stats.row_count,
+                "example_count": stats.example_count,
+                "tokens": stats.tokens,
+                "completion_tokens": stats.completion_tokens,
+                "longest_tokens": stats.longest_tokens,
+                "median_tokens": stats.median_tokens,
+                "over_length_count": stats.over_length_count,
+                "over_length_policy": policy.value,
+            },
+            level=EventLevel.WARN if stats.over_length_count else EventLevel.INFO,
+        )
+
+
+STEPS: dict[JobState, Callable[[Context], Awaitable[None]]] = {
+    JobState.VALIDATING: validate,
+    JobState.QUEUED: queue,
+    JobState.STARTING: start,
+    JobState.RUNNING: run,
+    JobState.REGISTERING: register,
+    JobState.EVALUATING: evaluate,
+}
