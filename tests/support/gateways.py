@@ -44,6 +44,7 @@ class Gateway:
     engine: FakeEngine
     settings: Settings
     channel: grpc.aio.Channel
+    address: str
 
 
 def base_model() -> BaseModel:
@@ -100,7 +101,7 @@ async def gateway(tmp_path: Path, **variables: str) -> AsyncIterator[Gateway]:
         await server.tell_serving(healthy)
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield Gateway(core, store, engine, settings, channel)
+                yield Gateway(core, store, engine, settings, channel, f"127.0.0.1:{port}")
         finally:
             core.drain()
             await running.stop(None)
