@@ -1,0 +1,254 @@
+"""The body of `POST /v1/fine_tuning/jobs` to a JobSpec.
+
+Types and names are checked here, all faults together; ranges and existence are the core's. What OpenAI's fields cannot
+say is taken from `graft`, which clients send with `extra_body`:
+
+    {"graft": {"lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+               "hyperparameters": {"learning_rate": 2e-4, "max_steps": 100, "over_length_policy": "truncate"}}}
+
+`graft.hyperparameters` takes every field of `graft.domain.jobs.Hyperparameters` by its name.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from graft.domain.errors import FieldViolation, GraftError, InvalidArgument
+from graft.domain.jobs import Hyperparameters, JobSpec, Lora, OverLengthPolicy
+from graft.gateway.checks import METHODS
+
+T = TypeVar("T")
+
+AUTO = "auto"
+_OPENAI = {"n_epochs": "epochs", "batch_size": "batch_size"}
+"""OpenAI's hyperparameters by Graft's names."""
+_PARAMS = {
+    "base_model": "model",
+    "training_dataset": "training_file",
+    "validation_dataset": "validation_file",
+    "method": "method.type",
+}
+"""Graft's fields by OpenAI's names, for refusals of the core."""
+
+
+def job_spec(body: dict[str, object]) -> JobSpec:
+    """What a client asked for. Raises InvalidArgument naming every field that is unknown or cannot be honoured."""
+    faults: list[FieldViolation] = []
+    top = _Object(body, "", faults)
+    graft = top.object("graft")
+    chosen = _Chosen(faults)
+    method = _read_method(top, chosen)
+    _read_openai(top.object("hyperparameters"), chosen)
+    chosen.put("seed", top.take("seed", _whole), "seed")
+    policy = _read_graft(graft.object("hyperparameters"), chosen)
+    lora = graft.object("lora")
+    spec = JobSpec(
+        base_model=top.required("model"),
+        training_dataset=top.required("training_file"),
+        validation_dataset=top.take("validation_file", _text),
+        suffix=top.take("suffix", _text) or None,
+        method=method,
+        lora=Lora(
+            rank=lora.take("rank", _whole) or 0,
+            alpha=lora.take("alpha", _number) or 0.0,
+            dropout=lora.take("dropout", _number) or 0.0,
+            target_modules=lora.take("target_modules", _texts) or (),
+        ),
+        hyperparameters=Hyperparameters(**chosen.values, over_length_policy=policy),
+        metadata=top.take("metadata", _pairs) or {},
+    )
+    if top.take("integrations", lambda value: value):
+        faults.append(FieldViolation("integrations", "are not supported; every job is tracked in MLflow"))
+    for read in (lora, graft, top):
+        read.finish()
+    if faults:
+        raise InvalidArgument(_sentences(faults), reason="INVALID_JOB", violations=tuple(faults))
+    return spec
+
+
+def in_openai_names(error: GraftError, body: dict[str, object]) -> GraftError:
+    """A refusal of the core with its fields named as in `body`."""
+    if not error.violations:
+        return error
+    faults = [FieldViolation(_param(fault.field, body), fault.description) for fault in error.violations]
+    return type(error)(_sentences(faults), reason=error.reason, metadata=error.metadata, violations=tuple(faults))
+
+
+def _sentences(faults: list[FieldViolation]) -> str:
+    return " ".join(f"{fault.field}: {fault.description.rstrip('.')}." for fault in faults)
+
+
+def _param(field: str, body: dict[str, object]) -> str:
+    section, _, name = field.partition(".")
+    if section not in ("hyperparameters", "lora"):
+        return _PARAMS.get(field, field)
+    if section == "hyperparameters":
+        if name == "seed" and body.get("seed") is not None:
+            return "seed"
+        openai = next((theirs for theirs, ours in _OPENAI.items() if ours == name), None)
+        for path in (("hyperparameters",), ("method", "supervised", "hyperparameters")):
+            found: Any = body
+            for key in path:
+                found = found.get(key) if isinstance(found, dict) else None
+            if openai and isinstance(found, dict) and found.get(openai) not in (None, AUTO):
+                return ".".join((*path, openai))
+    return f"graft.{field}"
+
+
+# The parts of a body
+
+
+class _Chosen:
+    """Hyperparameters that were given, and where: one may be given twice, but not with two values."""
+
+    def __init__(self, faults: list[FieldViolation]) -> None:
+        self.values: dict[str, Any] = {}
+        self._paths: dict[str, str] = {}
+        self._faults = faults
+
+    def put(self, name: str, value: float | None, path: str) -> None:
+        if value is None:
+            return
+        if self.values.setdefault(name, value) != value:
+            self._faults.append(FieldViolation(path, f"differs from {self._paths[name]}; give one of them"))
+        self._paths.setdefault(name, path)
+
+
+def _read_method(top: "_Object", chosen: _Chosen) -> str:
+    method = top.object("method")
+    kind = method.take("type", _text) or METHODS[0]
+    if kind not in METHODS:
+        method.refuse("type", f"{kind!r} is not a method; use one of: {', '.join(METHODS)}")
+        return METHODS[0]
+    own = method.object(kind)
+    _read_openai(own.object("hyperparameters"), chosen)
+    own.finish()
+    method.finish()
+    return kind
+
+
+def _read_openai(given: "_Object", chosen: _Chosen) -> None:
+    for theirs, ours in _OPENAI.items():
+        kind: Callable[[object], float] = _whole if ours == "batch_size" else _number
+        chosen.put(ours, given.take(theirs, _or_auto(kind)), given.path(theirs))
+    if given.take("learning_rate_multiplier", _or_auto(_number)) not in (None, 1.0):
+        # The rate that it would multiply is derived from the data when the job runs.
+        given.refuse(
+            "learning_rate_multiplier",
+            "only 'auto' or 1 can be honoured; set the learning rate itself as graft.hyperparameters.learning_rate",
+        )
+    given.finish()
+
+
+def _read_graft(given: "_Object", chosen: _Chosen) -> OverLengthPolicy:
+    policy = given.take("over_length_policy", _policy) or OverLengthPolicy.DROP
+    for name, hint in get_type_hints(Hyperparameters).items():
+        if name != "over_length_policy":
+            kind: Callable[[object], float] = _number if float in get_args(hint) else _whole
+            chosen.put(name, given.take(name, _or_auto(kind)), given.path(name))
+    given.finish()
+    return policy
+
+
+# Values. Each returns the value or raises ValueError with what was expected.
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError("must be a string")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("must be a number")
+    return float(value)
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):  # PEFT takes 'all-linear' as a bare string
+        return (_text(value),)
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ValueError("must be a list of strings")
+    return tuple(_text(one) for one in value)
+
+
+def _pairs(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(one, str) and "\0" not in one for one in value.values()):
+        raise ValueError("must be an object whose values are strings")
+    return value
+
+
+def _policy(value: object) -> OverLengthPolicy:
+    try:
+        return OverLengthPolicy(str(value))
+    except ValueError:
+        raise ValueError(f"must be one of: {', '.join(OverLengthPolicy)}") from None
+
+
+def _or_auto(kind: Callable[[object], T]) -> Callable[[object], T | None]:
+    def read(value: object) -> T | None:
+        try:
+            return None if value == AUTO else kind(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or 'auto'") from None
+
+    return read
+
+
+class _Object:
+    """A JSON object that is read field by field; `finish` refuses what nobody read."""
+
+    def __init__(self, values: dict[str, object], name: str, faults: list[FieldViolation]) -> None:
+        self._values = values
+        self._name = name
+        self._faults = faults
+        self._known: list[str] = []
+
+    def path(self, name: str) -> str:
+        return f"{self._name}.{name}" if self._name else name
+
+    def refuse(self, name: str, description: str) -> None:
+        self._faults.append(FieldViolation(self.path(name), description))
+
+    def take(self, name: str, kind: Callable[[object], T]) -> T | None:
+        """The field's value; None when it is absent, null or at fault."""
+        self._known.append(name)
+        value = self._values.get(name)
+        if value is None:
+            return None
+        try:
+            return kind(value)
+        except (ValueError, OverflowError) as error:
+            self.refuse(name, str(error))
+            return None
+
+    def required(self, name: str) -> str:
+        taken = self.take(name, _text)
+        if not taken and self._values.get(name) in (None, ""):
+            self.refuse(name, "is required")
+        return taken or ""
+
+    def object(self, name: str) -> "_Object":
+        """The object in a field, empty when absent."""
+
+        def kind(value: object) -> dict[str, object]:
+            if not isinstance(value, dict):
+                raise ValueError("must be an object")
+            return value
+
+        return _Object(self.take(name, kind) or {}, self.path(name), self._faults)
+
+    def finish(self) -> None:
+        for name in self._values:
+            if name not in self._known:
+                close = difflib.get_close_matches(name, self._known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self._known)}"
+                self.refuse(name, f"is not a field here; {hint}")
