@@ -1,0 +1,273 @@
+"""Runs, adapter versions and aliases in MLflow: plain files and `create_model_version`, no pickled flavour.
+
+Owns how Graft's names and lineage are written there. Does not know the store, and what an adapter is good for.
+All calls block. Raises Unavailable while MLflow does not answer, NotFound for what it does not have.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from graft.domain.errors import FailedPrecondition, NotFound, Unavailable
+from graft.domain.names import parse_registered_model, registered_model
+from graft.domain.resources import Adapter, AdapterVersion, RegistrySnapshot
+from graft.registry.digest import FILES, adapter_digest
+
+# A request to a server that is away fails within seconds; callers have their own patience.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+ARTIFACT_PATH = "adapter"
+PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt")
+"""Never a pickle: only these are kept of a download."""
+PARAM_BATCH = 100
+"""MLflow's limit of parameters in one call."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A trained adapter that is to become a version."""
+
+    project: str
+    base_model: str
+    adapter: str
+    job_id: str
+    attempt: int
+    run_id: str
+    folder: Path
+    base_model_digest: str
+    dataset_digest: str
+    rank: int
+    metrics: dict[str, float]
+
+
+class Registry:
+    """MLflow at `tracking_uri`. Pulled adapters are cached below `cache`, by content."""
+
+    def __init__(self, tracking_uri: str, cache: Path) -> None:
+        self._uri = tracking_uri
+        self._client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+        self._cache = cache / "adapters"
+
+    def start_run(self, project: str, job_id: str, attempt: int, params: dict[str, str], tags: dict[str, str]) -> str:
+        """The run of this attempt: made, or found when it was made before. Returns its id."""
+        with self._translated(f"experiment graft-{project}"):
+            experiment = self._experiment(f"graft-{project}")
+            mine = f"tags.`graft.job` = '{job_id}' and tags.`graft.attempt` = '{attempt}'"
+            found = self._client.search_runs([experiment], mine, max_results=1)
+            if found:
+                return str(found[0].info.run_id)
+            all_tags = {
+                "graft.job": job_id,
+                "graft.attempt": str(attempt),
+                "graft.code_version": code_version(),
+                **tags,
+            }
+            run = self._client.create_run(experiment, tags=all_tags, run_name=f"{job_id}-{attempt}")
+            run_id = str(run.info.run_id)
+            entries = [Param(key, value[:6000]) for key, value in params.items()]
+            for start in range(0, len(entries), PARAM_BATCH):
+                self._client.log_batch(run_id, params=entries[start : start + PARAM_BATCH])
+            return run_id
+
+    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
+        """One point of each curve."""
+        with self._translated(f"run {run_id}"):
+            now_ms = int(datetime.now(UTC).timestamp() * 1000)
+            self._client.log_batch(run_id, [Metric(key, value, now_ms, step) for key, value in metrics.items()])
+
+    def finish_run(self, run_id: str, status: str) -> None:
+        """`FINISHED`, `FAILED` or `KILLED`."""
+        with self._translated(f"run {run_id}"):
+            self._client.set_terminated(run_id, status)
+
+    def publish(self, publication: Publication) -> AdapterVersion:
+        """Uploads the folder and makes a version of it. A version that this job made before is returned instead.
+
+        Raises FileNotFoundError when the folder lacks one of the adapter's two files.
+        """
+        name = registered_model(publication.project, publication.base_model, publication.adapter)
+        digest = adapter_digest(publication.folder)
+        with self._translated(f"registered model {name}"):
+            self._make_registered_model(name)
+            for version in self._versions(f"name = '{name}' and tags.`graft.job` = '{publication.job_id}'"):
+                if version.tags.get("graft.digest") == digest:
+                    return _version(version)
+            self._client.log_artifacts(publication.run_id, str(publication.folder), ARTIFACT_PATH)
+            root = self._client.get_run(publication.run_id).info.artifact_uri
+            made = self._client.create_model_version(
+                name,
+                f"{root}/{ARTIFACT_PATH}",
+                run_id=publication.run_id,
+                tags={
+                    "graft.job": publication.job_id,
+                    "graft.attempt": str(publication.attempt),
+                    "graft.digest": digest,
+                    "graft.base_model_digest": publication.base_model_digest,
+                    "graft.dataset_digest": publication.dataset_digest,
+                    "graft.rank": str(publication.rank),
+                    "graft.size_bytes": str(sum((publication.folder / name).stat().st_size for name in FILES)),
+                    "graft.metrics": json.dumps(publication.metrics),
+                    "graft.code_version": code_version(),
+                },
+            )
+            return _version(self._client.get_model_version(name, made.version))
+
+    def set_alias(self, project: str, base: str, adapter: str, alias: str, version: int) -> None:
+        """Points an alias. Raises NotFound for an unknown adapter or version."""
+        name = registered_model(project, base, adapter)
+        with self._translated(f"{base}:{adapter}@{version}"):
+            # Asked first: MLflow lets an alias point at a version that does not exist.
+            self._client.get_model_version(name, str(version))
+            self._client.set_registered_model_alias(name, alias, str(version))
+
+    def snapshot(self) -> RegistrySnapshot:
+        """All of Graft's adapters and versions. Registered models and versions of others are left out."""
+        with self._translated("registry"):
+            versions = tuple(_version(entry) for entry in self._versions("") if _is_ours(entry))
+            models = list(self._pages(self._client.search_registered_models))
+        adapters: list[Adapter] = []
+        for model in models:
+            names = parse_registered_model(model.name)
+            mine = [v for v in versions if (v.project, v.base_model, v.adapter) == names]
+            if names is None or not mine:
+                continue
+            numbers = {version.version for version in mine}
+            aliases = {alias: int(n) for alias, n in sorted(model.aliases.items()) if int(n) in numbers}
+            created = _time(model.creation_timestamp)
+            adapters.append(Adapter(*names, aliases, max(numbers), created))
+        return RegistrySnapshot(tuple(adapters), versions)
+
+    def pull(self, registered_model: str, version: int, digest: str) -> Path:
+        """The version's folder, downloaded once, proven against `digest`, then kept. Safe to call at once by many.
+
+        Raises FailedPrecondition when the files are not those of the digest.
+        """
+        target = self._cache / digest.removeprefix("sha256:")
+        if target.is_dir():
+            return target
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._cache, prefix=".pull-") as temporary:
+            what = f"version {version} of registered model {registered_model}"
+            with self._translated(what):
+                source = self._client.get_model_version(registered_model, str(version)).source
+                download_artifacts(artifact_uri=source, dst_path=temporary, tracking_uri=self._uri)
+            folder = next((path.parent for path in Path(temporary).rglob(FILES[0])), Path(temporary))
+            for path in folder.iterdir():
+                if path.suffix not in PULLED_SUFFIXES and path.is_file():
+                    path.unlink()
+            try:
+                found = adapter_digest(folder)
+            except FileNotFoundError as error:
+                raise FailedPrecondition(
+                    f"The files of {what} are incomplete: {Path(error.filename).name} is missing. Train it again.",
+                    reason="ADAPTER_INCOMPLETE",
+                ) from None
+            if found != digest:
+                raise FailedPrecondition(
+                    f"The files of {what} have changed: {digest} was registered, {found} was downloaded.",
+                    reason="ADAPTER_DIGEST_MISMATCH",
+                    metadata={"expected": digest, "found": found},
+                )
+            try:
+                folder.rename(target)
+            except OSError:
+                # Somebody else was first with the same content; anything else is a fault of the disk.
+                if not target.is_dir():
+                    raise
+        return target
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        try:
+            return str(self._client.create_experiment(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return str(self._client.get_experiment_by_name(name).experiment_id)
+
+    def _make_registered_model(self, name: str) -> None:
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _versions(self, query: str) -> Iterator[Any]:
+        return self._pages(lambda **page: self._client.search_model_versions(query, **page))
+
+    @staticmethod
+    def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+        token = None
+        while True:
+            page = search(max_results=1000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise NotFound(
+                    f"MLflow has no {what}.", reason="REGISTRY_ENTRY_NOT_FOUND", metadata={"name": what}
+                ) from error
+            raise Unavailable(
+                f"MLflow at {self._uri} does not answer as it should ({error.error_code}). Is it running?",
+                reason="REGISTRY_UNAVAILABLE",
+                retry_after_seconds=2.0,
+            ) from error
+        except ConnectionError as error:
+            raise Unavailable(
+                f"MLflow at {self._uri} cannot be reached.", reason="REGISTRY_UNAVAILABLE", retry_after_seconds=2.0
+            ) from error
+
+
+def code_version() -> str:
+    """Graft's version, for lineage."""
+    return f"graft {metadata.version('graft')}"
+
+
+def _is_ours(entry: Any) -> bool:
+    return parse_registered_model(entry.name) is not None and "graft.digest" in entry.tags
+
+
+def _time(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _version(entry: Any) -> AdapterVersion:
+    names = parse_registered_model(entry.name)
+    assert names is not None, entry.name
+    tags = entry.tags
+    return AdapterVersion(
+        *names,
+        version=int(entry.version),
+        digest=tags["graft.digest"],
+        base_model_digest=tags["graft.base_model_digest"],
+        dataset_digest=tags["graft.dataset_digest"],
+        job_id=tags["graft.job"],
+        rank=int(tags["graft.rank"]),
+        size_bytes=int(tags["graft.size_bytes"]),
+        mlflow_run_id=entry.run_id,
+        create_time=_time(entry.creation_timestamp),
+        metrics=json.loads(tags["graft.metrics"]),
+    )

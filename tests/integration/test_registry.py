@@ -1,0 +1,136 @@
+"""The registry's promises, on a real MLflow server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from graft.domain.errors import FailedPrecondition, NotFound, Unavailable
+from graft.registry.digest import adapter_digest
+from graft.registry.mlflow_registry import Publication, Registry
+from tests.support.mlflow_server import mlflow_server
+from tests.support.postgres import free_port
+from tests.support.tiny_llama import make_tiny_llama
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).save_pretrained(folder)
+    (folder / "graft.json").write_text("{}")
+    return folder
+
+
+def _publication(registry: Registry, folder: Path, job: str, adapter: str = "reviews") -> Publication:
+    run = registry.start_run("default", job, 1, {"epochs": "1"}, {"graft.dataset_digest": "sha256:d"})
+    return Publication(
+        "default", "tiny", adapter, job, 1, run, folder, "sha256:b", "sha256:d", rank=4, metrics={"train_loss": 0.5}
+    )
+
+
+def test_a_version_is_published_once_however_often_its_job_tries(uri: str, adapter: Path, tmp_path: Path) -> None:
+    registry = Registry(uri, tmp_path)
+    publication = _publication(registry, adapter, "ft-once", "once")
+    first = registry.publish(publication)
+    assert registry.publish(publication) == first
+    assert (first.model, first.digest) == ("tiny:once@1", adapter_digest(adapter))
+    assert (first.job_id, first.rank, first.metrics) == ("ft-once", 4, {"train_loss": 0.5})
+    assert (first.base_model_digest, first.dataset_digest) == ("sha256:b", "sha256:d")
+    assert registry.start_run("default", "ft-once", 1, {}, {}) == publication.run_id
+    assert registry.start_run("default", "ft-once", 2, {}, {}) != publication.run_id
+    second = registry.publish(_publication(registry, adapter, "ft-again", "once"))
+    assert second.model == "tiny:once@2"
+
+
+def test_a_pulled_version_is_proven_and_cached(uri: str, adapter: Path, tmp_path: Path) -> None:
+    registry = Registry(uri, tmp_path)
+    version = registry.publish(_publication(registry, adapter, "ft-pull", "pulled"))
+    folder = registry.pull("default--tiny--pulled", 1, version.digest)
+    assert adapter_digest(folder) == version.digest
+    assert (folder / "graft.json").exists()
+    assert Registry("http://127.0.0.1:1", tmp_path).pull("default--tiny--pulled", 1, version.digest) == folder
+    with pytest.raises(FailedPrecondition, match="have changed"):
+        registry.pull("default--tiny--pulled", 1, "sha256:" + "0" * 64)
+    with pytest.raises(NotFound, match="version 9"):
+        registry.pull("default--tiny--pulled", 9, "sha256:" + "0" * 64)
+    assert [path.name for path in (tmp_path / "adapters").iterdir()] == [folder.name]
+
+
+def test_plain_mlflow_and_peft_download_and_load_a_version(uri: str, adapter: Path, base: Path, tmp_path: Path) -> None:
+    import torch
+    from mlflow.artifacts import download_artifacts
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    registry = Registry(uri, tmp_path)
+    registry.publish(_publication(registry, adapter, "ft-plain", "plain"))
+    folder = download_artifacts("models:/default--tiny--plain/1")
+    tokens = torch.tensor([[5, 6, 7]])
+    loaded = [
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(where))(tokens).logits
+        for where in (folder, adapter)
+    ]
+    assert torch.equal(*loaded)
+
+
+def test_a_snapshot_tells_aliases_that_anybody_moved(uri: str, adapter: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    registry = Registry(uri, tmp_path)
+    for job in ("ft-a", "ft-b"):
+        registry.publish(_publication(registry, adapter, job, "moved"))
+    client = MlflowClient(uri, uri)
+    client.create_registered_model("somebody-elses")
+    registry.set_alias("default", "tiny", "moved", "champion", 1)
+
+    def moved() -> dict[str, int]:
+        (found,) = [item for item in registry.snapshot().adapters if item.adapter == "moved"]
+        assert found.newest_version == 2
+        return found.aliases
+
+    assert moved() == {"champion": 1}
+    client.set_registered_model_alias("default--tiny--moved", "champion", "2")
+    assert moved() == {"champion": 2}
+    with pytest.raises(NotFound, match="tiny:moved@7"):
+        registry.set_alias("default", "tiny", "moved", "champion", 7)
+    with pytest.raises(NotFound):
+        registry.set_alias("default", "tiny", "nope", "champion", 1)
+
+
+def test_curves_and_the_end_of_a_run_are_recorded(uri: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    registry = Registry(uri, tmp_path)
+    run = registry.start_run("default", "ft-curve", 1, {f"p{n}": str(n) for n in range(150)}, {})
+    for step in (1, 2):
+        registry.log_metrics(run, {"loss": 1.0 / step}, step)
+    registry.finish_run(run, "FINISHED")
+    client = MlflowClient(uri, uri)
+    assert [point.value for point in client.get_metric_history(run, "loss")] == [1.0, 0.5]
+    found = client.get_run(run)
+    assert found.info.status == "FINISHED"
+    assert len(found.data.params) == 150
+
+
+def test_a_server_that_is_away_is_unavailable_with_a_hint(tmp_path: Path) -> None:
+    registry = Registry(f"http://127.0.0.1:{free_port()}", tmp_path)
+    with pytest.raises(Unavailable, match="MLflow at") as caught:
+        registry.snapshot()
+    assert caught.value.retry_after_seconds
