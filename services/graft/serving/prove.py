@@ -10,13 +10,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from graft.domain.errors import FailedPrecondition
 from graft.domain.resources import BaseModel
+from graft.registry.digest import adapter_digest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -115,12 +115,10 @@ def prove(
     model: str,
     max_lora_rank: int,
     expected_digest: str,
-    digest_of: Callable[[Path], str],
 ) -> Proof:
     """Proves that `folder` holds the adapter that `expected_digest` names and that the engine can load it.
 
-    `model` is the adapter's name in messages. `digest_of` is `graft.registry.digest.adapter_digest`. Raises
-    FailedPrecondition naming the file and the fault.
+    `model` is the adapter's name in messages. Raises FailedPrecondition naming the file and the fault.
     """
     try:
         for name in (CONFIG, WEIGHTS):
@@ -131,7 +129,7 @@ def prove(
         _prove_tensors(config, _header(folder / WEIGHTS), base)
         _prove_lineage(folder / LINEAGE, base)
         # Last, because it reads every byte; a cut file has been told in plainer words by then.
-        actual = digest_of(folder)
+        actual = adapter_digest(folder)
         if actual != expected_digest:
             raise _Fault(WEIGHTS, f"does not match its digest: expected {expected_digest}, found {actual}")
     except _Fault as fault:

@@ -1,0 +1,237 @@
+"""The Ray Serve application: one deployment that answers `graft.internal.v1.Engine` behind Serve's gRPC proxy.
+
+A replica's constructor returns at once and the engine starts in the background, so that the door answers early:
+requests get Unavailable with a retry hint, and Residency says `ready: false`. Every error is told inside the response,
+because an exception that leaves a replica reaches the client with Ray's trace and addresses in it.
+"""
+
+import asyncio
+import importlib.util
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from google.protobuf import timestamp_pb2
+from ray import serve
+
+from graft.domain.errors import GraftError, Internal, InvalidArgument
+from graft.domain.resources import BaseModel
+from graft.internal.status import to_status
+from graft.internal.v1 import engine_pb2
+from graft.serving.keeper import Keeper
+from graft.serving.processes import prepare_environment, start_fork_server
+from graft.serving.pulling import ProvingPuller, Registry
+from graft.serving.residency import Ref, Residency
+from graft.settings import ServingSettings, Settings
+
+if TYPE_CHECKING:
+    from graft.serving.engine import Engine
+
+DEPLOYMENT = "engine"
+MAX_ONGOING_REQUESTS = 1024
+"""vLLM queues what it cannot batch, in order; Serve's default of 5 would starve its batches."""
+MAX_QUEUED_REQUESTS = 1024
+"""Beyond it Serve answers RESOURCE_EXHAUSTED: refused by limit, not by memory."""
+
+_log = structlog.get_logger("graft.serving")
+
+
+class EngineReplica:
+    """One replica: an engine, what it holds, and the RPCs of `Engine` as methods of the same names."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path
+    ) -> None:
+        self._settings = settings
+        self._base = base
+        self._tracking_uri = tracking_uri
+        self._cache = cache
+        context = serve.get_replica_context()
+        self._replica = context.replica_tag
+        self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        torch = importlib.util.find_spec("torch")
+        if torch is None or torch.origin is None:
+            raise RuntimeError("torch is not installed: install graft[serving-cpu] or graft[serving-gpu].")
+        prepare_environment(Path(torch.origin).parent, threads=len(os.sched_getaffinity(0)))
+        # Serve runs a constructor in the replica's event loop, whose thread lives as long as the process does.
+        start_fork_server()
+        self._keeper: Keeper[Engine] = Keeper(self._build)
+        self._puller = ProvingPuller(base, settings.max_lora_rank, self._open_registry)
+        capacity = max(settings.max_cpu_loras, settings.max_loras)
+        self._residency = Residency(capacity, self._keeper, self._puller)
+        self._keeping = asyncio.create_task(self._keeper.run(self._residency))
+        self._warming = asyncio.create_task(asyncio.to_thread(self._puller.warm))
+
+    async def _build(self) -> "Engine":
+        return await asyncio.to_thread(self._build_blocking)
+
+    def _build_blocking(self) -> "Engine":
+        # Imported here: it takes 20 s, during which the door already answers.
+        from graft.serving.engine import Engine
+
+        return Engine.build(self._settings, self._base)
+
+    def _open_registry(self) -> Registry:
+        from graft.registry.mlflow_registry import Registry as MlflowRegistry
+
+        return MlflowRegistry(self._tracking_uri, self._cache)
+
+    async def Generate(self, request: engine_pb2.GenerateRequest) -> engine_pb2.GenerateResponse:
+        """Answers an OpenAI body at once."""
+        try:
+            _check_endpoint(request)
+            async with self._adapter(request) as model:
+                answer = await self._keeper.engine().generate(
+                    request.endpoint, request.body, model, request.public_model
+                )
+        # The boundary: whatever is raised is told as a domain error, a defect without its trace.
+        except Exception as error:  # noqa: BLE001
+            return engine_pb2.GenerateResponse(error=to_status(_known(error, request.request_id)))
+        return engine_pb2.GenerateResponse(http_status=answer.http_status, body=answer.json())
+
+    async def Stream(self, request: engine_pb2.StreamRequest) -> AsyncIterator[engine_pb2.StreamResponse]:
+        """Answers an OpenAI body piece by piece."""
+        inner = request.request
+        try:
+            _check_endpoint(inner)
+            async with self._adapter(inner) as model:
+                pieces = self._keeper.engine().stream(inner.endpoint, inner.body, model, inner.public_model)
+                async for piece in pieces:
+                    yield engine_pb2.StreamResponse(http_status=piece.http_status, data=piece.json())
+        except Exception as error:  # noqa: BLE001  # the boundary, as above
+            yield engine_pb2.StreamResponse(error=to_status(_known(error, inner.request_id)))
+
+    async def Load(self, request: engine_pb2.LoadRequest) -> engine_pb2.LoadResponse:
+        """Pulls, proves and loads an adapter version on every replica."""
+        started = time.perf_counter()
+        response = engine_pb2.LoadResponse()
+        for answer in await self._everywhere("load_here", request.adapter.SerializeToString()):
+            response.MergeFrom(engine_pb2.LoadResponse.FromString(answer))
+        response.load_seconds = time.perf_counter() - started
+        return response
+
+    async def Unload(self, request: engine_pb2.UnloadRequest) -> engine_pb2.UnloadResponse:
+        """Takes an adapter version out of every replica."""
+        response = engine_pb2.UnloadResponse()
+        for answer in await self._everywhere("unload_here", request.digest):
+            response.MergeFrom(engine_pb2.UnloadResponse.FromString(answer))
+        return response
+
+    async def Residency(self, _request: engine_pb2.ResidencyRequest) -> engine_pb2.ResidencyResponse:
+        """Tells what every replica holds."""
+        response = engine_pb2.ResidencyResponse()
+        for answer in await self._everywhere("held_here"):
+            response.MergeFrom(engine_pb2.ResidencyResponse.FromString(answer))
+        return response
+
+    async def load_here(self, adapter: bytes) -> bytes:
+        """`Load` on this replica; messages travel between replicas as bytes."""
+        ref = engine_pb2.AdapterRef.FromString(adapter)
+        try:
+            self._keeper.engine()
+            await self._residency.load(_ref(ref))
+        except Exception as error:  # noqa: BLE001  # the boundary, as above
+            return engine_pb2.LoadResponse(error=to_status(_known(error, ref.model))).SerializeToString()
+        return engine_pb2.LoadResponse(replicas=[self._state()]).SerializeToString()
+
+    async def unload_here(self, digest: str) -> bytes:
+        """`Unload` on this replica."""
+        try:
+            await self._residency.unload(digest)
+        except Exception as error:  # noqa: BLE001  # the boundary, as above
+            return engine_pb2.UnloadResponse(error=to_status(_known(error, digest))).SerializeToString()
+        return engine_pb2.UnloadResponse(replicas=[self._state()]).SerializeToString()
+
+    async def held_here(self) -> bytes:
+        """`Residency` on this replica."""
+        return engine_pb2.ResidencyResponse(replicas=[self._state()]).SerializeToString()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when the keeper itself has ended, which is a defect."""
+        if self._keeping.done():
+            raise RuntimeError("The engine's keeper has ended.")
+
+    async def __del__(self) -> None:
+        """Serve awaits it before it ends the replica."""
+        self._keeping.cancel()
+        await self._keeper.close()
+
+    async def _everywhere(self, method: str, *arguments: object) -> list[bytes]:
+        if self._settings.num_replicas == 1:
+            return [await getattr(self, method)(*arguments)]
+        results: list[bytes] = await self._handle.broadcast(method, *arguments).results_async()
+        return results
+
+    @asynccontextmanager
+    async def _adapter(self, request: engine_pb2.GenerateRequest) -> AsyncIterator[str | None]:
+        self._keeper.engine()
+        if not request.HasField("adapter"):
+            yield None
+            return
+        async with self._residency.use(_ref(request.adapter)) as name:
+            yield name
+
+    def _state(self) -> engine_pb2.Replica:
+        replica = engine_pb2.Replica(
+            replica=self._replica,
+            base_model=self._base.id,
+            base_model_digest=self._base.digest,
+            capacity=self._residency.capacity,
+            ready=self._keeper.ready,
+            engine_restarts=self._keeper.restarts,
+            max_lora_rank=self._settings.max_lora_rank,
+        )
+        for held in self._residency.held():
+            used = timestamp_pb2.Timestamp()
+            used.FromDatetime(held.last_use_time)
+            replica.adapters.add(
+                model=held.model,
+                digest=held.digest,
+                in_engine=held.in_engine,
+                active_requests=held.active_requests,
+                last_use_time=used,
+            )
+        return replica
+
+
+def _check_endpoint(request: engine_pb2.GenerateRequest) -> None:
+    if request.endpoint not in (engine_pb2.ENDPOINT_CHAT_COMPLETIONS, engine_pb2.ENDPOINT_COMPLETIONS):
+        raise InvalidArgument("endpoint is not set.", reason="INVALID_ENDPOINT")
+
+
+def _ref(adapter: engine_pb2.AdapterRef) -> Ref:
+    if not adapter.digest or not (adapter.path or adapter.registered_model):
+        raise InvalidArgument(
+            f"Adapter {adapter.model!r} needs a digest, and a path or a registered model.", reason="INVALID_ADAPTER"
+        )
+    return Ref(adapter.model, adapter.digest, adapter.registered_model, adapter.version, adapter.path)
+
+
+def _known(error: Exception, request_id: str) -> GraftError:
+    if isinstance(error, GraftError) and not isinstance(error, Internal):
+        return error
+    _log.error("request failed unexpectedly", request_id=request_id, exc_info=error)
+    return Internal(
+        f"The inference service failed to answer. Its log has the reason under {request_id!r}.",
+        reason="INTERNAL",
+        metadata={"request_id": request_id},
+    )
+
+
+def build_app(settings: Settings, base: BaseModel) -> Any:
+    """The application, for `serve.run` under the name `engine_client.APPLICATION`."""
+    deployment = serve.deployment(
+        EngineReplica,
+        name=DEPLOYMENT,
+        num_replicas=settings.serving.num_replicas,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_queued_requests=MAX_QUEUED_REQUESTS,
+        # A share for placement only: the local stack's cores serve training and inference alike.
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=10,
+    )
+    return deployment.bind(settings.serving, base, settings.tracking_uri, settings.home.cache)

@@ -1,0 +1,142 @@
+"""The inference service's process: puts the application on the Ray cluster, and takes it down when told to end.
+
+    python -m graft.serving.main
+
+Owns Serve on the cluster. The replicas, the engine and the gRPC door are Ray's processes; this one only waits. Exit
+codes: 0 after SIGTERM or SIGINT, 1 when the service cannot run, 2 when a setting is at fault.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray  # after the variable above, which Ray reads when it is imported
+import structlog
+from ray import serve
+from ray.serve.config import ProxyLocation, gRPCOptions
+
+from graft.domain.errors import FailedPrecondition, GraftError, InvalidArgument, Unavailable
+from graft.domain.resources import BaseModel
+from graft.internal.engine_client import APPLICATION, EngineClient
+from graft.serving.app import build_app
+from graft.serving.door import HOST_VARIABLE
+from graft.settings import Settings, load
+
+NAMESPACE = "graft"
+WATCH_SECONDS = 2.0
+_log = structlog.get_logger("graft.serving")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises InvalidArgument naming the setting when nothing can listen there."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise InvalidArgument(
+            f"The inference service cannot listen on {host}:{port} ({error.strerror}): "
+            "free the port, or set GRAFT_SERVING_GRPC_PORT to another one.",
+            reason="PORT_TAKEN",
+        ) from None
+
+
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(settings: Settings, base: BaseModel) -> None:
+    """Connects to the cluster and runs the application. Raises FailedPrecondition if there is no cluster."""
+    try:
+        ray.init(
+            address=settings.ray_address,
+            namespace=NAMESPACE,
+            runtime_env={
+                "env_vars": {HOST_VARIABLE: settings.serving.host, "RAY_USAGE_STATS_ENABLED": "0"},
+                "worker_process_setup_hook": "graft.serving.door.setup",
+            },
+        )
+    except ConnectionError:
+        raise FailedPrecondition(
+            f"No Ray cluster answers at {settings.ray_address}: start it, or set GRAFT_ORCHESTRATOR_RAY_ADDRESS.",
+            reason="RAY_UNAVAILABLE",
+        ) from None
+    # What a killed predecessor left: its door may hold the port, and its replicas run older settings.
+    serve.shutdown()
+    check_port(settings.serving.host, settings.serving.grpc_port)
+    serve.start(
+        proxy_location=ProxyLocation.HeadOnly,
+        # Serve has no gRPC proxy without an HTTP one. Nobody is told this port, and the replica has no HTTP method.
+        http_options={"host": "127.0.0.1", "port": free_port()},
+        grpc_options=gRPCOptions(
+            port=settings.serving.grpc_port,
+            grpc_servicer_functions=["graft.internal.v1.engine_pb2_grpc.add_EngineServicer_to_server"],
+        ),
+    )
+    serve.run(build_app(settings, base), name=APPLICATION, route_prefix="/")
+
+
+async def wait_until_ready(address: str, stop: threading.Event) -> None:
+    """Returns when every replica is ready, or when `stop` is set."""
+    client = EngineClient(address)
+    try:
+        while not stop.is_set():
+            try:
+                replicas = (await client.residency()).replicas
+                if replicas and all(replica.ready for replica in replicas):
+                    return
+            except Unavailable:
+                pass  # the door opens before the application is there
+            await asyncio.sleep(0.2)
+    finally:
+        await client.close()
+
+
+def run(settings: Settings) -> int:
+    """Runs the service until it is told to end."""
+    from graft.registry.base_models import ensure_base_model
+
+    started = time.perf_counter()
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+    base = ensure_base_model(settings, settings.serving.base_model)
+    start(settings, base)
+    try:
+        asyncio.run(wait_until_ready(settings.engine_address, stop))
+        if not stop.is_set():
+            _log.info("serving", address=settings.engine_address, seconds=round(time.perf_counter() - started, 1))
+        while not stop.wait(WATCH_SECONDS):
+            if APPLICATION not in serve.status().applications:
+                _log.error("Ray Serve has lost the application; ending, so that it is started again.")
+                return 1
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        code = run(load())
+    except InvalidArgument as error:
+        print(error.message, file=sys.stderr)
+        code = 2
+    except GraftError as error:
+        print(error.message, file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

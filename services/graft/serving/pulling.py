@@ -1,0 +1,66 @@
+"""Brings adapters to the replica: from the registry, or from a folder that is already there; proven in both cases."""
+
+import asyncio
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from graft.domain.errors import FailedPrecondition
+from graft.domain.resources import BaseModel
+from graft.serving.prove import BaseShapes, base_shapes, prove
+from graft.serving.residency import Ref
+
+
+class Registry(Protocol):
+    """The part of the registry that serving needs (`graft.registry.mlflow_registry.Registry`)."""
+
+    def pull(self, registered_model: str, version: int, digest: str) -> Path:
+        """Downloads a version into the cache, keyed by digest. Blocks."""
+
+
+class ProvingPuller:
+    """Pulls in a thread. `open_registry` is called once, at the first need or by `warm`."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        max_lora_rank: int,
+        open_registry: Callable[[], Registry],
+    ) -> None:
+        self._base = base
+        self._max_lora_rank = max_lora_rank
+        self._open_registry = open_registry
+
+    async def pull(self, ref: Ref) -> Path:
+        """The proven folder. Raises FailedPrecondition naming the file and fault, or what the registry raises."""
+        return await asyncio.to_thread(self._pull, ref)
+
+    def warm(self) -> None:
+        """Opens the registry, whose client takes seconds to import, before the first request needs it. Blocks."""
+        _ = self._registry
+
+    @cached_property
+    def _registry(self) -> Registry:
+        return self._open_registry()
+
+    @cached_property
+    def _shapes(self) -> BaseShapes:
+        return base_shapes(self._base)
+
+    def _pull(self, ref: Ref) -> Path:
+        folder = Path(ref.path) if ref.path else self._registry.pull(ref.registered_model, ref.version, ref.digest)
+        if not folder.is_dir():
+            raise FailedPrecondition(
+                f"Adapter {ref.model} cannot be served: its folder does not exist.",
+                reason="ADAPTER_INVALID",
+                metadata={"model": ref.model, "fault": "missing folder"},
+            )
+        prove(
+            folder,
+            self._shapes,
+            model=ref.model,
+            max_lora_rank=self._max_lora_rank,
+            expected_digest=ref.digest,
+        )
+        return folder
