@@ -89,6 +89,7 @@ class Orchestrator:
         for job_id, driven in list(self._driven.items()):
             if driven.task.done():
                 self._let_go(job_id)
+                held.pop(job_id, None)  # it may have ended since it was read; if not, the next turn takes it
             elif job_id not in held:
                 # Once may be a job that has just ended and is about to say so.
                 driven.missed += 1

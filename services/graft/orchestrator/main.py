@@ -29,10 +29,6 @@ log = structlog.get_logger()
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A lost MLflow is noticed and told within seconds; our own callers try again. Its default is 7 tries with back-off,
-    # each of up to 120 s, in which nobody knows what is wrong.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     # The tokenizer runs in threads beside others.
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -90,7 +86,7 @@ async def serve(settings: Settings) -> None:
                 runs=RayRuns(),
                 registry=Registry(settings.tracking_uri, settings.home.cache),
                 engine=engine,
-                preparer=TokenizingPreparer(settings),
+                preparer=TokenizingPreparer(),
                 capacity=cluster_cpus,
                 settings=settings,
             )

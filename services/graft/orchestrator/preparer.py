@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from graft.data.prepare import DataStats, prepare
-from graft.domain.errors import InvalidArgument, NotFound
+from graft.domain.errors import NotFound
 from graft.domain.jobs import Job
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
-from graft.settings import Settings
 from graft.training.derive import derive
 from graft.training.run import RunSpec, run_spec
 
 
 class TokenizingPreparer:
     """The real Preparer."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
 
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
         """Tokenises every row. Raises NotFound for a missing file, InvalidArgument for data that cannot be used."""
@@ -43,20 +39,9 @@ class TokenizingPreparer:
                 reason="DATASET_FILE_MISSING",
                 metadata={"dataset": dataset.id},
             )
-        hyperparameters = job.spec.hyperparameters
-        longest = min(base.context_tokens, self._settings.serving.context_tokens)
-        context_tokens = hyperparameters.context_tokens or longest
-        prepared = prepare(
-            path, dataset.format, _tokenizer(base.path), context_tokens, hyperparameters.over_length_policy
-        )
-        if not prepared.examples:
-            raise InvalidArgument(
-                f"Data set {dataset.id!r} leaves nothing to train on: of {prepared.stats.row_count} rows "
-                f"{prepared.stats.over_length_count} are longer than the context of {context_tokens} tokens.",
-                reason="NO_EXAMPLES",
-                metadata={"dataset": dataset.id},
-            )
-        return prepared.stats
+        asked = job.spec.hyperparameters
+        context_tokens = asked.context_tokens or base.context_tokens
+        return prepare(path, dataset.format, _tokenizer(base.path), context_tokens, asked.over_length_policy).stats
 
 
 @lru_cache(maxsize=4)

@@ -45,6 +45,7 @@ class Room:
     async def enter(self, job: Job) -> None:
         """Waits until the job may train and holds its CPUs. Raises FailedPrecondition if it can never fit."""
         workers = worker_count(job)
+        self.free(job.id)  # what an interrupted start of it held
         self._waiting[job.id] = job.create_time
         too_small_since: float | None = None
         try:
