@@ -1,5 +1,8 @@
 """The registry's promises, on a real MLflow server."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,13 +78,22 @@ def test_a_pulled_version_is_proven_and_cached(uri: str, adapter: Path, tmp_path
 
 def test_plain_mlflow_and_peft_download_and_load_a_version(uri: str, adapter: Path, base: Path, tmp_path: Path) -> None:
     import torch
-    from mlflow.artifacts import download_artifacts
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     registry = Registry(uri, tmp_path)
     registry.publish(_publication(registry, adapter, "ft-plain", "plain"))
-    folder = download_artifacts("models:/default--tiny--plain/1")
+    # A process that knows nothing of Graft, as a user's would be.
+    script = "import sys, mlflow; mlflow.artifacts.download_artifacts(sys.argv[1], dst_path=sys.argv[2])"
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    subprocess.run(
+        [sys.executable, "-c", script, "models:/default--tiny--plain/1", str(folder)],
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
     tokens = torch.tensor([[5, 6, 7]])
     loaded = [
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(where))(tokens).logits
