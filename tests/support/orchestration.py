@@ -19,8 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from graft.registry.mlflow_registry import Publication
-
 from graft.data.prepare import DataStats
 from graft.domain.errors import GraftError, NotFound, Unavailable
 from graft.domain.jobs import Event, Job, JobSpec, JobState, Resolved
@@ -30,6 +28,7 @@ from graft.internal.v1 import engine_pb2
 from graft.orchestrator.context import stored_events
 from graft.orchestrator.loop import Orchestrator
 from graft.orchestrator.ports import Limits, Parts, PreparedData
+from graft.registry.mlflow_registry import Publication
 from graft.settings import load
 from graft.store.sql import SqlStore
 from tests.support.stores import sqlite_store
@@ -135,6 +134,7 @@ class FakeRuns:
         adapter = spec.output_dir / "adapter"
         adapter.mkdir(parents=True)
         (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+        (adapter / "adapter_config.json").write_text("{}")
         probe = {"prompt_token_ids": [1, 2, 3], "completion_token_ids": [4, 5], "mean_logprob": LOGPROB}
         (adapter / "graft.json").write_text(json.dumps({"probes": [probe]}))
         self.starts.append(key)

@@ -168,6 +168,29 @@ async def test_an_engine_that_computes_something_else_fails_the_job_and_gets_no_
         assert it.engine.unloaded == ["sha256:job-1"]
 
 
+async def test_an_engine_that_answers_no_numbers_fails_the_job(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.engine.logprob = float("nan")
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            job = await it.until("job-1", JobState.FAILED)
+        assert job.error is not None
+        assert job.error.reason == "PARITY_FAILED"
+        assert it.registry.aliases[KEY] == {}
+
+
+async def test_a_loss_that_is_no_number_is_told_without_breaking_the_progress(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        broken = FakeReport(6, "metrics", 4.0, {"step": 4, "total_steps": 4, "loss": float("nan")})
+        it.runs.reports = [*good_reports()[:5], broken, FakeReport(7, "finished", 4.1)]
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            job = await it.until("job-1", JobState.SUCCEEDED)
+        assert job.progress is not None
+        assert (job.progress.step, job.progress.loss) == (4, 0.0)
+        assert (await it.events("job-1", "metrics"))[-1].data["loss"] == "nan"
+
+
 async def test_an_adapter_that_the_engine_refuses_fails_the_job_with_the_engines_reason(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         it.engine.refusal = FailedPrecondition("Rank 128 is above 64.", reason="RANK_TOO_HIGH")

@@ -5,6 +5,7 @@ loaded version. A wrong scale, a missing module or a mixed-up file shows as a di
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +71,7 @@ async def evaluate(context: Context) -> None:
         mean_logprob = await context.patiently("The engine", partial(score, parts.engine, adapter, probe))
         difference = max(difference, abs(mean_logprob - probe.mean_logprob))
     text = f"Parity of {version.model} over {len(fitting)} probes: the engine differs by at most {difference:.4f} nats."
-    passed = difference <= PARITY_NATS  # false for NaN too
+    passed = difference <= PARITY_NATS
     await context.say(
         "parity",
         text,
@@ -112,7 +113,7 @@ def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:
 def read_probes(path: Path) -> list[Probe]:
     """The probes of a run's `graft.json`. Raises FailedPrecondition when the file cannot be read as that."""
     try:
-        return [
+        probes = [
             Probe(
                 [int(token) for token in probe["prompt_token_ids"]],
                 [int(token) for token in probe["completion_token_ids"]],
@@ -120,6 +121,9 @@ def read_probes(path: Path) -> list[Probe]:
             )
             for probe in json.loads(path.read_text())["probes"]
         ]
+        if wrong := [probe.mean_logprob for probe in probes if not math.isfinite(probe.mean_logprob)]:
+            raise ValueError(f"mean_logprob is {wrong[0]}")
+        return probes
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FailedPrecondition(
             f"The run's {path.name} holds no readable probes ({type(error).__name__}: {error}).",
@@ -170,7 +174,13 @@ async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) ->
             f"({type(error).__name__}: {error}).",
             reason="PARITY_FAILED",
         ) from error
-    return sum(logprobs) / len(logprobs)
+    mean_logprob = sum(logprobs) / len(logprobs)
+    if not math.isfinite(mean_logprob):
+        raise FailedPrecondition(
+            f"The engine gives {adapter.model} log-probabilities that are no numbers ({mean_logprob}).",
+            reason="PARITY_FAILED",
+        )
+    return mean_logprob
 
 
 def _fits(probe: Probe, context_tokens: int) -> bool:

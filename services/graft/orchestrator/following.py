@@ -5,6 +5,7 @@ from which the next owner of the job goes on polling.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -150,7 +151,9 @@ class _Follower:
         self.tracker.log(metrics, _step(report))
 
     def _data(self, report: Report) -> dict[str, object]:
-        return {**report.data, "attempt": self.context.job.attempt, "report": report.sequence}
+        # JSON has no NaN and no infinity, and PostgreSQL refuses them.
+        told = {name: str(value) if _not_finite(value) else value for name, value in report.data.items()}
+        return {**told, "attempt": self.context.job.attempt, "report": report.sequence}
 
     async def _flush(self) -> None:
         report, self.pending = self.pending, None
@@ -207,5 +210,11 @@ def _step(report: Report) -> int:
 
 def _numbers(data: dict[str, object]) -> dict[str, float]:
     return {
-        name: value for name, value in data.items() if isinstance(value, int | float) and not isinstance(value, bool)
+        name: value
+        for name, value in data.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not _not_finite(value)
     }
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -9,6 +9,7 @@ from graft.orchestrator.context import Context
 from graft.orchestrator.following import ask_ray
 from graft.orchestrator.room import resolved_int
 from graft.orchestrator.threads import call
+from graft.registry.digest import FILES
 from graft.registry.mlflow_registry import Publication
 
 REGISTERED = "registered"
@@ -21,9 +22,9 @@ async def register(context: Context) -> None:
     context.room.free(job.id)
     material = await context.material()
     folder = context.output_dir / "adapter"
-    if not (folder / "adapter_model.safetensors").is_file():
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise FailedPrecondition(
-            f"The run has finished, but runs/{job.id}/{job.attempt}/adapter holds no adapter_model.safetensors.",
+            f"The run has finished, but runs/{job.id}/{job.attempt}/adapter lacks {' and '.join(missing)}.",
             reason="ADAPTER_MISSING",
         )
     # Both are idempotent and neither needs the other: ending worker processes takes seconds that publishing need not
