@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from graft.orchestrator.ports import Limits, Parts, PreparedData
 from graft.registry.mlflow_registry import Publication
 from graft.settings import load
 from graft.store.sql import SqlStore
+from graft.training.spec import Report, RunStatus
 from tests.support.stores import sqlite_store
 
 BASE = "tiny"
@@ -63,26 +64,7 @@ class Gates:
             time.sleep(0.005)
 
 
-@dataclass(frozen=True)
-class FakeReport:
-    """As `graft.training.run.Report`."""
-
-    sequence: int
-    kind: str
-    time_seconds: float
-    data: dict[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FakeStatus:
-    """As `graft.training.run.RunStatus`."""
-
-    exists: bool
-    alive: bool
-    reports: list[FakeReport]
-
-
-def good_reports() -> list[FakeReport]:
+def good_reports() -> list[Report]:
     """Three steps and a checkpoint."""
 
     def step(number: int) -> dict[str, object]:
@@ -95,18 +77,18 @@ def good_reports() -> list[FakeReport]:
         }
 
     return [
-        FakeReport(1, "started", 0.0, {}),
-        FakeReport(2, "metrics", 1.0, step(1)),
-        FakeReport(3, "metrics", 2.0, step(2)),
-        FakeReport(4, "checkpoint", 2.5, {"step": 2, "path": "checkpoint-2", "metrics": {"loss": 1.0}}),
-        FakeReport(5, "metrics", 3.0, step(3)),
-        FakeReport(6, "finished", 3.1, {"trained_tokens": 30, "train_seconds": 3.1}),
+        Report(1, "started", 0.0, {}),
+        Report(2, "metrics", 1.0, step(1)),
+        Report(3, "metrics", 2.0, step(2)),
+        Report(4, "checkpoint", 2.5, {"step": 2, "path": "checkpoint-2", "metrics": {"loss": 1.0}}),
+        Report(5, "metrics", 3.0, step(3)),
+        Report(6, "finished", 3.1, {"trained_tokens": 30, "train_seconds": 3.1}),
     ]
 
 
 @dataclass(frozen=True)
 class FakeSpec:
-    """As `graft.training.run.RunSpec`, as far as the fakes need it."""
+    """As `graft.training.spec.RunSpec`, as far as the fakes need it."""
 
     job_id: str
     attempt: int
@@ -141,7 +123,7 @@ class FakeRuns:
         self.live.add(key)
         self.most_live = max(self.most_live, len(self.live))
 
-    def poll(self, job_id: str, attempt: int, after_sequence: int) -> FakeStatus:
+    def poll(self, job_id: str, attempt: int, after_sequence: int) -> RunStatus:
         key = (job_id, attempt)
         visible = self.reports
         if self.gates.closed(JobState.STARTING):
@@ -151,7 +133,7 @@ class FakeRuns:
             self.live.discard(key)
         elif self.gates.closed(JobState.RUNNING):
             visible = self.reports[:3]
-        return FakeStatus(key in self.starts, key in self.live, [r for r in visible if r.sequence > after_sequence])
+        return RunStatus(key in self.starts, key in self.live, [r for r in visible if r.sequence > after_sequence])
 
     def cancel(self, job_id: str, attempt: int) -> None:
         self.cancelled.append((job_id, attempt))
@@ -412,4 +394,4 @@ async def world(folder: Path, **settings: str) -> AsyncIterator[World]:
 KEY = (PROJECT, BASE, "reviews")
 """The adapter of the jobs that `create_job` makes."""
 
-__all__ = ["BASE", "CHAMPION", "KEY", "PROJECT", "FakeReport", "World", "good_reports", "world"]
+__all__ = ["BASE", "CHAMPION", "KEY", "PROJECT", "World", "good_reports", "world"]

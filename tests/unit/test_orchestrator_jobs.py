@@ -8,7 +8,8 @@ import pytest
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument
 from graft.domain.jobs import EventLevel, JobState
-from tests.support.orchestration import BASE, CHAMPION, KEY, PROJECT, FakeReport, good_reports, world
+from graft.training.spec import Report
+from tests.support.orchestration import BASE, CHAMPION, KEY, PROJECT, good_reports, world
 
 WHOLE_WAY = ["VALIDATING", "QUEUED", "STARTING", "RUNNING", "REGISTERING", "EVALUATING", "SUCCEEDED"]
 
@@ -117,7 +118,7 @@ async def test_a_defect_fails_the_job_without_a_trace(tmp_path: Path, monkeypatc
 
 async def test_a_failed_report_fails_the_job_with_its_reason_and_frees_the_run(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
-        failed = FakeReport(3, "failed", 2.0, {"reason": "LOSS_NOT_FINITE", "message": "The loss is NaN at step 2."})
+        failed = Report(3, "failed", 2.0, {"reason": "LOSS_NOT_FINITE", "message": "The loss is NaN at step 2."})
         it.runs.reports = [*good_reports()[:2], failed]
         await it.create_job("job-1")
         async with it.orchestrator():
@@ -181,8 +182,8 @@ async def test_an_engine_that_answers_no_numbers_fails_the_job(tmp_path: Path) -
 
 async def test_a_loss_that_is_no_number_is_told_without_breaking_the_progress(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
-        broken = FakeReport(6, "metrics", 4.0, {"step": 4, "total_steps": 4, "loss": float("nan")})
-        it.runs.reports = [*good_reports()[:5], broken, FakeReport(7, "finished", 4.1)]
+        broken = Report(6, "metrics", 4.0, {"step": 4, "total_steps": 4, "loss": float("nan")})
+        it.runs.reports = [*good_reports()[:5], broken, Report(7, "finished", 4.1)]
         await it.create_job("job-1")
         async with it.orchestrator():
             job = await it.until("job-1", JobState.SUCCEEDED)
@@ -245,10 +246,10 @@ async def test_training_goes_on_while_mlflow_is_down_and_its_metrics_arrive_late
 async def test_a_fast_run_writes_few_metrics_events_and_always_the_last(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         steps = [
-            FakeReport(number, "metrics", number / 100, {"step": number, "total_steps": 200, "loss": 1.0})
+            Report(number, "metrics", number / 100, {"step": number, "total_steps": 200, "loss": 1.0})
             for number in range(1, 201)
         ]
-        it.runs.reports = [*steps, FakeReport(201, "finished", 2.1)]
+        it.runs.reports = [*steps, Report(201, "finished", 2.1)]
         await it.create_job("job-1")
         async with it.orchestrator():
             await it.until("job-1", JobState.SUCCEEDED)

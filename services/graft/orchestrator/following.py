@@ -14,14 +14,13 @@ from typing import ParamSpec, TypeVar
 from graft.domain.errors import KINDS, FailedPrecondition, Internal, Unavailable
 from graft.domain.jobs import Checkpoint, EventLevel, JobState, Progress
 from graft.orchestrator.context import Context
-from graft.orchestrator.ports import Report, RunStatus
 from graft.orchestrator.threads import call
 from graft.orchestrator.tracking import Tracker
+from graft.training.spec import ENDS, Report, RunStatus
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ENDS = ("finished", "failed", "cancelled")
 _PROGRESS = tuple(item.name for item in fields(Progress))
 
 
@@ -30,8 +29,10 @@ async def ask_ray(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
     try:
         return await call(function, *args, **kwargs)
     except Exception as error:
-        # Ray's own exceptions are known by their module: importing ray here would cost every test two seconds.
-        if type(error).__module__.partition(".")[0] == "ray" or isinstance(error, ConnectionError | TimeoutError):
+        # Ray's own exceptions are known by their module: importing ray here would cost every test two seconds. A
+        # RayTaskError is what our code raised over there.
+        of_ray = type(error).__module__.partition(".")[0] == "ray" and "RayTaskError" not in type(error).__name__
+        if of_ray or isinstance(error, ConnectionError | TimeoutError):
             raise Unavailable(
                 f"The training cluster does not answer ({type(error).__name__}).", reason="RAY_UNAVAILABLE"
             ) from error

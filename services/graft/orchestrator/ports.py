@@ -5,54 +5,25 @@
 Runs, registry, preparer and capacity block: they are called in threads (`graft.orchestrator.threads`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from graft.data.prepare import DataStats
 from graft.domain.jobs import Job, Resolved
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 from graft.internal.v1 import engine_pb2
+from graft.registry.mlflow_registry import Publication
 from graft.settings import Settings
 from graft.store.protocol import Store
-
-if TYPE_CHECKING:
-    from graft.data.prepare import DataStats
-    from graft.registry.mlflow_registry import Publication
-    from graft.training.run import RunSpec
-
-
-class Report(Protocol):
-    """One line of a run's report. `sequence` counts from 1 within the attempt."""
-
-    @property
-    def sequence(self) -> int: ...
-    @property
-    def kind(self) -> str:
-        """`started`, `metrics`, `checkpoint`, `message`, `finished`, `failed` or `cancelled`."""
-        ...
-
-    @property
-    def time_seconds(self) -> float: ...
-    @property
-    def data(self) -> dict[str, object]: ...
-
-
-class RunStatus(Protocol):
-    """What a poll of a run tells."""
-
-    @property
-    def exists(self) -> bool: ...
-    @property
-    def alive(self) -> bool: ...
-    @property
-    def reports(self) -> Sequence[Report]: ...
+from graft.training.spec import RunSpec, RunStatus
 
 
 class Runs(Protocol):
     """Training runs: named detached actors, one an attempt."""
 
-    def start(self, spec: "RunSpec") -> None:
+    def start(self, spec: RunSpec) -> None:
         """Starts the run, or finds the one of that name."""
 
     def poll(self, job_id: str, attempt: int, after_sequence: int) -> RunStatus: ...
@@ -68,7 +39,7 @@ class RegistryPort(Protocol):
     ) -> str: ...
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None: ...
     def finish_run(self, run_id: str, status: str) -> None: ...
-    def publish(self, publication: "Publication") -> AdapterVersion: ...
+    def publish(self, publication: Publication) -> AdapterVersion: ...
     def set_alias(self, project: str, base: str, adapter: str, alias: str, version: int) -> None: ...
     def snapshot(self) -> RegistrySnapshot: ...
 
@@ -87,8 +58,8 @@ class Engine(Protocol):
 class PreparedData:
     """What is known of a job's data before it trains."""
 
-    training: "DataStats"
-    validation: "DataStats | None"
+    training: DataStats
+    validation: DataStats | None
     resolved: tuple[Resolved, ...]
 
 
@@ -101,7 +72,7 @@ class Preparer(Protocol):
 
     def plan(
         self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
-    ) -> "RunSpec":
+    ) -> RunSpec:
         """The run's specification, every value concrete."""
         ...
 

@@ -13,7 +13,7 @@ from graft.domain.jobs import Job
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
 from graft.training.derive import derive
-from graft.training.run import RunSpec, run_spec
+from graft.training.spec import RunSpec, run_spec
 
 
 class TokenizingPreparer:
