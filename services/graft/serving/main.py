@@ -101,17 +101,14 @@ async def wait_until_ready(address: str, stop: threading.Event) -> None:
         await client.close()
 
 
-def run(settings: Settings) -> int:
-    """Runs the service until it is told to end."""
-    from graft.registry.base_models import ensure_base_model
-
+def run(settings: Settings, base: BaseModel) -> int:
+    """Runs the service until it is told to end; returns the exit code."""
     started = time.perf_counter()
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    base = ensure_base_model(settings, settings.serving.base_model)
-    start(settings, base)
     try:
+        start(settings, base)
         asyncio.run(wait_until_ready(settings.engine_address, stop))
         if not stop.is_set():
             _log.info("serving", address=settings.engine_address, seconds=round(time.perf_counter() - started, 1))
@@ -120,15 +117,20 @@ def run(settings: Settings) -> int:
                 _log.error("Ray Serve has lost the application; ending, so that it is started again.")
                 return 1
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        # Without a connection, Serve would start a Ray of its own to shut down.
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
     return 0
 
 
 def main() -> None:
     """Entry point."""
+    from graft.registry.base_models import ensure_base_model
+
     try:
-        code = run(load())
+        settings = load()
+        code = run(settings, ensure_base_model(settings, settings.serving.base_model))
     except InvalidArgument as error:
         print(error.message, file=sys.stderr)
         code = 2
