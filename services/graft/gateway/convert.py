@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Any, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
@@ -236,7 +237,7 @@ def _progress(found: Progress) -> fine_tuning_job_pb2.Progress:
 def event(found: Event) -> fine_tuning_job_pb2.FineTuningJobEvent:
     """An event of a job."""
     data = Struct()
-    data.update(found.data)
+    data.update(cast(dict[str, Any], found.data))
     return fine_tuning_job_pb2.FineTuningJobEvent(
         sequence=found.sequence,
         create_time=timestamp(found.create_time),
