@@ -4,12 +4,15 @@ Owns the list and the probes. Does not start anything: `graft.stack.supervisor` 
 """
 
 import os
+import secrets
 import socket
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import grpc
 
 from graft.settings import Settings
 
@@ -105,3 +108,81 @@ def ray_head(settings: Settings) -> Process:
             Port(ray.host, ray.dashboard_port, "GRAFT_RAY_DASHBOARD_PORT"),
         ),
     )
+
+
+def ray_environment(settings: Settings) -> dict[str, str]:
+    """What every process that talks to the local Ray cluster needs: a token of this home's own, and no telemetry.
+
+    Ray would otherwise take the token in the user's home, where another cluster may have left one.
+    """
+    token = settings.home.path / "run" / "ray-token"
+    if not token.is_file():
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def local_stack(settings: Settings) -> list[Process]:
+    """Every process of the local stack, in the order in which they are listed and, in reverse, ended."""
+    ray_variables = ray_environment(settings)
+    registry, gateway, serving = settings.registry, settings.gateway, settings.serving
+    return [
+        replace(ray_head(settings), environment=ray_variables),
+        Process(
+            name="mlflow",
+            argv=_python("graft.registry.main"),
+            probe=http_probe(f"http://{registry.host}:{registry.port}/health"),
+            ports=(Port(registry.host, registry.port, "GRAFT_REGISTRY_PORT"),),
+        ),
+        Process(
+            name="gateway",
+            argv=_python("graft.gateway.main"),
+            probe=http_probe(f"http://{gateway.host}:{gateway.http_port}/healthz"),
+            ports=(
+                Port(gateway.host, gateway.grpc_port, "GRAFT_GATEWAY_GRPC_PORT"),
+                Port(gateway.host, gateway.http_port, "GRAFT_GATEWAY_HTTP_PORT"),
+            ),
+        ),
+        Process(
+            name="inference",
+            argv=_python("graft.serving.main"),
+            environment=ray_variables,
+            probe=_engine_probe(settings),
+            ports=(Port(serving.host, serving.grpc_port, "GRAFT_SERVING_GRPC_PORT"),),
+            ready_timeout_seconds=600.0,  # the first start converts the base model as well
+            after=("ray",),
+        ),
+        Process(
+            name="orchestrator",
+            argv=_python("graft.orchestrator.main"),
+            environment=ray_variables,
+            probe=_base_model_probe(settings),
+            after=("ray", "mlflow", "gateway"),
+            ready_timeout_seconds=600.0,
+        ),
+    ]
+
+
+def _engine_probe(settings: Settings) -> Probe:
+    """Ready when every replica says so."""
+
+    def probe() -> bool:
+        from graft.internal.v1 import engine_pb2, engine_pb2_grpc
+
+        with grpc.insecure_channel(settings.engine_address) as channel:
+            try:
+                answer = engine_pb2_grpc.EngineStub(channel).Residency(
+                    engine_pb2.ResidencyRequest(), timeout=2.0, metadata=(("application", "graft-engine"),)
+                )
+            except grpc.RpcError:
+                return False
+        return bool(answer.replicas) and all(replica.ready for replica in answer.replicas)
+
+    return probe
+
+
+def _base_model_probe(settings: Settings) -> Probe:
+    """Ready when the orchestrator has told the gateway of the base model that is served."""
+    gateway = settings.gateway
+    return http_probe(f"http://{gateway.host}:{gateway.http_port}/v1/models/{settings.serving.base_model}")
