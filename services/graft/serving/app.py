@@ -37,6 +37,9 @@ MAX_ONGOING_REQUESTS = 1024
 MAX_QUEUED_REQUESTS = 1024
 """Beyond it Serve answers RESOURCE_EXHAUSTED: refused by limit, not by memory."""
 
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+"""Serve's own logs: a line a call is the gateway's to write, with the request's id and who asked."""
+
 _log = structlog.get_logger("graft.serving")
 
 
@@ -64,10 +67,20 @@ class EngineReplica:
         capacity = max(settings.max_cpu_loras, settings.max_loras)
         self._residency = Residency(capacity, self._keeper, self._puller)
         self._keeping = asyncio.create_task(self._keeper.run(self._residency))
-        self._warming = asyncio.create_task(asyncio.to_thread(self._puller.warm))
+        self._warming: asyncio.Task[None] | None = None
 
     async def _build(self) -> "Engine":
-        return await asyncio.to_thread(self._build_blocking)
+        engine = await asyncio.to_thread(self._build_blocking)
+        if self._warming is None:
+            # Not earlier: the registry's client takes seconds to import, on cores that the engine's start needs.
+            self._warming = asyncio.create_task(self._warm())
+        return engine
+
+    async def _warm(self) -> None:
+        try:
+            await asyncio.to_thread(self._puller.warm)
+        except GraftError as error:
+            _log.warning("the registry does not answer yet; the first pull tries again", error=error.message)
 
     def _build_blocking(self) -> "Engine":
         # Imported here: it takes 20 s, during which the door already answers.
@@ -233,5 +246,6 @@ def build_app(settings: Settings, base: BaseModel) -> Any:
         # A share for placement only: the local stack's cores serve training and inference alike.
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=10,
+        logging_config=QUIET,
     )
     return deployment.bind(settings.serving, base, settings.tracking_uri, settings.home.cache)

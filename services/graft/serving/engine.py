@@ -83,6 +83,7 @@ def engine_args(settings: ServingSettings, base: BaseModel) -> AsyncEngineArgs:
         max_cpu_loras=max(settings.max_cpu_loras, settings.max_loras),
         max_lora_rank=settings.max_lora_rank,
         disable_log_stats=True,
+        use_tqdm_on_load=False,
     )
 
 

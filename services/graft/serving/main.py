@@ -24,7 +24,7 @@ from ray.serve.config import ProxyLocation, gRPCOptions
 from graft.domain.errors import FailedPrecondition, GraftError, InvalidArgument, Unavailable
 from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, EngineClient
-from graft.serving.app import build_app
+from graft.serving.app import QUIET, build_app
 from graft.serving.door import HOST_VARIABLE
 from graft.settings import Settings, load
 
@@ -81,8 +81,15 @@ def start(settings: Settings, base: BaseModel) -> None:
             port=settings.serving.grpc_port,
             grpc_servicer_functions=["graft.internal.v1.engine_pb2_grpc.add_EngineServicer_to_server"],
         ),
+        logging_config=QUIET,
     )
     serve.run(build_app(settings, base), name=APPLICATION, route_prefix="/")
+
+
+def end_on_signals(stop: threading.Event) -> None:
+    """Has SIGTERM and SIGINT set `stop`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
 
 
 async def wait_until_ready(address: str, stop: threading.Event) -> None:
@@ -105,10 +112,11 @@ def run(settings: Settings, base: BaseModel) -> int:
     """Runs the service until it is told to end; returns the exit code."""
     started = time.perf_counter()
     stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: stop.set())
+    end_on_signals(stop)
     try:
         start(settings, base)
+        # Again: to connect, Ray puts its own handler of SIGTERM in place, which aborts the process.
+        end_on_signals(stop)
         asyncio.run(wait_until_ready(settings.engine_address, stop))
         if not stop.is_set():
             _log.info("serving", address=settings.engine_address, seconds=round(time.perf_counter() - started, 1))

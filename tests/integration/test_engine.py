@@ -1,0 +1,452 @@
+"""The inference service on its own Ray cluster: Serve's gRPC proxy, a replica, vLLM and a tiny llama.
+
+One stack for the module, used in order: the tests that kill things come last.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from graft.domain.errors import FailedPrecondition, GraftError, Unavailable
+from graft.internal.engine_client import EngineClient
+from graft.internal.v1 import engine_pb2
+from graft.registry.digest import adapter_digest
+from graft.settings import Settings, load
+
+from ..support.adapters import make_adapter, tiny_base
+from ..support.tiny_llama import make_tiny_llama
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+CAPACITY = 3
+RUN = """
+import json, sys
+from graft.domain.resources import BaseModel
+from graft.serving import main
+from graft.settings import load
+base = json.loads(sys.argv[1])
+base["target_modules"] = tuple(base["target_modules"])
+sys.exit(main.run(load(), BaseModel(**base)))
+"""
+"""The service's process with the tiny llama as its base model."""
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@dataclass
+class Stack:
+    """A Ray head, the service's process, and adapters to serve."""
+
+    settings: Settings
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+    adapters: dict[str, engine_pb2.AdapterRef]
+    folder: Path
+    ready_seconds: float
+    refused_before_ready: list[GraftError]
+
+    def engine_core(self) -> psutil.Process:
+        """The process that runs the model: the only child of a fork server."""
+        (core,) = [
+            process for process in descendants(self.folder) if is_fork_server(process.parent()) and is_python(process)
+        ]
+        return core
+
+
+def is_python(process: psutil.Process) -> bool:
+    return process.status() != psutil.STATUS_ZOMBIE
+
+
+def is_fork_server(process: psutil.Process | None) -> bool:
+    return process is not None and "from multiprocessing.forkserver" in " ".join(process.cmdline())
+
+
+def descendants(folder: Path) -> list[psutil.Process]:
+    """Every live process of the stack: all inherit its mark in their environment, wherever they hang in the tree."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("GRAFT_TEST_STACK") == str(folder):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def ray_head(settings: Settings, folder: Path, environment: dict[str, str]) -> None:
+    # Unix socket paths end at 107 characters, which pytest's temporary folders pass: Ray gets a short one.
+    command = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--disable-usage-stats", "--include-dashboard=false",
+        "--node-ip-address=127.0.0.1", f"--port={settings.ray.port}", "--num-cpus=2",
+        f"--dashboard-port={settings.ray.dashboard_port}",
+        "--object-store-memory=80000000", f"--temp-dir={folder}",
+    ]  # fmt: skip
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def adapter_ref(name: str, folder: Path) -> engine_pb2.AdapterRef:
+    return engine_pb2.AdapterRef(model=f"tiny:{name}@1", digest=adapter_digest(folder), path=str(folder))
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("stack")
+    ray_folder = Path(tempfile.mkdtemp(prefix="gr", dir="/tmp"))
+    base = tiny_base(make_tiny_llama(folder / "base"))
+    adapters = {
+        name: adapter_ref(name, make_adapter(Path(base.path), folder / name, seed=seed))
+        for seed, name in enumerate(("a", "b", "c", "d", "e"), start=1)
+    }
+    ray_port, dashboard_port, grpc_port = free_ports(3)
+    variables = {
+        "GRAFT_HOME": str(folder / "home"),
+        "GRAFT_RAY_PORT": str(ray_port),
+        "GRAFT_RAY_DASHBOARD_PORT": str(dashboard_port),
+        "GRAFT_SERVING_GRPC_PORT": str(grpc_port),
+        "GRAFT_SERVING_MAX_LORAS": "2",
+        "GRAFT_SERVING_MAX_CPU_LORAS": str(CAPACITY),
+        "GRAFT_SERVING_MAX_LORA_RANK": "16",
+        "GRAFT_SERVING_CONTEXT_TOKENS": "256",
+        # Answers are compared between batches: in bfloat16 near-ties fall either way.
+        "GRAFT_SERVING_DTYPE": "float32",
+    }
+    settings = load(variables)
+    environment = {**os.environ, **variables, "GRAFT_TEST_STACK": str(folder)}
+    # Said outright: left alone, `ray start` takes a token that it finds in the home, and a driver does not send it.
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    ray_head(settings, ray_folder, environment)
+    started = time.perf_counter()
+    described = json.dumps(base.__dict__)
+    with (folder / "serving.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, described], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        refused = asyncio.run(wait_until_ready(settings.engine_address, process, folder / "serving.log"))
+        yield Stack(settings, environment, process, adapters, folder, time.perf_counter() - started, refused)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        finally:
+            # `ray stop` would end every cluster of the machine; ours carries our mark.
+            for left in descendants(folder):
+                left.kill()
+            shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+async def wait_until_ready(address: str, process: "subprocess.Popen[bytes]", log: Path) -> list[GraftError]:
+    """Waits for the engine; returns what a request was refused with in the meantime."""
+    client = EngineClient(address)
+    refused: list[GraftError] = []
+    deadline = time.monotonic() + 180
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                if all(replica.ready for replica in (await client.residency()).replicas):
+                    return refused
+                await client.generate(request(None, "hi"), timeout_seconds=60)
+            except GraftError as error:
+                refused.append(error)
+            await asyncio.sleep(0.2)
+    finally:
+        await client.close()
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[EngineClient]:
+    client = EngineClient(stack.settings.engine_address)
+    yield client
+    await client.close()
+
+
+def request(adapter: engine_pb2.AdapterRef | None, text: str, **fields: Any) -> engine_pb2.GenerateRequest:
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0, **fields}
+    return engine_pb2.GenerateRequest(
+        endpoint=engine_pb2.ENDPOINT_CHAT_COMPLETIONS,
+        body=json.dumps(body).encode(),
+        adapter=adapter,
+        public_model=adapter.model if adapter else "tiny",
+        request_id="test",
+    )
+
+
+def completion(adapter: engine_pb2.AdapterRef | None, prompt: Any, **fields: Any) -> engine_pb2.GenerateRequest:
+    made = request(adapter, "")
+    made.endpoint = engine_pb2.ENDPOINT_COMPLETIONS
+    made.body = json.dumps({"prompt": prompt, "temperature": 0, **fields}).encode()
+    return made
+
+
+async def answer(client: EngineClient, wanted: engine_pb2.GenerateRequest) -> dict[str, Any]:
+    response = await client.generate(wanted, timeout_seconds=60)
+    body: dict[str, Any] = json.loads(response.body)
+    assert response.http_status == 200, body
+    assert body["model"] == wanted.public_model
+    return body
+
+
+async def tokens(client: EngineClient, adapter: engine_pb2.AdapterRef | None, text: str) -> list[float]:
+    """Fingerprint of a greedy answer: its log-probabilities, which no two adapters share."""
+    body = await answer(client, request(adapter, text, logprobs=True))
+    return [round(entry["logprob"], 1) for entry in body["choices"][0]["logprobs"]["content"]]
+
+
+async def eventually_ready(client: EngineClient, restarts: int) -> engine_pb2.Replica:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        (replica,) = (await client.residency()).replicas
+        if replica.ready and replica.engine_restarts >= restarts:
+            return replica
+        await asyncio.sleep(0.05)
+    raise AssertionError("the engine was not replaced")
+
+
+def test_a_request_while_the_engine_starts_is_unavailable_with_a_retry_hint(stack: Stack) -> None:
+    assert stack.refused_before_ready
+    for error in stack.refused_before_ready:
+        assert isinstance(error, Unavailable)
+        assert error.reason == "ENGINE_STARTING"
+        assert error.retry_after_seconds == 2.0
+
+
+def test_the_internal_door_listens_on_loopback_only(stack: Stack) -> None:
+    port = stack.settings.serving.grpc_port
+    addresses = {
+        listening.laddr.ip.removeprefix("::ffff:")
+        for listening in psutil.net_connections("tcp")
+        if listening.status == psutil.CONN_LISTEN and listening.laddr.port == port
+    }
+    assert addresses == {"127.0.0.1"}
+
+
+async def test_base_and_adapters_answer_concurrently_and_each_as_itself(stack: Stack, client: EngineClient) -> None:
+    who = [None, stack.adapters["a"], stack.adapters["b"]]
+    alone = [await tokens(client, adapter, "hello") for adapter in who]
+    assert len({tuple(answer) for answer in alone}) == 3
+    together = await asyncio.gather(*(tokens(client, adapter, "hello") for adapter in who * 4))
+    assert together == alone * 4
+
+
+async def test_an_answer_is_streamed_token_by_token(stack: Stack, client: EngineClient) -> None:
+    wanted = request(stack.adapters["a"], "hello", stream=True, stream_options={"include_usage": True}, ignore_eos=True)
+    pieces, times = [], []
+    async for piece in client.stream(engine_pb2.StreamRequest(request=wanted)):
+        assert piece.http_status == 200
+        pieces.append(json.loads(piece.data))
+        times.append(time.perf_counter())
+    assert {piece["model"] for piece in pieces} == {"tiny:a@1"}
+    assert pieces[-1]["usage"]["completion_tokens"] == 12
+    assert len(pieces) >= 12
+    assert times[-1] - times[0] > 0.005, "the pieces came in one lump"
+
+
+async def test_a_client_that_goes_away_frees_the_engine(stack: Stack, client: EngineClient) -> None:
+    wanted = request(stack.adapters["a"], "hello", max_tokens=200, ignore_eos=True)
+    async for _ in client.stream(engine_pb2.StreamRequest(request=wanted)):
+        break
+    deadline = time.monotonic() + 10
+    while any(held.active_requests for held in (await client.residency()).replicas[0].adapters):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completion"])
+async def test_an_answer_can_be_constrained_to_a_choice(stack: Stack, client: EngineClient, endpoint: str) -> None:
+    choice = {"structured_outputs": {"choice": ["positive", "negative"]}, "max_tokens": 16}
+    if endpoint == "chat":
+        body = await answer(client, request(stack.adapters["b"], "good or bad?", **choice))
+        text = body["choices"][0]["message"]["content"]
+    else:
+        text = (await answer(client, completion(stack.adapters["b"], "good or bad?", **choice)))["choices"][0]["text"]
+    assert text in ("positive", "negative")
+
+
+async def test_token_ids_are_scored_as_given(stack: Stack, client: EngineClient) -> None:
+    body = await answer(client, completion(stack.adapters["a"], [5, 6, 7, 8], max_tokens=1, prompt_logprobs=0))
+    scored = body["choices"][0]["prompt_logprobs"]
+    assert [next(iter(entry)) for entry in scored[1:]] == ["6", "7", "8"]
+    echoed = await answer(client, completion(stack.adapters["a"], [5, 6, 7, 8], max_tokens=1, echo=True, logprobs=0))
+    assert echoed["choices"][0]["logprobs"]["token_logprobs"][1:4] == pytest.approx(
+        [next(iter(entry.values()))["logprob"] for entry in scored[1:]]
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_handler_refuses_is_openais_error_object(
+    stack: Stack, client: EngineClient, stream: bool
+) -> None:
+    wanted = request(stack.adapters["a"], "hello", max_tokens=-1)
+    if stream:
+        (piece,) = [piece async for piece in client.stream(engine_pb2.StreamRequest(request=wanted))]
+        status, body = piece.http_status, json.loads(piece.data)
+    else:
+        response = await client.generate(wanted, timeout_seconds=60)
+        status, body = response.http_status, json.loads(response.body)
+    assert status == 400
+    assert body["error"]["param"] == "max_tokens"
+
+
+async def test_a_bad_adapter_fails_its_own_request_and_the_engine_goes_on(stack: Stack, client: EngineClient) -> None:
+    base = stack.folder / "base"
+    truncated = make_adapter(base, stack.folder / "truncated", seed=9)
+    ref = adapter_ref("truncated", truncated)
+    weights = truncated / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    missing = engine_pb2.AdapterRef(model="tiny:gone@1", digest="sha256:gone", path=str(stack.folder / "gone"))
+    swapped = engine_pb2.AdapterRef(model="tiny:swapped@1", digest="sha256:00", path=stack.adapters["a"].path)
+    wide = adapter_ref("wide", make_adapter(base, stack.folder / "wide", seed=9, rank=32))
+    for bad, fault in (
+        (ref, "truncated"), (missing, "does not exist"), (swapped, "digest"), (wide, "max_lora_rank of 16")
+    ):  # fmt: skip
+        results = await asyncio.gather(
+            answer(client, request(None, "hello")),
+            client.generate(request(bad, "hello"), timeout_seconds=60),
+            client.load(bad),
+            answer(client, request(stack.adapters["a"], "hello")),
+            return_exceptions=True,
+        )
+        for refused in results[1:3]:
+            assert isinstance(refused, FailedPrecondition)
+            assert refused.reason == "ADAPTER_INVALID"
+            assert fault in refused.message
+            assert bad.model in refused.message
+        assert isinstance(results[0], dict), results[0]
+        assert isinstance(results[3], dict), results[3]
+    (replica,) = (await client.residency()).replicas
+    assert replica.engine_restarts == 0
+
+
+async def test_more_adapters_than_the_engine_holds_all_answer_and_the_oldest_leave(
+    stack: Stack, client: EngineClient
+) -> None:
+    for name in ("a", "b", "c"):
+        await client.load(stack.adapters[name])
+    alone = {name: await tokens(client, stack.adapters[name], "hello") for name in ("a", "b", "c", "d", "e")}
+    (replica,) = (await client.residency()).replicas
+    assert replica.capacity == CAPACITY
+    assert [held.model for held in replica.adapters] == ["tiny:e@1", "tiny:d@1", "tiny:c@1"]
+    names = ["a", "b", "c", "d", "e"] * 3
+    answers = await asyncio.gather(*(tokens(client, stack.adapters[name], "hello") for name in names))
+    assert answers == [alone[name] for name in names]
+
+
+async def test_an_unloaded_adapter_is_out_and_comes_back_on_demand(stack: Stack, client: EngineClient) -> None:
+    loaded = await client.load(stack.adapters["a"])
+    assert loaded.load_seconds < 5
+    (replica,) = (await client.unload(stack.adapters["a"].digest)).replicas
+    assert "tiny:a@1" not in {held.model for held in replica.adapters}
+    await answer(client, request(stack.adapters["a"], "hello"))
+
+
+async def test_a_killed_engine_is_replaced_and_its_adapters_come_back(stack: Stack, client: EngineClient) -> None:
+    await client.load(stack.adapters["a"])
+    before = await tokens(client, stack.adapters["a"], "hello")
+    (held_before,) = (await client.residency()).replicas
+    stack.engine_core().kill()
+    await asyncio.sleep(0.3)
+    with pytest.raises(Unavailable) as caught:
+        await client.generate(request(None, "hello"), timeout_seconds=60)
+    assert caught.value.reason == "ENGINE_RESTARTING"
+    assert caught.value.retry_after_seconds == 2.0
+    started = time.monotonic()
+    replica = await eventually_ready(client, restarts=1)
+    print(f"engine replaced after {time.monotonic() - started:.1f} s")
+    assert {held.model for held in replica.adapters} == {held.model for held in held_before.adapters}
+    assert all(held.in_engine for held in replica.adapters)
+    assert await tokens(client, stack.adapters["a"], "hello") == before
+
+
+async def test_an_engine_killed_while_it_answers_ends_the_answer_with_unavailable(
+    stack: Stack, client: EngineClient
+) -> None:
+    wanted = request(stack.adapters["a"], "hello", max_tokens=220, ignore_eos=True)
+    core = stack.engine_core()
+
+    async def kill_while_streaming() -> None:
+        async for _ in client.stream(engine_pb2.StreamRequest(request=wanted)):
+            core.kill()
+
+    with pytest.raises(Unavailable) as caught:
+        await kill_while_streaming()
+    assert caught.value.reason == "ENGINE_RESTARTING"
+    await eventually_ready(client, restarts=2)
+
+
+def test_memory_of_the_serving_processes_is_told(stack: Stack) -> None:
+    total = 0
+    for process in descendants(stack.folder):
+        pss = process.memory_full_info().pss
+        total += pss
+        print(f"{pss / 2**20:7.0f} MiB  {' '.join(process.cmdline())[:100]}")
+    print(f"{total / 2**20:7.0f} MiB in all; ready after {stack.ready_seconds:.1f} s")
+    assert total < 8 * 2**30
+
+
+def test_a_taken_port_is_one_sentence_that_names_the_setting(stack: Stack) -> None:
+    from graft.domain.errors import InvalidArgument
+    from graft.serving.main import check_port
+
+    with pytest.raises(InvalidArgument, match="GRAFT_SERVING_GRPC_PORT"):
+        check_port("127.0.0.1", stack.settings.serving.grpc_port)
+
+
+async def test_a_killed_replica_takes_its_engine_along_and_is_replaced(stack: Stack, client: EngineClient) -> None:
+    core = stack.engine_core()
+    server = core.parent()
+    assert server is not None
+    replica = server.parent()
+    assert replica is not None
+    replica.kill()
+    gone, alive = psutil.wait_procs([core, server], timeout=5)
+    assert not alive, gone
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            (state,) = (await client.residency()).replicas
+            if state.ready:
+                break
+        except Unavailable:
+            pass
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.2)
+    await answer(client, request(stack.adapters["a"], "hello"))
+
+
+def test_nothing_of_the_service_is_left_after_sigterm(stack: Stack) -> None:
+    core = stack.engine_core()
+    server = core.parent()
+    assert server is not None
+    replica = server.parent()
+    assert replica is not None
+    stack.process.send_signal(signal.SIGTERM)
+    assert stack.process.wait(40) == 0
+    _, alive = psutil.wait_procs([core, server, replica], timeout=10)
+    assert not alive
+    left = " ".join(" ".join(process.cmdline()) for process in descendants(stack.folder))
+    assert "forkserver" not in left
+    assert "Serve" not in left
