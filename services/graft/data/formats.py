@@ -17,6 +17,8 @@ from graft.domain.resources import DatasetFormat
 MAX_LINE_BYTES = 1024 * 1024
 """A row beyond it exceeds every context by far (2048 tokens are some 8 KB of English)."""
 REPORTED_LINES = 20
+SHOWN_CHARACTERS = 80
+"""Of a key or value quoted in a fault: it may be as long as its line."""
 READ_BYTES = 1024 * 1024
 ROLES = ("system", "user", "assistant")
 _KEYS = {
@@ -46,7 +48,7 @@ class JsonlValidator:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._size_bytes = 0
-        self._rest = b""
+        self._rest = bytearray()
         self._skipping = False
         self._line = 0
         self._rows = 0
@@ -58,19 +60,22 @@ class JsonlValidator:
         """Takes the next bytes. Remembers faults; raises nothing."""
         self._hash.update(chunk)
         self._size_bytes += len(chunk)
-        lines = (self._rest + chunk).split(b"\n")
-        self._rest = lines.pop()
-        for line in lines:
+        first, *others = chunk.split(b"\n")
+        # Grown in place: a long line in small pieces would otherwise be copied once a piece.
+        self._rest += first
+        for other in others:
+            line, self._rest = bytes(self._rest), bytearray(other)
             self._end_line(line)
         if len(self._rest) > MAX_LINE_BYTES:
             # The rest of this line is dropped as it comes, so that one endless line cannot fill the memory.
-            self._skipping, self._rest = True, self._rest[:1]
+            self._skipping = True
+            del self._rest[1:]
 
     def finish(self) -> FileReport:
         """The report. Raises InvalidArgument (BAD_DATASET) with the count of all bad lines and the first 20."""
         if self._rest:
-            self._end_line(self._rest)
-            self._rest = b""
+            self._end_line(bytes(self._rest))
+            self._rest.clear()
         if self._bad_lines:
             first = "; ".join(f"{violation.field}: {violation.description}" for violation in self._violations)
             raise InvalidArgument(
@@ -110,23 +115,26 @@ class JsonlValidator:
         except UnicodeDecodeError as error:
             return [("", f"is not UTF-8 (byte {error.start})")]
         except _DuplicateKey as error:
-            return [(error.key, "occurs twice")]
+            return [(_shown(error.key), "occurs twice")]
         except json.JSONDecodeError as error:
             return [("", f"is not JSON: {error.msg} at column {error.colno}")]
+        except ValueError:
+            # The one that is left: Python reads no integer of more than 4300 digits.
+            return [("", "has a number with too many digits")]
         except RecursionError:
             return [("", "is nested too deeply")]
         if not isinstance(row, dict):
             return [("", "is not a JSON object")]
         found = _recognise(row)
         if found is None:
-            keys = ", ".join(sorted(row)[:5]) or "none"
+            keys = ", ".join(_shown(key) for key in sorted(row)[:5]) or "none"
             return [("", f"is neither a `messages` nor a `prompt`/`completion` row; its keys: {keys}")]
         if self._format is None:
             self._format = found
         elif found is not self._format:
             return [("", f"is a {found} row in a {self._format} file; one file has one layout")]
         return [
-            *((key, "is not a known key; remove it") for key in row if key not in _KEYS[found]),
+            *((_shown(key), "is not a known key; remove it") for key in row if key not in _KEYS[found]),
             *(_message_faults(row["messages"]) if found is DatasetFormat.MESSAGES else _pair_faults(row)),
         ]
 
@@ -172,6 +180,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def _shown(text: str) -> str:
+    """Safe to send on: short, and without the half characters that JSON can spell and UTF-8 cannot."""
+    return text[:SHOWN_CHARACTERS].encode("utf-8", "replace").decode()
+
+
+def _text_fault(text: Any) -> str | None:
+    """What keeps a value from being a text that a tokenizer reads."""
+    if not isinstance(text, str):
+        return "is not a string"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"has half a surrogate pair (character {error.start}), which is no text"
+    return None
+
+
 def _recognise(row: dict[str, Any]) -> DatasetFormat | None:
     if "messages" in row:
         return DatasetFormat.MESSAGES
@@ -184,8 +208,8 @@ def _pair_faults(row: dict[str, Any]) -> Iterator[Fault]:
     for key in ("prompt", "completion"):
         if key not in row:
             yield key, "is missing"
-        elif not isinstance(row[key], str):
-            yield key, "is not a string"
+        elif fault := _text_fault(row[key]):
+            yield key, fault
     if isinstance(row.get("completion"), str) and not row["completion"].strip():
         yield "completion", "is empty: there is nothing to learn"
 
@@ -202,15 +226,15 @@ def _message_faults(messages: Any) -> Iterator[Fault]:
             continue
         for key in message:
             if key not in ("role", "content", "weight"):
-                yield f"{field}.{key}", "is not a known key; remove it"
+                yield f"{field}.{_shown(key)}", "is not a known key; remove it"
         role = message.get("role")
         if role not in ROLES:
-            yield f"{field}.role", f"is {role!r}; it must be one of {', '.join(ROLES)}"
+            yield f"{field}.role", f"is {_shown(repr(role))}; it must be one of {', '.join(ROLES)}"
         elif role == "system" and index:
             yield f"{field}.role", "a system message must come first"
         content = message.get("content")
-        if not isinstance(content, str):
-            yield f"{field}.content", "is not a string"
+        if fault := _text_fault(content):
+            yield f"{field}.content", fault
         elif role == "assistant" and not content.strip():
             yield f"{field}.content", "is empty: there is nothing to learn"
         if "weight" in message:
