@@ -10,8 +10,10 @@ help: ## Lists the targets
 setup: ## Makes .venv with locked dependencies and generated stubs
 	@deploy/setup/setup
 
+# Two runs: a process that has been a Ray driver is no place for the gRPC servers of the unit tests.
 test: setup ## Runs every test
-	$(BIN)/pytest
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/integration
 
 test-unit: setup ## Runs the tests that need no server
 	$(BIN)/pytest tests/unit
