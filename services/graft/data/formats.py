@@ -235,7 +235,7 @@ def _message_faults(messages: Any) -> Iterator[Fault]:
         content = message.get("content")
         if fault := _text_fault(content):
             yield f"{field}.content", fault
-        elif role == "assistant" and not content.strip():
+        elif role == "assistant" and not str(content).strip():
             yield f"{field}.content", "is empty: there is nothing to learn"
         if "weight" in message:
             if role != "assistant":
