@@ -184,11 +184,9 @@ async def test_a_stopped_orchestrators_successor_adopts_the_run_and_finishes_the
             await listening(settings.ray.port, home / "ray.log")
             with process(orchestrator, environment, log) as first:
                 await until(store, JobState.RUNNING, first, log)
-                stopping = time.monotonic()
                 first.terminate()
+                # The promise is 5 s; this tells a stop from a hang, on a machine that may be busy.
                 assert await asyncio.to_thread(first.wait, 20) == 0, log.read_text()[-3000:]
-                # The promise is 5 s; this only tells a stop from a hang, on a machine that may be busy.
-                assert time.monotonic() - stopping < 30
             assert (await store.get_job("default", "job-1")).lease_owner is None
             engine = ScoringEngine(base, Registry(uri, home / "engine"))
             with process(orchestrator, environment, log) as second:
