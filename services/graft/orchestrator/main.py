@@ -95,6 +95,7 @@ async def serve(settings: Settings) -> None:
         stopping = asyncio.create_task(stop.wait())
         log.info("orchestrator_ready", owner=orchestrator.owner)
         await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        log.info("orchestrator_stopping")
         stopping.cancel()
         work.cancel()
         with suppress(asyncio.CancelledError):

@@ -4,20 +4,39 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Select, Table, event, func, literal, select, text, tuple_
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    Connection,
+    Select,
+    Table,
+    event,
+    func,
+    literal,
+    make_url,
+    select,
+    text,
+    tuple_,
+)
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, OperationalError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from graft.domain.errors import FieldViolation, InvalidArgument, Unavailable
+from graft.domain.errors import FieldViolation, InvalidArgument, ResourceExhausted, Unavailable
 from graft.store.protocol import Page
 from graft.store.tables import to_micros
 
 BUSY_TIMEOUT_MS = 10_000
 """How long an SQLite writer waits for another; our transactions take milliseconds."""
+CONNECT_TIMEOUT_SECONDS = 5
+"""psycopg's own is 130, longer than any caller waits."""
+DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+MAX_TOKEN_CHARACTERS = 512
+"""Ours have 120 at most; a longer one is not parsed, since JSON nested deeply enough overflows the stack."""
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 50
 
@@ -26,7 +45,7 @@ class Database:
     """One engine. Raises Unavailable when the database does not answer."""
 
     def __init__(self, url: str) -> None:
-        self.engine = _engine(url)
+        self.engine = _engine(parse_url(url))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
 
     async def close(self) -> None:
@@ -38,7 +57,10 @@ class Database:
         """A transaction that only reads."""
         with _translated():
             async with self.engine.connect() as connection:
-                yield await connection.execution_options(graft_read=True)
+                # Of several statements, each must see what the first saw: an alias and then the version it names.
+                # SQLite's transactions do so anyway.
+                options: dict[str, Any] = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+                yield await connection.execution_options(graft_read=True, **options)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
@@ -46,6 +68,12 @@ class Database:
         with _translated():
             async with self.engine.begin() as connection:
                 yield connection
+
+    async def lock(self, connection: AsyncConnection, table: Table) -> None:
+        """Keeps other callers of this method, not readers, out until the transaction ends."""
+        # Without it, two that replace a table at once both delete the old rows and then collide on the new ones.
+        if not self.is_sqlite:
+            await connection.execute(text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
 
     async def now(self, connection: AsyncConnection) -> datetime:
         """The database's clock. SQLite has one host, whose clock it is; PostgreSQL is asked."""
@@ -55,15 +83,36 @@ class Database:
         return found.astimezone(UTC)
 
 
+class _NotJson(ValueError):
+    """A value that JSON has no text for: a NaN, an infinity."""
+
+
+def _to_json(value: object) -> str:
+    # The same on both databases: PostgreSQL's JSON has no NaN, so SQLite's must not either.
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise _NotJson(str(error)) from error
+
+
 class _translated:
-    """Turns a lost database into Unavailable; integrity errors pass, since callers know what they mean."""
+    """Turns a database's failures into the domain's errors. Integrity errors and defects pass as they are."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        lost = isinstance(error, OperationalError) or (isinstance(error, DBAPIError) and error.connection_invalidated)
-        if lost:
+        unstorable = (DataError, UnicodeEncodeError, OverflowError, _NotJson)
+        if isinstance(error, unstorable) or (isinstance(error, StatementError) and isinstance(error.orig, unstorable)):
+            raise InvalidArgument(
+                "A value cannot be stored: text must be Unicode without NUL, numbers finite and of 64 bits at most.",
+                reason="UNSTORABLE_VALUE",
+            ) from error
+        if isinstance(error, OperationalError) and _is_full(error.orig):
+            raise ResourceExhausted(
+                "The database's disk is full. Free space on it, then try again.", reason="DISK_FULL"
+            ) from error
+        if isinstance(error, PoolTimeoutError) or (isinstance(error, DBAPIError) and _is_lost(error)):
             raise Unavailable(
                 "The database does not answer. Try again; if it lasts, check GRAFT_STORE_URL and the database's log.",
                 reason="STORE_UNAVAILABLE",
@@ -71,10 +120,45 @@ class _translated:
             ) from error
 
 
-def _engine(url: str) -> AsyncEngine:
-    if not url.startswith("sqlite"):
-        return create_async_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10)
-    engine = create_async_engine(url)
+def _is_full(error: BaseException | None) -> bool:
+    # 53100 is PostgreSQL's disk_full.
+    return getattr(error, "sqlite_errorname", None) == "SQLITE_FULL" or getattr(error, "sqlstate", None) == "53100"
+
+
+def _is_lost(error: DBAPIError) -> bool:
+    # SQLite tells a missing table, which is a defect of ours, as an operational error too, with its plainest code.
+    defect = getattr(error.orig, "sqlite_errorname", None) == "SQLITE_ERROR"
+    return error.connection_invalidated or (isinstance(error, OperationalError) and not defect)
+
+
+def parse_url(url: str) -> URL:
+    """The URL with Graft's own driver filled in. Raises InvalidArgument for any other database."""
+    expected = "GRAFT_STORE_URL must be sqlite+aiosqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE"
+    try:
+        parsed = make_url(url)
+    except ArgumentError:  # its text and the URL may hold a password
+        raise InvalidArgument(f"{expected}; it is no URL.", reason="INVALID_SETTINGS") from None
+    backend = parsed.get_backend_name()
+    if backend not in DRIVERS:
+        raise InvalidArgument(f"{expected}, not {backend}.", reason="INVALID_SETTINGS")
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise InvalidArgument(
+            f"{expected}; a database in memory would end with its connection.", reason="INVALID_SETTINGS"
+        )
+    return parsed.set(drivername=DRIVERS[backend])
+
+
+def _engine(url: URL) -> AsyncEngine:
+    if url.get_backend_name() != "sqlite":
+        return create_async_engine(
+            url,
+            json_serializer=_to_json,
+            pool_pre_ping=True,
+            pool_size=10,
+            max_overflow=10,
+            connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS},
+        )
+    engine = create_async_engine(url, json_serializer=_to_json)
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:
@@ -109,11 +193,11 @@ def _encode(values: list[Any]) -> str:
 
 
 def _decode(token: str, types: tuple[type, ...]) -> list[Any]:
-    try:
-        values = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
-    except (binascii.Error, ValueError):
-        values = None
-    if not isinstance(values, list) or [type(value) for value in values] != list(types):
+    values = None
+    if len(token) <= MAX_TOKEN_CHARACTERS:
+        with suppress(binascii.Error, ValueError):
+            values = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
+    if not isinstance(values, list) or len(values) != len(types) or not all(map(_is_key, values, types)):
         description = "is not a token that this list returned; leave it empty for the first page"
         raise InvalidArgument(
             f"page_token {description}.",
@@ -121,6 +205,12 @@ def _decode(token: str, types: tuple[type, ...]) -> list[Any]:
             violations=(FieldViolation("page_token", description),),
         )
     return values
+
+
+def _is_key(value: object, kind: type) -> bool:
+    if kind is str:
+        return isinstance(value, str) and value.isascii() and value.isprintable()
+    return type(value) is int and 0 <= value < 2**63
 
 
 async def newest_first(

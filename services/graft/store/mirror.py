@@ -25,6 +25,7 @@ class MirrorStore:
     async def replace_base_models(self, models: Sequence[BaseModel]) -> None:
         """Makes the table equal to `models`, in one transaction."""
         async with self._database.write() as connection:
+            await self._database.lock(connection, base_models)
             await connection.execute(delete(base_models))
             if models:
                 await connection.execute(insert(base_models), [_json_ready(asdict(model)) for model in models])
@@ -43,6 +44,7 @@ class MirrorStore:
     async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
         """Makes the read model equal to the snapshot, in one transaction."""
         async with self._database.write() as connection:
+            await self._database.lock(connection, adapters)
             await connection.execute(delete(adapter_versions))
             await connection.execute(delete(adapters))
             if snapshot.adapters:

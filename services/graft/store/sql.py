@@ -5,19 +5,22 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, make_url, text
+from alembic.util import CommandError
+from sqlalchemy import create_engine, text
 
-from graft.store.database import Database, ping
+from graft.domain.errors import FailedPrecondition
+from graft.store.database import Database, parse_url, ping
 from graft.store.datasets import DatasetStore
 from graft.store.jobs import JobStore
 from graft.store.keys import KeyStore
+from graft.store.leases import LeaseStore
 from graft.store.mirror import MirrorStore
 
 _MIGRATION_LOCK = 0x67726166
 """PostgreSQL advisory lock ("graf" in ASCII), so that two processes that start together migrate once."""
 
 
-class SqlStore(DatasetStore, JobStore, MirrorStore, KeyStore):
+class SqlStore(DatasetStore, JobStore, LeaseStore, MirrorStore, KeyStore):
     """`graft.store.protocol.Store` on one database."""
 
     async def close(self) -> None:
@@ -35,20 +38,21 @@ class SqlStore(DatasetStore, JobStore, MirrorStore, KeyStore):
 
 
 def open_store(url: str) -> SqlStore:
-    """A store on an already migrated database. Connects on first use."""
+    """A store on an already migrated database. Connects on first use. Raises InvalidArgument for a wrong URL."""
     return SqlStore(Database(url))
 
 
-def migrate(url: str) -> None:
-    """Brings the database to the newest schema; creates an SQLite file's folder. Blocking; many may call at once.
+def migrate(url: str, revision: str = "head") -> None:
+    """Brings the database to a revision, the newest by default; creates an SQLite file's folder. Blocking; many may
+    call at once.
 
-    Raises sqlalchemy.exc.OperationalError when the database cannot be reached.
+    Raises InvalidArgument for a URL that is none of the store's, FailedPrecondition for a database that a newer Graft
+    has migrated, sqlalchemy.exc.OperationalError when the database cannot be reached.
     """
-    parsed = make_url(url)
+    parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
         parsed = parsed.set(drivername="sqlite")
-        if parsed.database and parsed.database != ":memory:":
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed)
     try:
         with engine.begin() as connection:
@@ -62,6 +66,12 @@ def migrate(url: str) -> None:
             config.set_main_option("script_location", "graft.store:migrations")
             config.set_main_option("path_separator", "os")
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
+    except CommandError as error:
+        raise FailedPrecondition(
+            f"The database has a schema that this Graft does not know ({error}). A newer Graft has migrated it: "
+            "run that one, or point GRAFT_STORE_URL at another database.",
+            reason="STORE_IS_NEWER",
+        ) from error
     finally:
         engine.dispose()

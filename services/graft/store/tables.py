@@ -105,6 +105,7 @@ jobs = Table(
 events = Table(
     "events",
     metadata,
+    Column("project", String(63), nullable=False),
     Column("job_id", ForeignKey("jobs.id"), primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
     Column("create_time", UtcTime, nullable=False),
@@ -117,6 +118,7 @@ events = Table(
 checkpoints = Table(
     "checkpoints",
     metadata,
+    Column("project", String(63), nullable=False),
     Column("job_id", ForeignKey("jobs.id"), primary_key=True),
     Column("attempt", Integer, primary_key=True, autoincrement=False),
     Column("step", Integer, primary_key=True, autoincrement=False),
