@@ -1,16 +1,19 @@
 import copy
 import random
-from itertools import chain
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from graft.data.prepare import DataStats, Example
-from graft.domain.jobs import Hyperparameters, JobSpec, Lora
-from graft.domain.resources import BaseModel
+from graft.data.prepare import Example
+from graft.domain.errors import FailedPrecondition
 from graft.training import loop
-from graft.training.derive import derive
+from graft.training.batching import microbatches, pack
+from graft.training.lora import fuse
+from graft.training.packing import PACKED, check_packing, token_losses
 from tests.support.tiny_llama import make_tiny_llama
 
 SETTINGS = loop.LoopSettings(
@@ -22,14 +25,27 @@ SETTINGS = loop.LoopSettings(
 def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(make_tiny_llama(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
+    # Two query heads on one key head, as grouped-query attention has it.
+    folder = make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=PACKED)
+
+
+@pytest.fixture
+def padded(base: Any) -> Any:
+    model = copy.deepcopy(base)
+    model.set_attn_implementation("sdpa")
+    return model
 
 
 def _lora(base: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    return get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # it starts at zero, and A then has no gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def _examples(count: int) -> list[Example]:
@@ -42,37 +58,89 @@ def _examples(count: int) -> list[Example]:
     return made
 
 
-def test_the_loss_is_that_of_the_full_logits_at_the_learned_tokens(base: Any) -> None:
-    examples = _examples(7)
-    found = loop.token_losses(base, examples)
+def _by_length(examples: list[Example]) -> list[Example]:
+    return sorted(examples, key=lambda example: len(example.token_ids))
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _padded_loss(model: Any, examples: list[Example]) -> torch.Tensor:
+    """The plain way: one padded batch, all logits, labels of -100 without loss."""
+    longest = max(len(example.token_ids) for example in examples)
+    tokens = torch.zeros(len(examples), longest, dtype=torch.long)
+    attention = torch.zeros_like(tokens)
+    labels = torch.full_like(tokens, -100)
+    for row, example in enumerate(examples):
+        length = len(example.token_ids)
+        tokens[row, :length] = torch.tensor(example.token_ids)
+        attention[row, :length] = 1
+        learned = torch.tensor(example.loss_mask)
+        labels[row, :length] = torch.where(learned, torch.tensor(example.token_ids), -100)
+    logits = model(input_ids=tokens, attention_mask=attention).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_losses_of_a_packed_row_are_those_of_the_full_logits_of_each_example_alone(base: Any, padded: Any) -> None:
+    examples = _by_length(_examples(7))
     expected = []
     for example in examples:
-        logits = base(torch.tensor([example.token_ids])).logits[0].log_softmax(-1)
+        logits = padded(torch.tensor([example.token_ids])).logits[0].log_softmax(-1)
         expected += [
             -logits[t - 1, token]
             for t, (token, learned) in enumerate(zip(example.token_ids, example.loss_mask, strict=True))
             if learned
         ]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(token_losses(base, pack(examples)), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_microbatches_hold_every_example_once_within_the_token_budget() -> None:
-    examples = [Example([1] * length, [True] * length) for length in (3000, 700, 700, 700, 10, 900)]
-    groups = list(loop.microbatches(examples))
-    assert sorted(len(e.token_ids) for group in groups for e in group) == [10, 700, 700, 700, 900, 3000]
+@pytest.mark.parametrize("most_tokens", [10_000, 40])
+def test_gradients_of_packed_microbatches_are_those_of_one_padded_batch(
+    base: Any, padded: Any, most_tokens: int
+) -> None:
+    examples = _examples(12)
+    reference, packed = _lora(padded), _lora(base)
+    reference_loss = _padded_loss(reference, examples)
+    reference_loss.backward()
+    learned = sum(sum(example.loss_mask) for example in examples)
+    loss = 0.0
+    groups = list(microbatches(examples, most_tokens))
+    assert len(groups) == 1 or most_tokens == 40
     for group in groups:
-        padded = len(group) * max(len(example.token_ids) for example in group)
-        assert padded <= loop.MICROBATCH_TOKENS or len(group) == 1
+        part = token_losses(packed, group).sum() / learned
+        part.backward()
+        loss += part.item()
+    assert loss == pytest.approx(reference_loss.item(), rel=1e-5)
+    expected = _gradients(reference)
+    for name, gradient in _gradients(packed).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+        assert gradient.abs().max() > 1e-5
 
 
-def test_small_microbatches_give_the_gradients_of_one_big_batch(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    curves = []
-    for budget in (10_000, 40):
-        monkeypatch.setattr(loop, "MICROBATCH_TOKENS", budget)
-        losses: list[float] = []
-        loop.train(_lora(base), _examples(12), SETTINGS, lambda report, into=losses: into.append(report.loss))  # type: ignore[misc]
-        curves.append(losses)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+def test_an_architecture_that_ignores_the_lengths_of_a_row_is_refused(base: Any) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    examples = _by_length(_examples(2))
+    together, alone = pack(examples), tuple(pack([example]) for example in examples)
+    check_packing(base, together, alone)
+    right = ALL_ATTENTION_FUNCTIONS[PACKED]
+
+    def ignoring(*arguments: Any, lengths: tuple[int, ...], **options: Any) -> Any:
+        del lengths
+        return right(*arguments, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register(PACKED, ignoring)
+    try:
+        with pytest.raises(FailedPrecondition, match="examples in one row"):
+            check_packing(base, together, alone)
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(PACKED, right)
+
+
+def test_a_model_with_other_attention_is_refused(padded: Any) -> None:
+    with pytest.raises(ValueError, match="'sdpa'"):
+        token_losses(padded, pack(_examples(1)))
 
 
 def test_the_loss_falls_and_only_the_adapter_changes(base: Any) -> None:
@@ -86,83 +154,106 @@ def test_the_loss_falls_and_only_the_adapter_changes(base: Any) -> None:
     assert loop.mean_loss(model, examples) < before - 0.1
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if not p.requires_grad)
     assert reports[-1].step == reports[-1].total_steps == 40
+    assert reports[-1].epoch == 40.0
     assert reports[-1].trained_tokens == 40 * sum(len(example.token_ids) for example in examples)
     assert reports[-1].remaining_seconds == 0.0
 
 
-def test_every_epoch_sees_every_example_once_in_another_order() -> None:
-    settings = loop.LoopSettings(6, 4, 1e-3, 0.0, 0.0, 1.0, 0)
-    steps = list(loop.batches(12, settings))
-    first, second = list(chain(*steps[:3])), list(chain(*steps[3:]))
-    assert sorted(first) == sorted(second) == list(range(12))
-    assert first != second
-    assert list(loop.batches(12, settings)) == steps
+def test_the_same_seed_gives_the_same_curve_and_another_seed_another(base: Any) -> None:
+    curves = []
+    for seed in (3, 3, 4):
+        losses: list[float] = []
+        loop.train(
+            _lora(base),
+            _examples(12),
+            replace(SETTINGS, seed=seed),
+            lambda report, into=losses: into.append(report.loss),  # type: ignore[misc]
+        )
+        curves.append(losses)
+    assert curves[0] == curves[1]
+    assert curves[0] != curves[2]
 
 
-def test_two_workers_follow_the_curve_of_one(base: Any) -> None:
-    import threading
+def test_a_step_without_anything_to_learn_changes_nothing(base: Any) -> None:
+    model = _lora(base)
+    before = copy.deepcopy(model.state_dict())
+    reports: list[loop.StepReport] = []
+    loop.train(model, [Example([5, 6], [False, False])], replace(SETTINGS, total_steps=1), reports.append)
+    assert (reports[0].loss, reports[0].grad_norm) == (0.0, 0.0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
+
+def test_a_loss_that_is_no_number_ends_training_with_advice(base: Any) -> None:
+    model = _lora(base)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
+    with pytest.raises(FailedPrecondition, match="learning rate below") as caught:
+        loop.train(model, _examples(3), SETTINGS, lambda _: None)
+    assert caught.value.reason == "LOSS_NOT_FINITE"
+
+
+def test_the_rate_rises_in_a_line_and_falls_in_a_line() -> None:
+    settings = replace(SETTINGS, total_steps=10, warmup_ratio=0.2)
+    rates = [round(loop.rate(step, settings), 4) for step in range(10)]
+    assert rates == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert loop.rate(0, replace(settings, warmup_ratio=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_several_workers_follow_the_curve_of_one(base: Any, workers: int) -> None:
     examples = _examples(12)
     alone: list[float] = []
     loop.train(_lora(base), examples, SETTINGS, lambda report: alone.append(report.loss))
 
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(workers, timeout=60)
     tensors: dict[int, torch.Tensor] = {}
-    together: dict[int, list[float]] = {0: [], 1: []}
+    together: dict[int, list[float]] = {rank: [] for rank in range(workers)}
+    held_out: dict[int, float] = {}
+    models = [_lora(base) for _ in range(workers)]
 
     def worker(rank: int) -> None:
         def reduce(tensor: torch.Tensor) -> None:
             tensors[rank] = tensor.clone()
             barrier.wait()
-            tensor.copy_(tensors[0] + tensors[1])
+            tensor.copy_(sum(tensors[other] for other in range(workers)))
             barrier.wait()
 
-        loop.train(
-            models[rank],
-            examples,
-            SETTINGS,
-            lambda report: together[rank].append(report.loss),
-            rank=rank,
-            world_size=2,
-            reduce=reduce,
-        )
+        group = loop.Group(rank, workers, reduce)
+        loop.train(models[rank], examples, SETTINGS, lambda report: together[rank].append(report.loss), group)
+        held_out[rank] = loop.mean_loss(models[rank], examples, group)
 
-    models = [_lora(base), _lora(base)]
-    threads = [threading.Thread(target=worker, args=(rank,)) for rank in (0, 1)]
+    threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert together[0] == together[1]
+    assert all(together[rank] == together[0] for rank in range(workers))
     assert together[0] == pytest.approx(alone, rel=1e-4)
+    assert held_out[0] == held_out[1] == pytest.approx(loop.mean_loss(models[0], examples), rel=1e-5)
 
 
-BASE = BaseModel("b", "/b", "sha256:b", 135_000_000, 1, 2048, "MIT", "folder", ("q_proj", "v_proj"), 64)
+@pytest.mark.parametrize("tensor_type", [torch.float32, torch.bfloat16])
+def test_a_fused_layer_computes_what_peft_computes(base: Any, tensor_type: torch.dtype) -> None:
+    plain = _lora(copy.deepcopy(base).to(tensor_type))
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == 4
+    packed = pack(_by_length(_examples(5)))
+    losses = []
+    for model in (plain, fused):
+        loss = token_losses(model, packed)
+        loss.mean().backward()
+        losses.append(loss.detach())
+    exact = tensor_type == torch.float32
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5 if exact else 0.02, atol=1e-5 if exact else 0.02)
+    expected = _gradients(plain)
+    for name, gradient in _gradients(fused).items():
+        assert gradient.dtype == torch.float32
+        difference = (gradient - expected[name]).norm() / expected[name].norm()
+        assert difference < (1e-4 if exact else 0.05), name
 
 
-def _resolved(spec: JobSpec, rows: int = 400) -> dict[str, Any]:
-    stats = DataStats(rows, rows, rows * 40, rows * 2, 60, 40, 0)
-    return {item.name: item for item in derive(spec, BASE, stats)}
+def test_layers_with_dropout_keep_pefts_way(base: Any) -> None:
+    from peft import LoraConfig, get_peft_model
 
-
-def test_every_hyperparameter_is_derived_with_a_reason() -> None:
-    found = _resolved(JobSpec("b", "ds"))
-    names = set(Hyperparameters.__dataclass_fields__) | {f"lora.{name}" for name in Lora.__dataclass_fields__}
-    assert set(found) == names
-    assert all(item.reason for item in found.values())
-    assert found["learning_rate"].value == 5e-4
-    assert found["max_steps"].value == 100
-    assert found["lora.target_modules"].value == ["q_proj", "v_proj"]
-
-
-def test_what_is_given_is_kept_and_the_rest_follows_from_it() -> None:
-    asked = Hyperparameters(epochs=2.0, batch_size=4, learning_rate=1e-4)
-    found = _resolved(JobSpec("b", "ds", lora=Lora(rank=16), hyperparameters=asked))
-    for name, value in (("epochs", 2.0), ("batch_size", 4), ("learning_rate", 1e-4), ("lora.rank", 16)):
-        assert (found[name].value, found[name].derived) == (value, False)
-    assert (found["max_steps"].value, found["lora.alpha"].value) == (200, 32.0)
-
-
-def test_few_rows_get_more_epochs_and_a_batch_that_fits() -> None:
-    found = _resolved(JobSpec("b", "ds"), rows=5)
-    assert (found["batch_size"].value, found["epochs"].value, found["max_steps"].value) == (5, 5.0, 5)
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj"]))
+    assert fuse(model) == 0

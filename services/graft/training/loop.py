@@ -1,23 +1,21 @@
 """The training loop, for every method: examples with a loss mask in, gradient steps on the trainable parameters out.
 
-Owns batching, loss, optimizer and schedule. Does not know Ray: gradients are summed through `reduce`, which
-`graft.training.worker` gives it. The LM head is applied only where there is loss, which on a small base model saves
-most of the work of a prompt's positions.
+Owns optimizer, schedule and progress. Does not know Ray, files or devices: sums over workers go through `reduce`,
+which `graft.training.worker` gives it (docs/adr/0001).
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from graft.data.prepare import Example
-
-MICROBATCH_TOKENS = 2048
-"""Padded tokens in one forward pass: bounds memory (some 1 GB at 135M parameters), and speed has levelled off."""
+from graft.domain.errors import FailedPrecondition
+from graft.training.batching import batches, completion_tokens, microbatches, share
+from graft.training.packing import token_losses
 
 Reduce = Callable[[torch.Tensor], None]
 """Sums a tensor over all workers, in place."""
@@ -37,6 +35,18 @@ class LoopSettings:
 
 
 @dataclass(frozen=True)
+class Group:
+    """The workers that train together, and which of them this is."""
+
+    rank: int = 0
+    world_size: int = 1
+    reduce: Reduce = lambda _: None
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One optimizer step. `loss` is the mean over the batch's completion tokens, in nats."""
 
@@ -45,70 +55,28 @@ class StepReport:
     epoch: float
     loss: float
     grad_norm: float
+    """Before clipping."""
     learning_rate: float
     tokens_per_second: float
+    """Prompt and completion tokens of all workers, over all steps so far, without what `on_step` took."""
     trained_tokens: int
+    """Prompt and completion, so far."""
     remaining_seconds: float
 
 
-def batches(count: int, settings: LoopSettings) -> Iterator[list[int]]:
-    """Indices of each step's examples: a fresh seeded shuffle an epoch, the same for any number of workers."""
-    step = 0
-    epoch = 0
-    while step < settings.total_steps:
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, count, settings.batch_size):
-            if step == settings.total_steps:
-                return
-            yield order[start : start + settings.batch_size]
-            step += 1
-        epoch += 1
-
-
-def microbatches(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Examples of like length together, so that little is padded, each within MICROBATCH_TOKENS or alone."""
-    current: list[Example] = []
-    for example in sorted(examples, key=lambda item: len(item.token_ids)):
-        if current and (len(current) + 1) * len(example.token_ids) > MICROBATCH_TOKENS:
-            yield current
-            current = []
-        current.append(example)
-    if current:
-        yield current
-
-
-def token_losses(model: Any, examples: Sequence[Example]) -> torch.Tensor:
-    """Cross-entropy of every token with loss, nats, shape (N,), row by row. `model`: a llama, bare or with LoRA."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    longest = max(len(example.token_ids) for example in examples)
-    tokens_B_T = torch.zeros(len(examples), longest, dtype=torch.long)
-    attention_B_T = torch.zeros_like(tokens_B_T)
-    loss_B_T = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        length = len(example.token_ids)
-        tokens_B_T[row, :length] = torch.tensor(example.token_ids)
-        attention_B_T[row, :length] = 1
-        loss_B_T[row, :length] = torch.tensor(example.loss_mask)
-    device = next(model.parameters()).device
-    tokens_B_T, attention_B_T, loss_B_T = (t.to(device) for t in (tokens_B_T, attention_B_T, loss_B_T))
-    hidden_B_T_D = causal.model(input_ids=tokens_B_T, attention_mask=attention_B_T, use_cache=False).last_hidden_state
-    predicted = loss_B_T[:, 1:]
-    logits_N_V = causal.lm_head(hidden_B_T_D[:, :-1][predicted])
-    return cross_entropy(logits_N_V.float(), tokens_B_T[:, 1:][predicted], reduction="none")
-
-
-def mean_loss(model: Any, examples: Sequence[Example]) -> float:
-    """Mean over all tokens with loss, nats, without gradients."""
+def mean_loss(model: Any, examples: Sequence[Example], group: Group = ALONE) -> float:
+    """Mean over all tokens with loss, nats, without gradients. Every worker takes a share; all get the answer."""
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for group in microbatches(examples):
-            losses = token_losses(model, group)
-            total, count = total + float(losses.sum()), count + losses.numel()
+        for packed in microbatches(share(examples, group.rank, group.world_size)):
+            losses = token_losses(model, packed.to(device))
+            total += torch.tensor([float(losses.sum(dtype=torch.float64)), losses.numel()], dtype=torch.float64)
     model.train(was_training)
-    return total / max(count, 1)
+    group.reduce(total)
+    return float(total[0] / total[1].clamp(min=1))
 
 
 def train(
@@ -116,49 +84,44 @@ def train(
     examples: Sequence[Example],
     settings: LoopSettings,
     on_step: Callable[[StepReport], None],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    reduce: Reduce = lambda _: None,
+    group: Group = ALONE,
 ) -> None:
-    """Runs every step. Each worker takes its share of each batch; the sum of their gradients is one big batch's.
+    """Runs every step, calling `on_step` after each on every worker.
 
     The loss of a step is the sum over its completion tokens divided by their number in the whole batch, so neither
-    microbatches nor workers change it.
+    microbatches nor workers change it: their summed gradients are one big batch's. (With LoRA dropout each worker
+    draws its own, and curves agree only in the mean.) Raises FailedPrecondition LOSS_NOT_FINITE.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
+    device = parameters[0].device
     steps_per_epoch = math.ceil(len(examples) / settings.batch_size)
     trained_tokens = 0
+    busy_seconds = 0.0
     started = time.monotonic()
     model.train()
-    for step, indices in enumerate(batches(len(examples), settings), start=1):
+    order = batches(len(examples), settings.batch_size, settings.total_steps, settings.seed)
+    for step, indices in enumerate(order, start=1):
+        step_started = time.monotonic()
         batch = [examples[index] for index in indices]
-        completion_tokens = sum(sum(example.loss_mask[1:]) for example in batch)
+        # A batch may have nothing to learn (turns of weight 0): a step of gradient zero, not a division by it.
+        learned = max(1, sum(completion_tokens(example) for example in batch))
         loss = torch.zeros(1)
-        for group in microbatches(batch[rank::world_size]):
-            part = token_losses(model, group).sum() / completion_tokens
+        for packed in microbatches(share(batch, group.rank, group.world_size)):
+            part = token_losses(model, packed.to(device)).sum() / learned
             part.backward()
             loss += part.detach().cpu()
-        for parameter in parameters:
-            if parameter.grad is None:  # a worker without a share of a small last batch
-                parameter.grad = torch.zeros_like(parameter)
-        if world_size > 1:
-            flat = torch.cat([loss, *(parameter.grad.flatten().cpu() for parameter in parameters)])
-            reduce(flat)
-            loss, offset = flat[:1], 1
-            for parameter in parameters:
-                size = parameter.numel()
-                parameter.grad.copy_(flat[offset : offset + size].view_as(parameter))
-                offset += size
+        _sum_gradients(parameters, loss, group)
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        _check_finite(step, float(loss), float(norm), settings)
         learning_rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         trained_tokens += sum(len(example.token_ids) for example in batch)
-        elapsed = time.monotonic() - started
+        now = time.monotonic()
+        busy_seconds += now - step_started
         on_step(
             StepReport(
                 step=step,
@@ -167,16 +130,43 @@ def train(
                 loss=float(loss),
                 grad_norm=float(norm),
                 learning_rate=learning_rate,
-                tokens_per_second=trained_tokens / elapsed,
+                tokens_per_second=trained_tokens / busy_seconds,
                 trained_tokens=trained_tokens,
-                remaining_seconds=elapsed / step * (settings.total_steps - step),
+                remaining_seconds=(now - started) / step * (settings.total_steps - step),
             )
         )
 
 
-def _rate(step: int, settings: LoopSettings) -> float:
-    """Linear warm-up, then a line down to zero; a factor of the peak."""
-    warmup_steps = max(1, round(settings.warmup_ratio * settings.total_steps))
+def rate(step: int, settings: LoopSettings) -> float:
+    """Factor of the peak learning rate in the step that follows `step` others: linear warm-up, then a line to zero."""
+    warmup_steps = math.ceil(settings.warmup_ratio * settings.total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return max(0.0, (settings.total_steps - step) / max(1, settings.total_steps - warmup_steps))
+
+
+def _sum_gradients(parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor, group: Group) -> None:
+    """Makes every worker's gradients and loss the sum of all, with one message a step."""
+    for parameter in parameters:
+        if parameter.grad is None:  # a worker without a share of a small batch
+            parameter.grad = torch.zeros_like(parameter)
+    if group.world_size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([loss, *(gradient.flatten().float().cpu() for gradient in gradients)])
+    group.reduce(flat)
+    loss.copy_(flat[:1])
+    offset = 1
+    for gradient in gradients:
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        offset += gradient.numel()
+
+
+def _check_finite(step: int, loss: float, norm: float, settings: LoopSettings) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    raise FailedPrecondition(
+        f"Training diverged at step {step} of {settings.total_steps}: the loss is {loss}, the gradient's norm {norm}. "
+        f"Use a learning rate below {settings.learning_rate:g}, or a smaller max_grad_norm.",
+        reason="LOSS_NOT_FINITE",
+    )

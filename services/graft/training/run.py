@@ -6,7 +6,7 @@ Every report is also a line of `reports.jsonl` in the run's folder.
 """
 
 import json
-import os
+import re
 import threading
 import time
 import traceback
@@ -15,12 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util import list_named_actors
 
+from graft.domain.errors import Aborted
+from graft.training.failures import failure
+from graft.training.fit import Fit
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
 
 NAMESPACE = "graft"
+ANSWER_SECONDS = 60.0
+"""A call answers in milliseconds; the first waits for the actor's process, which on a busy node takes seconds."""
 
 
 class _Run:
@@ -41,10 +47,13 @@ class _Run:
             if self._thread.ident is None:
                 self._thread.start()
 
-    def tell(self, kind: str, data: dict[str, Any]) -> None:
-        """Takes a report from rank 0, or of the run's own end. Nothing follows an end."""
+    def tell(self, kind: str, data: dict[str, Any], trace: str = "") -> None:
+        """Takes a report from rank 0, a failure from any worker. Nothing follows an end: what came first is why."""
         with self._lock:
-            if self._reports and self._reports[-1].kind in ENDS:
+            if trace:
+                with open(self._folder / "error.log", "a") as file:
+                    file.write(trace + "\n")
+            if self._ended():
                 return
             report = Report(len(self._reports) + 1, kind, time.time(), data)
             with open(self._folder / "reports.jsonl", "a") as file:
@@ -54,94 +63,64 @@ class _Run:
     def poll(self, after_sequence: int) -> tuple[bool, list[Report]]:
         """Whether it still works, and the reports with a higher sequence."""
         with self._lock:
-            ended = bool(self._reports) and self._reports[-1].kind in ENDS
-            return not ended, self._reports[after_sequence:]
+            return not self._ended(), self._reports[after_sequence:]
 
     def cancel(self) -> None:
         """Ends the worker group at once."""
         self.tell("cancelled", {"message": "Cancelled."})
-        if self._fit is not None:
-            ray.kill(self._fit)
+        with self._lock:
+            if self._fit is not None:
+                ray.kill(self._fit)
+
+    def _ended(self) -> bool:
+        return bool(self._reports) and self._reports[-1].kind in ENDS
 
     def _work(self) -> None:
         try:
             me = ray.get_runtime_context().current_actor
-            self._fit = ray.remote(num_cpus=0, max_restarts=0)(_Fit).remote()
-            ray.get(self._fit.fit.remote(self._spec, me))
+            with self._lock:
+                if self._ended():
+                    return
+                self._fit = ray.remote(num_cpus=0, max_restarts=0)(Fit).remote()
+            ray.get(self._fit.fit.remote(self._spec, me, time.time()))
             self.tell(
                 "failed", {"code": "INTERNAL", "reason": "NO_RESULT", "message": "The run ended without a result."}
             )
         except Exception as error:  # noqa: BLE001 - whatever ended the run is told, and its trace kept in a file
-            (self._folder / "error.log").write_text(traceback.format_exc())
-            message = f"{_root(error)} See runs/{self._spec.job_id}/{self._spec.attempt}/error.log."
-            self.tell("failed", {"code": "INTERNAL", "reason": "TRAINING_FAILED", "message": message})
-
-
-class _Fit:
-    """Calls Ray Train; a process of its own, so that it can be ended."""
-
-    def fit(self, spec: RunSpec, run: Any) -> None:
-        """Blocks until the worker group has ended. Raises what a worker raised."""
-        os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-        from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        trainer = TorchTrainer(
-            _train_loop,
-            train_loop_config={"spec": spec, "run": run},
-            scaling_config=ScalingConfig(num_workers=spec.num_workers, resources_per_worker={"CPU": 1}),
-            run_config=RunConfig(name="ray-train", storage_path=spec.output_dir),
-            torch_config=TorchConfig(backend="gloo"),
-        )
-        trainer.fit()
-
-
-def _train_loop(config: dict[str, Any]) -> None:
-    import ray.train
-
-    from graft.training.worker import run_worker
-
-    context = ray.train.get_context()
-    run = config["run"]
-
-    def tell(kind: str, data: dict[str, Any]) -> None:
-        # Not awaited step by step; the end is, so that nothing is lost when the worker leaves.
-        sent = run.tell.remote(kind, data)
-        if kind in ENDS:
-            ray.get(sent)
-
-    run_worker(config["spec"], tell, rank=context.get_world_rank(), world_size=context.get_world_size())
-
-
-def _root(error: BaseException) -> str:
-    """The sentence of what really went wrong below Ray's layers of errors."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
-        error = inner
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        return _root(next(iter(failures.values())))
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"
+            self.tell("failed", failure(error, self._spec.error_log), traceback.format_exc())
+        finally:
+            if self._fit is not None:
+                ray.kill(self._fit)
 
 
 class RayRuns:
-    """Starts, finds, polls and ends runs. Calls block; Ray must be connected in the namespace `graft`."""
+    """Starts, finds, polls and ends runs. Calls block; Ray must be connected."""
 
     def start(self, spec: RunSpec) -> None:
-        """Starts the run, or finds the one of that name."""
+        """Starts the run, or finds the one of that name. Ends what is left of earlier attempts of the job.
+
+        Raises Aborted ATTEMPT_SUPERSEDED when a later attempt is there.
+        """
+        others = [number for number in self._attempts(spec.job_id) if number != spec.attempt]
+        if any(number > spec.attempt for number in others):
+            raise Aborted(
+                f"Attempt {spec.attempt} of job {spec.job_id!r} is superseded by attempt {max(others)}.",
+                reason="ATTEMPT_SUPERSEDED",
+            )
+        for number in others:
+            self.release(spec.job_id, number)
         actor = (
-            ray.remote(_Run)
+            ray.remote(num_cpus=0, concurrency_groups={"reports": 1})(_Run)
             .options(
                 name=spec.name,
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,
-                num_cpus=0,
                 max_concurrency=8,
             )
             .remote(spec)
         )
-        ray.get(actor.begin.remote())
+        ray.get(actor.begin.remote(), timeout=ANSWER_SECONDS)
 
     def poll(self, job_id: str, attempt: int, after_sequence: int) -> RunStatus:
         """Reports with a higher sequence. `exists` is False when there is no such actor, or it has died."""
@@ -149,7 +128,7 @@ class RayRuns:
         if actor is None:
             return RunStatus(False, False, [])
         try:
-            alive, reports = ray.get(actor.poll.remote(after_sequence), timeout=30)
+            alive, reports = ray.get(actor.poll.remote(after_sequence), timeout=ANSWER_SECONDS)
         except ray.exceptions.RayActorError:
             return RunStatus(False, False, [])
         return RunStatus(True, alive, reports)
@@ -157,8 +136,12 @@ class RayRuns:
     def cancel(self, job_id: str, attempt: int) -> None:
         """Ends the worker group; the run's last report is `cancelled`. Does nothing when there is no such run."""
         actor = self._find(job_id, attempt)
-        if actor is not None:
-            ray.get(actor.cancel.remote(), timeout=30)
+        if actor is None:
+            return
+        try:
+            ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
+        except ray.exceptions.RayActorError:  # gone in between, and with it the worker group
+            return
 
     def release(self, job_id: str, attempt: int) -> None:
         """Ends the actor and all that it owns. Its folder stays."""
@@ -172,3 +155,9 @@ class RayRuns:
             return ray.get_actor(run_name(job_id, attempt), namespace=NAMESPACE)
         except ValueError:
             return None
+
+    @staticmethod
+    def _attempts(job_id: str) -> list[int]:
+        pattern = re.compile(rf"run-{re.escape(job_id)}-(\d+)")
+        named = [item["name"] for item in list_named_actors(all_namespaces=True) if item["namespace"] == NAMESPACE]
+        return [int(found[1]) for name in named if (found := pattern.fullmatch(name))]

@@ -1,5 +1,6 @@
 """What a run is told, with every value concrete, and what it reports. Picklable; knows neither Ray nor torch."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ class RunSpec:
         """Name of the run's actor: a job's attempts never share one."""
         return run_name(self.job_id, self.attempt)
 
+    @property
+    def error_log(self) -> str:
+        """The file of a failure's trace, as people are told of it: below Graft's home."""
+        return f"runs/{self.job_id}/{self.attempt}/error.log"
+
 
 def run_name(job_id: str, attempt: int) -> str:
     """`run-{job_id}-{attempt}`."""
@@ -86,7 +92,7 @@ def run_spec(job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | 
         dataset_format=dataset.format,
         validation_path=None if validation is None else validation.uri,
         validation_format=None if validation is None else validation.format,
-        output_dir=str(output_dir),
+        output_dir=str(output_dir.resolve()),  # workers have another working directory
         total_steps=int(value["max_steps"]),
         batch_size=int(value["batch_size"]),
         learning_rate=float(value["learning_rate"]),
@@ -103,3 +109,17 @@ def run_spec(job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | 
         lora_dropout=float(value["lora.dropout"]),
         lora_target_modules=tuple(value["lora.target_modules"]),
     )
+
+
+class Clock:
+    """Seconds of each phase of a start, told with the first report."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """What came since the last lap was `name`."""
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now

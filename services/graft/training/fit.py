@@ -1,0 +1,105 @@
+"""Calls Ray Train for a run, in a process of its own that can be ended, and joins its workers to our own code.
+
+Owns what the workers' processes are told: environment, network interface, threads. Does not know the loop.
+"""
+
+import os
+import socket
+import time
+import traceback
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node, total_resources_per_node
+
+from graft.training.failures import failure
+from graft.training.spec import ENDS, Clock, RunSpec
+
+DRIVER_ENVIRONMENT = {
+    # The controller asks its workers so often how they are; 2 s by default, which a failure would wait for.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # An actor more to start. A run whose node is reclaimed fails and is tried again as one whose node died.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray Train's own gauges; ours are in the reports.
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+WORKER_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class Fit:
+    """An actor's class: one call, one worker group."""
+
+    def fit(self, spec: RunSpec, run: Any, begin_seconds: float) -> None:
+        """Blocks until the worker group has ended. Raises what a worker raised. `begin_seconds`: when the run began."""
+        os.environ.update(DRIVER_ENVIRONMENT)
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"spec": spec, "run": run, "begin_seconds": begin_seconds},
+            scaling_config=ScalingConfig(num_workers=spec.num_workers, resources_per_worker={"CPU": 1}),
+            run_config=RunConfig(
+                name="ray-train",
+                storage_path=spec.output_dir,
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _gloo()},
+            ),
+            torch_config=TorchConfig(backend="gloo"),
+        )
+        trainer.fit()
+
+
+def _gloo() -> dict[str, str]:
+    """On one machine gloo speaks over loopback: else it looks the machine's own name up, and may not find it."""
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {"GLOO_SOCKET_IFNAME": loopback[0]} if len(machines) == 1 and loopback else {}
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    clock = Clock()
+    clock.laps["worker_group"] = round(time.time() - config["begin_seconds"], 3)
+    import ray.train
+    import torch.distributed
+
+    from graft.training.loop import Group
+    from graft.training.worker import run_worker
+
+    clock.lap("imports")
+    context = ray.train.get_context()
+    spec, run = config["spec"], config["run"]
+    workers = context.get_world_size()
+
+    def tell(kind: str, data: dict[str, Any], trace: str = "") -> None:
+        # Not awaited step by step; the end is, so that nothing is lost when the worker leaves.
+        # A group of one thread keeps them in order.
+        sent = run.tell.options(concurrency_group="reports").remote(kind, data, trace)
+        if kind in ENDS:
+            ray.get(sent)
+
+    def reduce(tensor: torch.Tensor) -> None:
+        if workers > 1:
+            torch.distributed.all_reduce(tensor)
+
+    try:
+        run_worker(spec, tell, Group(context.get_world_rank(), workers, reduce), free_threads, clock)
+    except Exception as error:
+        # Told from here, by whichever worker failed first: the others will only see that it has left them.
+        tell("failed", failure(error, spec.error_log), traceback.format_exc())
+        raise
+
+
+def free_threads() -> int:
+    """Threads for a worker on this node: the node's CPUs shared equally among the CPUs that are reserved there.
+
+    A lone worker, which reserves one CPU, uses every core; two get half each. Fractions of a CPU, which processes
+    that mostly wait reserve, do not count.
+    """
+    node = ray.get_runtime_context().get_node_id()
+    cpus = total_resources_per_node().get(node, {}).get("CPU", 1.0)
+    reserved = cpus - available_resources_per_node().get(node, {}).get("CPU", 0.0)
+    return max(1, int(cpus) // max(1, int(reserved + 1e-6)))

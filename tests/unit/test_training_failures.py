@@ -1,0 +1,70 @@
+import errno
+from typing import Any
+
+import pytest
+
+from graft.domain.errors import InvalidArgument
+from graft.training.failures import failure
+
+LOG = "runs/ft-1/1/error.log"
+
+
+class UserExceptionWithTraceback(Exception):
+    """As Ray Train wraps what a worker raised."""
+
+    def __init__(self, inner: BaseException) -> None:
+        super().__init__("Traceback (most recent call last): …")
+        self._base_exc = inner
+
+
+class WorkerGroupError(Exception):
+    """As Ray Train's, one failure a rank."""
+
+    def __init__(self, worker_failures: dict[int, Any]) -> None:
+        super().__init__("Training failed due to worker errors:\n" + "…")
+        self.worker_failures = worker_failures
+
+
+class WorkerHealthCheckFailedError(Exception):
+    """As Ray Train's when a worker's process is gone."""
+
+    def __init__(self, inner: BaseException) -> None:
+        super().__init__("A worker health check failed.")
+        self.health_check_failure = inner
+
+
+class ActorDiedError(Exception):
+    """As Ray's."""
+
+
+def test_what_a_worker_found_wrong_is_told_and_not_that_its_companion_lost_it() -> None:
+    lost = UserExceptionWithTraceback(RuntimeError("Connection closed by peer [127.0.0.1]"))
+    cause = UserExceptionWithTraceback(InvalidArgument("None of the rows fits.", reason="NO_EXAMPLES"))
+    assert failure(WorkerGroupError({0: lost, 1: cause}), LOG) == {
+        "code": "INVALID_ARGUMENT",
+        "reason": "NO_EXAMPLES",
+        "message": "None of the rows fits.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "words"),
+    [
+        (WorkerGroupError({0: WorkerHealthCheckFailedError(ActorDiedError())}), "WORKER_DIED", "memory"),
+        (MemoryError(), "OUT_OF_MEMORY", "context_tokens"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "OUT_OF_MEMORY", "context_tokens"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/adapter"), "DISK_FULL", "Free some space"),
+        (KeyError("x"), "TRAINING_FAILED", LOG),
+    ],
+)
+def test_a_failure_says_what_to_do_next(error: BaseException, reason: str, words: str) -> None:
+    told = failure(error, LOG)
+    assert told["reason"] == reason
+    assert words in told["message"]
+    assert "\n" not in told["message"]
+
+
+def test_errors_that_name_each_other_as_their_cause_still_end() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert failure(first, LOG)["reason"] == "TRAINING_FAILED"
