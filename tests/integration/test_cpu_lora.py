@@ -114,6 +114,65 @@ def test_logits_and_embeddings_leave_rows_without_an_adapter_alone(wrappers: dic
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_logits_of_a_prompt_pass_where_no_adapter_changes_the_head_and_are_refused_elsewhere(
+    wrappers: dict[str, Any],
+) -> None:
+    wrapper = _wrapper(wrappers["grouped"], [0, -1, 0, -1, 0], prefill=True)
+    a, b = torch.randn(SLOTS, 1, RANK, WIDTH), torch.zeros(SLOTS, 1, 9, RANK)
+    for prompt_rows in (2, 30):
+        y = torch.randn(prompt_rows, 9)
+        expected = y.clone()
+        wrapper.add_lora_logits(y, torch.randn(prompt_rows, WIDTH), a, b, 1.0)
+        assert torch.equal(y, expected)
+        with pytest.raises(NotImplementedError, match="lm_head"):
+            wrapper.add_lora_logits(y, torch.randn(prompt_rows, WIDTH), a, b + 1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected"),
+    [([-1] * 6, []), ([1] * 6, ["mm", "addmm_"] * len(SLICES))],
+    ids=["no adapter", "one adapter for all rows"],
+)
+def test_a_batch_without_adapters_costs_nothing_and_one_adapter_copies_no_rows(
+    wrappers: dict[str, Any], slots: list[int], expected: list[str]
+) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        views = ("slice", "select", "t", "view")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.called: list[str] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = function.overloadpacket.__name__
+            self.called += [] if name in self.views else [name]
+            return function(*args, **(kwargs or {}))
+
+    a, b = _stacks(torch.float32, 0)
+    x, y = torch.randn(len(slots), WIDTH), torch.zeros(len(slots), sum(SLICES))
+    wrapper = _wrapper(wrappers["grouped"], slots, prefill=True)
+    with Recorder() as recorder:
+        wrapper.add_lora_linear(y, x, a, b, 1.0, SLICES)
+    assert recorder.called == expected
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weights"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_adapters_of_another_type_than_the_model_are_computed_too(
+    wrappers: dict[str, Any], hidden: torch.dtype, weights: torch.dtype
+) -> None:
+    for slots in ([0, 0], [0, -1, 0, 2]):
+        wrapper = _wrapper(wrappers["grouped"], slots, prefill=True)
+        a, b = _stacks(weights, 3)
+        x, y = torch.randn(len(slots), WIDTH).to(hidden), torch.randn(len(slots), sum(SLICES)).to(hidden)
+        expected = _by_row(y, x, a, b, 0.5, slots)
+        wrapper.add_lora_linear(y, x, a, b, 0.5, SLICES)
+        torch.testing.assert_close(y.double(), expected, rtol=5e-2, atol=2e-1)
+
+
 def test_the_plugin_is_what_vllm_loads_and_refuses_a_platform_that_it_does_not_know(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,176 +5,29 @@ One stack for the module, used in order: the tests that kill things come last.
 
 import asyncio
 import json
-import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from graft.domain.errors import FailedPrecondition, GraftError, Unavailable
+from graft.domain.errors import FailedPrecondition, InvalidArgument, Unavailable
 from graft.internal.engine_client import EngineClient
 from graft.internal.v1 import engine_pb2
-from graft.registry.digest import adapter_digest
-from graft.settings import Settings, load
+from graft.serving.main import check_port
 
-from ..support.adapters import make_adapter, tiny_base
-from ..support.tiny_llama import make_tiny_llama
+from ..support.adapters import make_adapter
+from ..support.serving_stack import CAPACITY, Stack, adapter_ref, completion, descendants, request, serving_stack
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
-
-CAPACITY = 3
-RUN = """
-import json, sys
-from graft.domain.resources import BaseModel
-from graft.serving import main
-from graft.settings import load
-base = json.loads(sys.argv[1])
-base["target_modules"] = tuple(base["target_modules"])
-sys.exit(main.run(load(), BaseModel(**base)))
-"""
-"""The service's process with the tiny llama as its base model."""
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-@dataclass
-class Stack:
-    """A Ray head, the service's process, and adapters to serve."""
-
-    settings: Settings
-    environment: dict[str, str]
-    process: subprocess.Popen[bytes]
-    adapters: dict[str, engine_pb2.AdapterRef]
-    folder: Path
-    ready_seconds: float
-    refused_before_ready: list[GraftError]
-
-    def engine_core(self) -> psutil.Process:
-        """The process that runs the model: the only child of a fork server."""
-        (core,) = [
-            process for process in descendants(self.folder) if is_fork_server(process.parent()) and is_python(process)
-        ]
-        return core
-
-
-def is_python(process: psutil.Process) -> bool:
-    return process.status() != psutil.STATUS_ZOMBIE
-
-
-def is_fork_server(process: psutil.Process | None) -> bool:
-    return process is not None and "from multiprocessing.forkserver" in " ".join(process.cmdline())
-
-
-def descendants(folder: Path) -> list[psutil.Process]:
-    """Every live process of the stack: all inherit its mark in their environment, wherever they hang in the tree."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("GRAFT_TEST_STACK") == str(folder):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def ray_head(settings: Settings, folder: Path, environment: dict[str, str]) -> None:
-    # Unix socket paths end at 107 characters, which pytest's temporary folders pass: Ray gets a short one.
-    command = [
-        Path(sys.executable).with_name("ray"), "start", "--head", "--disable-usage-stats", "--include-dashboard=false",
-        "--node-ip-address=127.0.0.1", f"--port={settings.ray.port}", "--num-cpus=2",
-        f"--dashboard-port={settings.ray.dashboard_port}",
-        "--object-store-memory=80000000", f"--temp-dir={folder}",
-    ]  # fmt: skip
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
-
-
-def adapter_ref(name: str, folder: Path) -> engine_pb2.AdapterRef:
-    return engine_pb2.AdapterRef(model=f"tiny:{name}@1", digest=adapter_digest(folder), path=str(folder))
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    folder = tmp_path_factory.mktemp("stack")
-    ray_folder = Path(tempfile.mkdtemp(prefix="gr", dir="/tmp"))
-    base = tiny_base(make_tiny_llama(folder / "base"))
-    adapters = {
-        name: adapter_ref(name, make_adapter(Path(base.path), folder / name, seed=seed))
-        for seed, name in enumerate(("a", "b", "c", "d", "e"), start=1)
-    }
-    ray_port, dashboard_port, grpc_port = free_ports(3)
-    variables = {
-        "GRAFT_HOME": str(folder / "home"),
-        "GRAFT_RAY_PORT": str(ray_port),
-        "GRAFT_RAY_DASHBOARD_PORT": str(dashboard_port),
-        "GRAFT_SERVING_GRPC_PORT": str(grpc_port),
-        "GRAFT_SERVING_MAX_LORAS": "2",
-        "GRAFT_SERVING_MAX_CPU_LORAS": str(CAPACITY),
-        "GRAFT_SERVING_MAX_LORA_RANK": "16",
-        "GRAFT_SERVING_CONTEXT_TOKENS": "256",
-        # Answers are compared between batches: in bfloat16 near-ties fall either way.
-        "GRAFT_SERVING_DTYPE": "float32",
-    }
-    settings = load(variables)
-    environment = {**os.environ, **variables, "GRAFT_TEST_STACK": str(folder)}
-    # Said outright: left alone, `ray start` takes a token that it finds in the home, and a driver does not send it.
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    ray_head(settings, ray_folder, environment)
-    started = time.perf_counter()
-    described = json.dumps(base.__dict__)
-    with (folder / "serving.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN, described], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        refused = asyncio.run(wait_until_ready(settings.engine_address, process, folder / "serving.log"))
-        yield Stack(settings, environment, process, adapters, folder, time.perf_counter() - started, refused)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        finally:
-            # `ray stop` would end every cluster of the machine; ours carries our mark.
-            for left in descendants(folder):
-                left.kill()
-            shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-async def wait_until_ready(address: str, process: "subprocess.Popen[bytes]", log: Path) -> list[GraftError]:
-    """Waits for the engine; returns what a request was refused with in the meantime."""
-    client = EngineClient(address)
-    refused: list[GraftError] = []
-    deadline = time.monotonic() + 180
-    try:
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                if all(replica.ready for replica in (await client.residency()).replicas):
-                    return refused
-                await client.generate(request(None, "hi"), timeout_seconds=60)
-            except GraftError as error:
-                refused.append(error)
-            await asyncio.sleep(0.2)
-    finally:
-        await client.close()
+    with serving_stack(tmp_path_factory.mktemp("stack")) as stack:
+        yield stack
 
 
 @pytest.fixture
@@ -182,24 +35,6 @@ async def client(stack: Stack) -> AsyncIterator[EngineClient]:
     client = EngineClient(stack.settings.engine_address)
     yield client
     await client.close()
-
-
-def request(adapter: engine_pb2.AdapterRef | None, text: str, **fields: Any) -> engine_pb2.GenerateRequest:
-    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 12, "temperature": 0, **fields}
-    return engine_pb2.GenerateRequest(
-        endpoint=engine_pb2.ENDPOINT_CHAT_COMPLETIONS,
-        body=json.dumps(body).encode(),
-        adapter=adapter,
-        public_model=adapter.model if adapter else "tiny",
-        request_id="test",
-    )
-
-
-def completion(adapter: engine_pb2.AdapterRef | None, prompt: Any, **fields: Any) -> engine_pb2.GenerateRequest:
-    made = request(adapter, "")
-    made.endpoint = engine_pb2.ENDPOINT_COMPLETIONS
-    made.body = json.dumps({"prompt": prompt, "temperature": 0, **fields}).encode()
-    return made
 
 
 async def answer(client: EngineClient, wanted: engine_pb2.GenerateRequest) -> dict[str, Any]:
@@ -408,9 +243,6 @@ def test_memory_of_the_serving_processes_is_told(stack: Stack) -> None:
 
 
 def test_a_taken_port_is_one_sentence_that_names_the_setting(stack: Stack) -> None:
-    from graft.domain.errors import InvalidArgument
-    from graft.serving.main import check_port
-
     with pytest.raises(InvalidArgument, match="GRAFT_SERVING_GRPC_PORT"):
         check_port("127.0.0.1", stack.settings.serving.grpc_port)
 
