@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.cli.lineage import read_lineage
 from graft.domain.errors import FailedPrecondition, NotFound, Unavailable
 from graft.registry.digest import adapter_digest
 from graft.registry.mlflow_registry import Publication, Registry
@@ -146,3 +147,29 @@ def test_a_server_that_is_away_is_unavailable_with_a_hint(tmp_path: Path) -> Non
     with pytest.raises(Unavailable, match="MLflow at") as caught:
         registry.snapshot()
     assert caught.value.retry_after_seconds
+
+
+async def test_anybody_can_read_a_versions_lineage_over_mlflows_rest_api(
+    uri: str, adapter: Path, tmp_path: Path
+) -> None:
+    registry = Registry(uri, tmp_path)
+    publication = _publication(registry, adapter, "ft-lineage", "lineage")
+    for step in (1, 2):
+        registry.log_metrics(publication.run_id, {"loss": 2.0 / step}, step)
+    version = registry.publish(publication)
+
+    lineage = await read_lineage(uri, "default--tiny--lineage", version.version)
+    assert (lineage.run_id, lineage.params, lineage.losses) == (
+        publication.run_id,
+        {"epochs": "1"},
+        ((1, 2.0), (2, 1.0)),
+    )
+    assert not lineage.finished
+    lineage.check({"graft.job": "ft-lineage", "graft.dataset_digest": "sha256:d", "graft.digest": version.digest})
+    with pytest.raises(FailedPrecondition, match=r"graft\.job is 'ft-lineage', not 'ft-other'"):
+        lineage.check({"graft.job": "ft-other"})
+
+    registry.finish_run(publication.run_id, "FINISHED")
+    assert (await read_lineage(uri, "default--tiny--lineage", version.version)).finished
+    with pytest.raises(Unavailable, match="default--tiny--lineage version 9"):
+        await read_lineage(uri, "default--tiny--lineage", 9)

@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypeAlias, TypedDict
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument
 
@@ -38,11 +38,8 @@ _SKIPPED_FOLDERS = frozenset(
 """No library code, or parts that some distributions leave out: the rows should be the same everywhere."""
 
 
-class Message(TypedDict):
-    """One turn of a chat."""
-
-    role: str
-    content: str
+Message: TypeAlias = dict[str, str]
+"""One turn of a chat: `role` and `content`."""
 
 
 class Row(TypedDict):

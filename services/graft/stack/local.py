@@ -50,8 +50,12 @@ async def _run(settings: Settings, on_change: Callable[[Sequence[Status]], None]
     await supervisor.run()
 
 
-def start_detached(settings: Settings) -> None:
-    """Starts `graft up` in the background and returns when it is ready; raises FailedPrecondition if it ends first."""
+def start_detached(settings: Settings, on_record: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    """Starts `graft up` in the background and returns when it is ready; raises FailedPrecondition if it ends first.
+
+    `on_record` is told the record of `read_status` some times a second. Whatever it or an interrupt raises on the way
+    ends what was started.
+    """
     if read_status(settings.home.path) is not None:
         raise FailedPrecondition("The stack is running already. Stop it with `graft down`.", reason="STACK_RUNNING")
     logs = settings.home.path / "logs"
@@ -65,14 +69,23 @@ def start_detached(settings: Settings) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    while True:
-        if supervisor.poll() is not None:
-            lines = log_file.read_text().strip().splitlines()
-            raise FailedPrecondition(lines[-1] if lines else f"The stack ended; see {log_file}.", reason="STACK_FAILED")
-        record = read_status(settings.home.path)
-        if record is not None and record["ready"]:
-            return
-        time.sleep(0.2)
+    try:
+        while True:
+            if supervisor.poll() is not None:
+                lines = log_file.read_text().strip().splitlines()
+                raise FailedPrecondition(
+                    lines[-1] if lines else f"The stack ended; see {log_file}.", reason="STACK_FAILED"
+                )
+            record = read_status(settings.home.path)
+            if record is not None:
+                on_record(record)
+                if record["ready"]:
+                    return
+            time.sleep(0.2)
+    except BaseException:
+        supervisor.terminate()
+        supervisor.wait()
+        raise
 
 
 def stop(home: Path) -> bool:
