@@ -3,6 +3,7 @@
 transformers is imported on the first job, not at start: it takes seconds that the other parts need then.
 """
 
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,17 @@ class TokenizingPreparer:
         return prepare(path, dataset.format, _tokenizer(base.path), context_tokens, asked.over_length_policy).stats
 
 
-@lru_cache(maxsize=4)
 def _tokenizer(path: str) -> Any:
+    # One thread at a time: while one imports transformers, another finds the module half made.
+    with _loading:
+        return _load_tokenizer(path)
+
+
+_loading = threading.Lock()
+
+
+@lru_cache(maxsize=4)
+def _load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -1,0 +1,48 @@
+"""Jobs whose data is read at the same time, in a process that has imported nothing yet."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_llama import make_tiny_llama
+
+pytestmark = pytest.mark.integration
+
+SCRIPT = """
+import sys, threading
+from datetime import UTC, datetime
+from graft.domain.jobs import Job, JobSpec, JobState
+from graft.domain.resources import BaseModel, Dataset, DatasetFormat
+from graft.orchestrator.preparer import TokenizingPreparer
+
+base_path, rows = sys.argv[1:]
+now = datetime.now(UTC)
+base = BaseModel("tiny", base_path, "sha256:b", 1000, 1, 256, "MIT", "test", ("q_proj",), 64)
+dataset = Dataset("ds", "default", "rows", DatasetFormat.PROMPT_COMPLETION, 2, 1, "sha256:d", rows, now)
+job = Job("ft-1", "default", JobSpec("tiny", "ds"), JobState.VALIDATING, now, now)
+together = threading.Barrier(6)
+preparer = TokenizingPreparer()
+
+def work():
+    together.wait()
+    print(preparer.prepare(job, base, dataset, None).training.example_count, flush=True)
+
+threads = [threading.Thread(target=work) for _ in range(together.parties)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_the_first_jobs_may_come_all_at_once(tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"q{n}", "completion": "yes"}) + "\n" for n in range(2)))
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(base), str(rows)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout.split() == ["2"] * 6, ended.stderr[-3000:]
