@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from graft.domain.errors import InvalidArgument
 
+LEVEL = 0.95  # what the field reports
+RESAMPLES = 10_000  # puts an end within about 1% of the interval's width of where endless resampling would
 # Row numbers drawn at a time: 8 MB of them and 8 MB of scores, unless one resample alone has more rows.
 _DRAWS_AT_A_TIME = 1_000_000
 
@@ -25,7 +27,7 @@ class Interval:
     high: float
 
 
-def interval(scores: Sequence[float], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+def interval(scores: Sequence[float], *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean score with its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
 
     Rows that all score the same give an interval without width, since resampling cannot show what it never saw.
@@ -33,7 +35,6 @@ def interval(scores: Sequence[float], *, level: float = 0.95, resamples: int = 1
     Args:
         scores: one a row.
         level: the share of repeated experiments in which the interval should hold the true mean.
-        resamples: 10,000 put the ends within about 1% of the interval's width of their limit.
         seed: the same seed and number of rows draw the same rows.
 
     Raises:
@@ -59,8 +60,8 @@ def paired_difference(
     scores: Sequence[float],
     baseline: Sequence[float],
     *,
-    level: float = 0.95,
-    resamples: int = 10_000,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
     """The mean of `scores - baseline` with its interval; each resample takes the same rows of both (Koehn 2004).
