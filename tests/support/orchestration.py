@@ -108,6 +108,7 @@ class FakeRuns:
         self.released: list[tuple[str, int]] = []
         self.live: set[tuple[str, int]] = set()
         self.most_live = 0
+        self.dtype = "float32"
 
     def start(self, spec: Any) -> None:
         key = (spec.job_id, spec.attempt)
@@ -118,7 +119,7 @@ class FakeRuns:
         (adapter / "adapter_model.safetensors").write_bytes(b"weights")
         (adapter / "adapter_config.json").write_text("{}")
         probe = {"prompt_token_ids": [1, 2, 3], "completion_token_ids": [4, 5], "mean_logprob": LOGPROB}
-        (adapter / "graft.json").write_text(json.dumps({"probes": [probe]}))
+        (adapter / "graft.json").write_text(json.dumps({"dtype": self.dtype, "probes": [probe]}))
         self.starts.append(key)
         self.live.add(key)
         self.most_live = max(self.most_live, len(self.live))
@@ -221,6 +222,7 @@ class FakeScorer:
         self.loaded: list[engine_pb2.AdapterRef] = []
         self.unloaded: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.dtype = "float32"
 
     async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse:
         del timeout_seconds
@@ -229,7 +231,7 @@ class FakeScorer:
         if self.gates.closed(JobState.EVALUATING):
             raise Unavailable("The inference service is starting.", reason="ENGINE_STARTING", retry_after_seconds=2)
         self.loaded.append(adapter)
-        return engine_pb2.LoadResponse(load_seconds=0.25)
+        return engine_pb2.LoadResponse(load_seconds=0.25, replicas=[engine_pb2.Replica(dtype=self.dtype)])
 
     async def unload(self, digest: str) -> engine_pb2.UnloadResponse:
         self.unloaded.append(digest)

@@ -169,6 +169,24 @@ async def test_an_engine_that_computes_something_else_fails_the_job_and_gets_no_
         assert it.engine.unloaded == ["sha256:job-1"]
 
 
+@pytest.mark.parametrize(("trainer", "engine"), [("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+async def test_sixteen_bits_on_either_side_are_allowed_their_rounding(
+    tmp_path: Path, trainer: str, engine: str
+) -> None:
+    async with world(tmp_path) as it:
+        it.runs.dtype, it.engine.dtype = trainer, engine
+        it.engine.logprob = -0.6  # 0.1 off
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            await it.until("job-1", JobState.SUCCEEDED)
+        it.engine.logprob = -0.8
+        await it.create_job("job-2")
+        async with it.orchestrator():
+            job = await it.until("job-2", JobState.FAILED)
+        assert job.error is not None
+        assert job.error.reason == "PARITY_FAILED"
+
+
 async def test_an_engine_that_answers_no_numbers_fails_the_job(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         it.engine.logprob = float("nan")

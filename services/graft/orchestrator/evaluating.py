@@ -26,8 +26,12 @@ from graft.orchestrator.registering import REGISTERED
 log = structlog.get_logger()
 
 PARITY_NATS = 0.05
-"""Largest allowed difference of the mean log-probability of a probe's completion, per token. Both sides compute in
-float32; what remains is the order of summation (1e-4 and less), and 0.05 would change no answer that matters."""
+"""Largest allowed difference of the mean log-probability of a probe's completion, per token, where trainer and engine
+compute in float32. What remains is the order of summation (1e-4 and less), and 0.05 would change no answer that
+matters."""
+HALF_PARITY_NATS = 0.25
+"""The same where either computes in 16 bits. bfloat16 keeps 8 significant bits: logits from 16 to 32 lie 0.125 apart,
+and a log-probability is the difference of two (0.06 measured at 135M parameters)."""
 GENERATE_TIMEOUT_SECONDS = 120.0
 """A probe is one prefill; a busy engine answers it after what is queued."""
 
@@ -40,6 +44,15 @@ class Probe:
     completion_token_ids: list[int]
     mean_logprob: float
     """Mean over the completion's tokens, in nats."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the trainer left as proof, `graft.json`."""
+
+    probes: list[Probe]
+    dtype: str
+    """What it computed in, for example `bfloat16`."""
 
 
 async def evaluate(context: Context) -> None:
@@ -58,12 +71,14 @@ async def evaluate(context: Context) -> None:
         metrics["publish_seconds"] = max(time.time() - started, 0.0)
     await context.say("loaded", f"{version.model} is loaded.", {"load_seconds": loaded.load_seconds}, metrics=metrics)
 
-    probes = read_probes(context.output_dir / "adapter" / "graft.json")
-    fitting = [probe for probe in probes if _fits(probe, parts.settings.serving.context_tokens)]
+    trained = read_trained(context.output_dir / "adapter" / "graft.json")
+    dtypes = {trained.dtype, *(replica.dtype for replica in loaded.replicas)}
+    limit = PARITY_NATS if dtypes <= {"float32"} else HALF_PARITY_NATS
+    fitting = [probe for probe in trained.probes if _fits(probe, parts.settings.serving.context_tokens)]
     if not fitting:
         raise FailedPrecondition(
-            f"None of the {len(probes)} probes of {version.model} can be scored by the engine, so that nothing proves "
-            "that it serves what was trained.",
+            f"None of the {len(trained.probes)} probes of {version.model} can be scored by the engine, so that nothing "
+            "proves that it serves what was trained.",
             reason="PARITY_FAILED",
         )
     difference = 0.0
@@ -71,11 +86,11 @@ async def evaluate(context: Context) -> None:
         mean_logprob = await context.patiently("The engine", partial(score, parts.engine, adapter, probe))
         difference = max(difference, abs(mean_logprob - probe.mean_logprob))
     text = f"Parity of {version.model} over {len(fitting)} probes: the engine differs by at most {difference:.4f} nats."
-    passed = difference <= PARITY_NATS
+    passed = difference <= limit
     await context.say(
         "parity",
         text,
-        {"max_abs_difference": difference, "probes": len(fitting), "limit": PARITY_NATS},
+        {"max_abs_difference": difference, "probes": len(fitting), "limit": limit},
         level=EventLevel.INFO if passed else EventLevel.ERROR,
         metrics={"parity_max_abs_difference": difference},
     )
@@ -86,7 +101,7 @@ async def evaluate(context: Context) -> None:
             log.warning("not_unloaded", model=version.model, error=error.message)
         raise FailedPrecondition(
             f"The engine does not compute what was trained: its log-probabilities differ by up to {difference:.4f} "
-            f"nats a token from the trainer's, and {PARITY_NATS} is allowed. {version.model} gets no alias.",
+            f"nats a token from the trainer's, and {limit} is allowed. {version.model} gets no alias.",
             reason="PARITY_FAILED",
             metadata={"max_abs_difference": f"{difference:.6f}"},
         )
@@ -110,20 +125,21 @@ def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:
     )
 
 
-def read_probes(path: Path) -> list[Probe]:
-    """The probes of a run's `graft.json`. Raises FailedPrecondition when the file cannot be read as that."""
+def read_trained(path: Path) -> Trained:
+    """A run's `graft.json`. Raises FailedPrecondition when the file cannot be read as that."""
     try:
+        about = json.loads(path.read_text())
         probes = [
             Probe(
                 [int(token) for token in probe["prompt_token_ids"]],
                 [int(token) for token in probe["completion_token_ids"]],
                 float(probe["mean_logprob"]),
             )
-            for probe in json.loads(path.read_text())["probes"]
+            for probe in about["probes"]
         ]
         if wrong := [probe.mean_logprob for probe in probes if not math.isfinite(probe.mean_logprob)]:
             raise ValueError(f"mean_logprob is {wrong[0]}")
-        return probes
+        return Trained(probes, str(about["dtype"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FailedPrecondition(
             f"The run's {path.name} holds no readable probes ({type(error).__name__}: {error}).",

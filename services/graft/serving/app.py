@@ -197,6 +197,7 @@ class EngineReplica:
             ready=self._keeper.ready,
             engine_restarts=self._keeper.restarts,
             max_lora_rank=self._settings.max_lora_rank,
+            dtype=self._keeper.engine().dtype if self._keeper.ready else "",
         )
         for held in self._residency.held():
             used = timestamp_pb2.Timestamp()

@@ -115,6 +115,11 @@ class Engine:
         """True once the engine's process has ended or has given up."""
         return bool(self._llm.engine_core.resources.engine_dead) or bool(self._llm.errored and self._llm.output_handler)
 
+    @property
+    def dtype(self) -> str:
+        """What it computes in, for example `bfloat16`."""
+        return str(self._llm.model_config.dtype).removeprefix("torch.")
+
     def close(self) -> None:
         """Ends the engine's process. Blocks for a moment."""
         self._llm.shutdown(timeout=2)

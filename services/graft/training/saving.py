@@ -50,5 +50,6 @@ def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> dict[str
         "base_model_digest": spec.base_model_digest,
         "job": spec.job_id,
         "attempt": spec.attempt,
+        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
         "probes": probes,
     }
