@@ -2,13 +2,16 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 BIN := .venv/bin
-.PHONY: help setup test test-unit lint stubs lock
+.PHONY: help setup demo test test-unit lint stubs lock
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Makes .venv with locked dependencies and generated stubs
 	@deploy/setup/setup
+
+demo: setup ## Trains two adapters on real data, serves them and compares them with their base (under ten minutes)
+	@$(BIN)/graft demo
 
 # Two runs: a process that has been a Ray driver is no place for the gRPC servers of the unit tests.
 test: setup ## Runs every test

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from graft import settings as graft_settings
 from graft.cli import remote
@@ -66,6 +68,27 @@ def down() -> None:
     with failures():
         stopped = local.stop(graft_settings.load().home.path)
     console.print("Stopped." if stopped else "No stack is running.")
+
+
+@app.command()
+def demo(
+    report: Annotated[Path | None, typer.Option(help="Where to write the HTML report.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train two adapters on real data and compare them with their base. Exit code 1 when the first does not win."""
+    from graft.cli import demo as demonstration
+
+    # With --json standard output holds nothing else.
+    out = Console(stderr=True) if as_json else console
+    with failures():
+        settings = graft_settings.load()
+        outcome = demonstration.Demo(settings, out, report).run(keep=keep)
+    if as_json:
+        print(json.dumps(demonstration.as_json(outcome), indent=1))
+    else:
+        demonstration.print_outcome(console, outcome)
+    raise typer.Exit(0 if outcome.report.passed else 1)
 
 
 @app.command()
