@@ -244,8 +244,9 @@ def build_app(settings: Settings, base: BaseModel) -> Any:
         num_replicas=settings.serving.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_QUEUED_REQUESTS,
-        # A share for placement only: the local stack's cores serve training and inference alike.
-        ray_actor_options={"num_cpus": 0.1},
+        # The cores serve training and inference alike. A tenth of one, reserved here, would keep the last training
+        # worker that the orchestrator has counted on out of the cluster.
+        ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=10,
         logging_config=QUIET,
     )
