@@ -17,8 +17,11 @@ MEGABYTE = 1_000_000
 # Written page by page: a page that was never written is not in memory.
 HOLD = "held = bytearray(b'x') * {size}\nopen({ready!r}, 'w').close()\nimport time; time.sleep(1000)"
 PARENT = """
-import subprocess, sys, time, pathlib
-children = [subprocess.Popen([sys.executable, "-c", source, title]) for title, source in {children!r}]
+import os, subprocess, sys, time, pathlib
+children = [
+    subprocess.Popen([sys.executable, "-c", source], env={{**os.environ, **variables}})
+    for variables, source in {children!r}
+]
 {body}
 time.sleep(1000)
 """
@@ -41,13 +44,15 @@ def _until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def stack(tmp_path: Path) -> Iterator[Path]:
     """A home whose stack is a parent that burns half a second when told to, a server and a training worker."""
-    sizes = {"server": 40 * MEGABYTE, "ray::RayTrainWorker": 120 * MEGABYTE}
-    children = [(title, HOLD.format(size=size, ready=str(tmp_path / f"ready-{size}"))) for title, size in sizes.items()]
+    sizes: dict[int, dict[str, str]] = {40 * MEGABYTE: {}, 120 * MEGABYTE: {"TRAINING_WORKER": "1"}}
+    children = [
+        (variables, HOLD.format(size=size, ready=str(tmp_path / f"ready-{size}"))) for size, variables in sizes.items()
+    ]
     body = BURN.format(go=str(tmp_path / "go"), done=str(tmp_path / "done"))
     parent = subprocess.Popen([sys.executable, "-c", PARENT.format(children=children, body=body)])
     tree = psutil.Process(parent.pid)
     try:
-        _until(lambda: all((tmp_path / f"ready-{size}").exists() for size in sizes.values()))
+        _until(lambda: all((tmp_path / f"ready-{size}").exists() for size in sizes))
         (tmp_path / "run").mkdir()
         record = {"pid": parent.pid, "create_time": tree.create_time(), "ready": True, "processes": []}
         (tmp_path / "run" / "stack.json").write_text(json.dumps(record))

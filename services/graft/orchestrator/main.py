@@ -110,6 +110,9 @@ def main() -> int:
     """Exit code 0 after a stop that was asked for, 1 when it cannot work."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # transformers is here for tokenizers only, and mlflow for its client: torch, which both import where they find it,
+    # would cost 400 MB and three seconds.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     configure_logging()
     try:
         settings = graft_settings.load()

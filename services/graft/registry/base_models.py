@@ -1,6 +1,6 @@
 """The catalogue of base models: what is known of each, and its folder, converted once from a packaged file if need be.
 
-Owns the folders below `cache/base_models`. torch is imported only to convert.
+Owns the folders below `cache/base_models`. Conversion has a process of its own (`graft.registry.convert`).
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata, resources
@@ -132,18 +134,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where, name = str(gguf.parent), gguf.name
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.bfloat16, local_files_only=True)
-    # transformers has dequantised the weights, and yet refuses to save while these say otherwise.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized = False
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(where, gguf_file=name, local_files_only=True).save_pretrained(folder)
+    command = [sys.executable, "-m", "graft.registry.convert", str(gguf), str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if ended.returncode:
+        lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+        raise FailedPrecondition(
+            f"{gguf.name} cannot be converted ({lines[-1]}). If it is damaged, delete .venv and run `make setup`.",
+            reason="BASE_MODEL_CONVERSION_FAILED",
+        )
 
 
 def _describe(settings: Settings, base: str, folder: Path, entry: dict[str, str]) -> BaseModel:

@@ -16,8 +16,8 @@ from graft.stack.local import read_status
 
 SAMPLE_SECONDS = 3.0
 """Reading some thirty processes takes a few hundredths of a second of one core."""
-_TRAINING_WORKER = "RayTrainWorker"
-"""In the title that Ray gives its processes."""
+_TRAINING_WORKER = "TRAINING_WORKER"
+"""In the environment of training workers (`graft.training.fit`); their titles change with what they do."""
 
 
 @dataclass
@@ -114,6 +114,6 @@ class CpuMeter:
 
 def _is_training_worker(process: psutil.Process) -> bool:
     try:
-        return _TRAINING_WORKER in " ".join(process.cmdline())
+        return _TRAINING_WORKER in process.environ()
     except psutil.Error:
         return False

@@ -24,6 +24,8 @@ DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 WORKER_ENVIRONMENT = {
+    # By it the stack tells a worker's memory from its own (`graft.stack.usage`).
+    "TRAINING_WORKER": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
