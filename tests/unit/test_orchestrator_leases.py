@@ -1,14 +1,17 @@
 """Who works on a job: cancellation, restart and loss of the lease in every state, and the cluster's room."""
 
 import asyncio
+import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from graft.domain.jobs import Job, JobState
-from tests.support.orchestration import PROJECT, World, world
+from graft.domain.jobs import Event, Job, JobState
+from graft.orchestrator.room import Room
+from tests.support.orchestration import PATIENCE_SECONDS, PROJECT, World, world
 
 LIVE_STATES = [
     JobState.VALIDATING,
@@ -92,6 +95,12 @@ async def _claim_nothing(*_: object) -> tuple[Job, ...]:
     return ()
 
 
+async def _no_task_for(job_id: str) -> None:
+    """Waits until the orchestrator has dropped the job; the test's own time limit is the only one."""
+    while any(task.get_name() == f"job {job_id}" for task in asyncio.all_tasks()):  # noqa: ASYNC110 - tasks tell nobody
+        await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("state", LIVE_STATES)
 async def test_an_owner_that_lost_its_lease_does_nothing_more(tmp_path: Path, state: JobState) -> None:
     async with world(tmp_path) as it:
@@ -101,11 +110,12 @@ async def test_an_owner_that_lost_its_lease_does_nothing_more(tmp_path: Path, st
             await it.until("job-1", state)
             claim = it.store.claim_jobs
             it.store.claim_jobs = _claim_nothing  # type: ignore[method-assign]
-            await asyncio.sleep(0.05)  # a claim that is under way
-            await it.store.release_leases(first.owner)
-            assert [job.id for job in await claim("another", timedelta(seconds=60), 10)] == ["job-1"]
-            await asyncio.sleep(0.1)
-            assert not any(task.get_name() == "job job-1" for task in asyncio.all_tasks())
+            taken: tuple[Job, ...] = ()
+            while not taken:  # a claim of the first owner may have been under way
+                await it.store.release_leases(first.owner)
+                taken = await claim("another", timedelta(seconds=60), 10)
+            assert [job.id for job in taken] == ["job-1"]
+            await _no_task_for("job-1")
             before = len(await it.events("job-1"))
             it.open_gate(state)
             await asyncio.sleep(0.3)
@@ -114,27 +124,120 @@ async def test_an_owner_that_lost_its_lease_does_nothing_more(tmp_path: Path, st
             assert not it.runs.cancelled
 
 
+async def _start_order(it: World, *job_ids: str) -> list[str]:
+    """The jobs in the order in which they left the queue."""
+    started = {
+        job_id: event.create_time
+        for job_id in job_ids
+        for event in await it.events(job_id, "state")
+        if event.data["state"] == JobState.STARTING
+    }
+    return sorted(started, key=lambda job_id: started[job_id])
+
+
 async def test_jobs_run_side_by_side_within_the_clusters_cpus_oldest_first(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         it.cpus = 2
         it.close_gate(JobState.QUEUED)
         it.close_gate(JobState.RUNNING)
-        for number in range(4):
-            await it.create_job(f"job-{number}", suffix=f"a{number}")
+        jobs = [f"job-{number}" for number in range(4)]
+        for number, job_id in enumerate(jobs):
+            await it.create_job(job_id, suffix=f"a{number}")
         async with it.orchestrator():
-            for number in range(4):
-                await it.until(f"job-{number}", JobState.QUEUED)
-            await asyncio.sleep(0.05)
+            for job_id in jobs:
+                await it.until(job_id, JobState.QUEUED)
             it.open_gate(JobState.QUEUED)
-            await it.until("job-1", JobState.RUNNING)
+            for job_id in jobs[:2]:
+                await it.until(job_id, JobState.RUNNING)
             await asyncio.sleep(0.1)
-            states = [(await it.job(f"job-{number}")).state for number in range(4)]
+            states = [(await it.job(job_id)).state for job_id in jobs]
             assert states == [JobState.RUNNING, JobState.RUNNING, JobState.QUEUED, JobState.QUEUED]
             it.open_gate(JobState.RUNNING)
-            for number in range(4):
-                await it.until(f"job-{number}", JobState.SUCCEEDED)
-        assert [job_id for job_id, _ in it.runs.starts][2:] == ["job-2", "job-3"]
+            for job_id in jobs:
+                await it.until(job_id, JobState.SUCCEEDED)
+        assert await _start_order(it, *jobs) == jobs
         assert it.runs.most_live <= 2
+
+
+async def test_a_queued_job_that_takes_long_to_adopt_is_not_overtaken(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.cpus = 1
+        it.close_gate(JobState.QUEUED)
+        await it.create_job("job-1", suffix="a")
+        await it.create_job("job-2", suffix="b")
+        async with it.orchestrator():
+            await it.until("job-1", JobState.QUEUED)
+            await it.until("job-2", JobState.QUEUED)
+        it.open_gate(JobState.QUEUED)
+        read, readable = it.store.list_events, asyncio.Event()
+
+        async def slow_for_the_first(project: str, job_id: str, after_sequence: int, limit: int) -> tuple[Event, ...]:
+            if job_id == "job-1":
+                await readable.wait()
+            return await read(project, job_id, after_sequence, limit)
+
+        it.store.list_events = slow_for_the_first  # type: ignore[method-assign]
+        async with it.orchestrator() as second:
+            while (await it.job("job-2")).lease_owner != second.owner:  # noqa: ASYNC110 - the database is watched
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert (await it.job("job-2")).state is JobState.QUEUED
+            readable.set()
+            await it.until("job-2", JobState.SUCCEEDED)
+        assert await _start_order(it, "job-1", "job-2") == ["job-1", "job-2"]
+
+
+async def test_a_queued_job_that_cannot_be_read_holds_nobody_up(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.cpus = 1
+        it.close_gate(JobState.QUEUED)
+        await it.create_job("job-1", suffix="a")
+        await it.create_job("job-2", suffix="b")
+        async with it.orchestrator():
+            await it.until("job-1", JobState.QUEUED)
+            await it.until("job-2", JobState.QUEUED)
+        it.open_gate(JobState.QUEUED)
+        read = it.store.list_events
+
+        async def broken_for_the_first(project: str, job_id: str, after_sequence: int, limit: int) -> tuple[Event, ...]:
+            if job_id == "job-1":
+                raise KeyError("a row that no version of Graft wrote")
+            return await read(project, job_id, after_sequence, limit)
+
+        it.store.list_events = broken_for_the_first  # type: ignore[method-assign]
+        async with it.orchestrator():
+            await it.until("job-2", JobState.SUCCEEDED)
+            assert (await it.job("job-1")).state is JobState.QUEUED
+            it.store.list_events = read  # type: ignore[method-assign]
+            await it.until("job-1", JobState.SUCCEEDED)
+
+
+async def test_an_older_job_that_lines_up_while_the_cluster_answers_goes_first(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        older = await it.create_job("job-1", suffix="a")
+        younger = await it.create_job("job-2", suffix="b")
+        asked, answer = threading.Event(), threading.Event()
+
+        def capacity() -> float:
+            asked.set()
+            assert answer.wait(PATIENCE_SECONDS)
+            return 2.0
+
+        room, entered = Room(replace(it.parts, capacity=capacity)), list[str]()
+
+        async def enter(job: Job) -> None:
+            async with room.turn(job):
+                entered.append(job.id)
+                await asyncio.sleep(0.05)
+                entered.append(job.id)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(enter(younger))
+            await asyncio.to_thread(asked.wait, PATIENCE_SECONDS)
+            tasks.create_task(enter(older))
+            await asyncio.sleep(0)
+            answer.set()
+        assert entered == ["job-1", "job-1", "job-2", "job-2"]
 
 
 async def test_the_limit_of_concurrent_jobs_is_kept(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ async def give_up_attempt(context: Context) -> None:
         )
     await stop_run(context)
     context.track(None).finish("FAILED")
-    context.room.free(job.id)
+    context.room.line_up(job)
     await context.move(
         JobState.QUEUED,
         f"The training run died without a report (attempt {job.attempt} of {most}). Trying again.",

@@ -111,6 +111,8 @@ class Orchestrator:
         context = Context(job, self.owner, self.parts, self._room, self.mirror)
         if job.state in TRAINS:
             self._room.hold(job)
+        elif job.state is JobState.QUEUED:
+            self._room.line_up(job)  # before any of them asks: a task reads its job's events first, few or many
         if job.state is not JobState.VALIDATING:
             log.info("job_adopted", job=job.id, state=job.state.value, attempt=job.attempt)
         self._driven[job.id] = _Driven(context, asyncio.create_task(self._drive(context), name=f"job {job.id}"))
@@ -141,6 +143,8 @@ class Orchestrator:
                 # The store or, while a run is being stopped, the cluster does not answer: again from what is stored.
                 log.warning("job_waits", job=context.job.id, error=str(error), kind=type(error).__name__)
                 adopted = False
+                if not isinstance(error, Unavailable):
+                    self._room.step_aside(context.job.id)  # a defect that may last: the others must not wait for it
                 await asyncio.sleep(self.parts.limits.retry_seconds)
 
     async def _step(self, context: Context) -> None:

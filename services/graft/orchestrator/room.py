@@ -1,11 +1,14 @@
 """Who may train now: the cluster's CPUs shared among this orchestrator's jobs, oldest first.
 
 Does not place anything: Ray does. It only keeps jobs QUEUED that Ray could not place, so that their state tells the
-truth. Order is strict: a wide job at the head is not overtaken for ever by narrow ones behind it.
+truth. Order is strict: of the jobs that wait the oldest goes first, and a wide one at the head is not overtaken for
+ever by narrow ones behind it.
 """
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -39,36 +42,52 @@ class Room:
         self._held[job.id] = worker_count(job)
 
     def free(self, job_id: str) -> None:
-        """Gives back what a job holds, if it holds anything."""
+        """Gives back what a job holds, CPUs or a place in the line, if it holds anything."""
         self._held.pop(job_id, None)
+        self._waiting.pop(job_id, None)
 
-    async def enter(self, job: Job) -> None:
-        """Waits until the job may train and holds its CPUs. Raises FailedPrecondition if it can never fit."""
-        workers = worker_count(job)
-        self.free(job.id)  # what an interrupted start of it held
+    def line_up(self, job: Job) -> None:
+        """Gives the job the place of its age among those that wait, before it asks; what it held is free.
+
+        Called for a job that is about to be QUEUED or is found so: a younger one that is quicker to ask does not pass.
+        """
+        self.free(job.id)
         self._waiting[job.id] = job.create_time
+
+    def step_aside(self, job_id: str) -> None:
+        """Takes a job in trouble out of the line, so that nobody waits behind it. It lines up anew when it recovers."""
+        self._waiting.pop(job_id, None)
+
+    @asynccontextmanager
+    async def turn(self, job: Job) -> AsyncIterator[None]:
+        """Waits until the job may train and holds its CPUs. Until the block has ended, younger jobs go on waiting.
+
+        Raises FailedPrecondition if the job can never fit. After an error the job keeps its place.
+        """
+        workers = worker_count(job)
+        self.line_up(job)
         too_small_since: float | None = None
-        try:
-            while True:
-                # Only the head asks: a hundred waiting jobs must not be a hundred questions a turn.
-                cpus = await call(self.parts.capacity) if self._first() == job.id else 0.0
-                if 0 < cpus < workers:
-                    too_small_since = too_small_since or time.monotonic()
-                    if time.monotonic() - too_small_since >= self.parts.limits.never_fits_seconds:
-                        raise FailedPrecondition(
-                            f"The job asks for {workers} workers of one CPU each, and the cluster has {cpus:g}. "
-                            "Ask for fewer workers (num_workers), or add nodes.",
-                            reason="DOES_NOT_FIT",
-                            metadata={"workers": str(workers), "cpus": f"{cpus:g}"},
-                        )
-                else:
-                    too_small_since = None
-                    if self._fits(workers, cpus):
-                        self._held[job.id] = workers
-                        return
-                await asyncio.sleep(self.parts.settings.orchestrator.poll_seconds)
-        finally:
-            self._waiting.pop(job.id, None)
+        while True:
+            # Only the head asks: a hundred waiting jobs must not be a hundred questions a turn.
+            cpus = await call(self.parts.capacity) if self._first() == job.id else 0.0
+            if 0 < cpus < workers:
+                too_small_since = too_small_since or time.monotonic()
+                if time.monotonic() - too_small_since >= self.parts.limits.never_fits_seconds:
+                    raise FailedPrecondition(
+                        f"The job asks for {workers} workers of one CPU each, and the cluster has {cpus:g}. "
+                        "Ask for fewer workers (num_workers), or add nodes.",
+                        reason="DOES_NOT_FIT",
+                        metadata={"workers": str(workers), "cpus": f"{cpus:g}"},
+                    )
+            else:
+                too_small_since = None
+                # Asked again: an older job may have lined up while the cluster answered.
+                if self._first() == job.id and self._fits(workers, cpus):
+                    break
+            await asyncio.sleep(self.parts.settings.orchestrator.poll_seconds)
+        self._held[job.id] = workers
+        yield
+        self._waiting.pop(job.id, None)
 
     def _first(self) -> str:
         return min(self._waiting, key=lambda job_id: (self._waiting[job_id], job_id))

@@ -37,13 +37,14 @@ async def validate(context: Context) -> None:
             },
             resolved=prepared.resolved,
         )
+    context.room.line_up(context.job)
     await context.move(JobState.QUEUED, "The data is valid. Waiting for room to train.")
 
 
 async def queue(context: Context) -> None:
     """QUEUED: waits for CPUs. Raises FailedPrecondition for a job that can never have them."""
-    await context.room.enter(context.job)
-    await context.move(JobState.STARTING, "Starting the training workers.")
+    async with context.room.turn(context.job):
+        await context.move(JobState.STARTING, "Starting the training workers.")
 
 
 async def start(context: Context) -> None:
