@@ -96,6 +96,26 @@ async def test_stopping_leaves_no_grandchild_even_one_that_left_its_parent(
     assert not [pid for pid in grandchildren if psutil.pid_exists(pid)]
 
 
+async def test_what_a_killed_process_left_behind_is_ended_before_it_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As `mlflow server` does: the process starts a server and waits for it, and the server holds the port.
+    pids = tmp_path / "pids"
+    monkeypatch.setenv("GRAFT_TEST_PIDS", str(pids))
+    script = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {GRANDCHILD!r}])\n"
+    supervisor = Supervisor([_process("mlflow", script, pids)], tmp_path)
+    running = asyncio.create_task(supervisor.run())
+    await asyncio.wait_for(supervisor.all_ready.wait(), 20)
+    await _until(lambda: len(pids.read_text().split()) == 1)
+    first = int(pids.read_text())
+    assert supervisor.statuses["mlflow"].pid is not None
+    os.kill(supervisor.statuses["mlflow"].pid, signal.SIGKILL)
+    await _until(lambda: len(pids.read_text().split()) == 2)
+    assert not psutil.pid_exists(first)
+    supervisor.stop()
+    await running
+
+
 async def test_a_taken_port_is_refused_before_anything_starts_naming_the_setting(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

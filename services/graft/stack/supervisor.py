@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -155,6 +156,8 @@ class Supervisor:
                 self._ready[process.name].set()
                 self._changed()
             code = await self._ended(child)
+            # What it started may outlive it, and hold its port.
+            await asyncio.to_thread(_end_all, partial(_session, child.pid))
             lived_seconds = time.monotonic() - started
             if not self._ready[process.name].is_set():
                 early_deaths += 1
@@ -255,6 +258,29 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def _session(leader: int) -> list[int]:
+    """What is left of a session whose leader has ended: the subreaper flag keeps all of it below us."""
+    found = []
+    for process in _descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == leader:
+                found.append(process.pid)
+    return found
+
+
+def _end_all(left: Callable[[], list[int]]) -> None:
+    """Kills what `left` finds until it finds nothing: as parents end, their children come to us to be reaped."""
+    for _ in range(100):
+        pids = left()
+        if not pids:
+            return
+        _signal(pids, signal.SIGKILL)
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.05)
 
 
 def _signal(pids: Sequence[int], number: signal.Signals) -> None:
