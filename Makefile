@@ -13,10 +13,12 @@ setup: ## Makes .venv with locked dependencies and generated stubs
 demo: setup ## Trains two adapters on real data, serves them and compares them with their base (under ten minutes)
 	@$(BIN)/graft demo
 
-# Two runs: a process that has been a Ray driver is no place for the gRPC servers of the unit tests.
+# A run each: a process that has been a Ray driver is no place for the gRPC servers of the unit tests, and the whole
+# stack shares two cores with nothing else.
 test: setup ## Runs every test
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/e2e
 
 test-unit: setup ## Runs the tests that need no server
 	$(BIN)/pytest tests/unit

@@ -1,0 +1,115 @@
+"""Things end that should not, and things that should: every part is replaced, and no job or adapter is lost."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import psutil
+import pytest
+
+from graft.api.v1 import adapter_pb2
+from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
+from graft.client import Graft
+from graft.stack.processes import http_probe
+from tests.support.tiny_jobs import BASE, sums, write_rows
+from tests.support.whole_stack import WholeStack, eventually
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+STEPS = 600
+"""Some twenty seconds: an orchestrator that is killed at its first step has a run to adopt when it is back."""
+
+
+def scores(client: openai.OpenAI, model: str) -> list[float]:
+    answer = client.completions.create(model=model, prompt="hello", max_tokens=8, temperature=0, logprobs=0)
+    assert answer.choices[0].logprobs is not None
+    return [value or 0.0 for value in answer.choices[0].logprobs.token_logprobs or []]
+
+
+def wait_for(graft: Graft, job: str, state: FineTuningJob.State.ValueType) -> None:
+    for update in graft.watch_job(job):
+        if update.fine_tuning_job.state == state:
+            return
+    raise AssertionError(f"{job} ended without {FineTuningJob.State.Name(state)}: {graft.job(job)}")
+
+
+@pytest.fixture(scope="module")
+def waiting(stack: WholeStack, graft: Graft, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A job that could start only when a cancelled one had given back both cores."""
+    data = graft.upload_dataset(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", sums(40)))
+    wide = graft.create_job(BASE, data.name, hyperparameters={"max_steps": 1_000_000, "num_workers": 2})
+    wait_for(graft, wide.name, FineTuningJob.STATE_RUNNING)
+    workers = stack.training_workers()
+    assert len(workers) == 2
+    job = graft.create_job(BASE, data.name, suffix="adopted", hyperparameters={"max_steps": STEPS, "batch_size": 4})
+    wait_for(graft, job.name, FineTuningJob.STATE_QUEUED)
+    assert graft.job(wide.name).state == FineTuningJob.STATE_RUNNING
+    graft.cancel_job(wide.name)
+    *_, last = graft.watch_job(wide.name)
+    assert last.fine_tuning_job.state == FineTuningJob.STATE_CANCELLED
+    assert not last.fine_tuning_job.fine_tuned_model
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    return job.name
+
+
+def test_a_cancelled_job_gives_back_what_it_held_and_the_next_one_runs(graft: Graft, waiting: str) -> None:
+    wait_for(graft, waiting, FineTuningJob.STATE_RUNNING)
+
+
+def test_a_job_outlives_its_orchestrator_and_its_watch_the_gateway(
+    stack: WholeStack, graft: Graft, waiting: str
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(lambda: list(graft.watch_job(waiting)))
+        wait_for(graft, waiting, FineTuningJob.STATE_RUNNING)
+        stack.kill("orchestrator")
+        stack.kill("gateway")
+        stack.ready_again("gateway", restarts=1)
+        stack.ready_again("orchestrator", restarts=1)
+        updates = watching.result(240)
+    job = graft.job(waiting)
+    assert job.state == FineTuningJob.STATE_SUCCEEDED, job.error
+    assert (job.attempt, job.fine_tuned_model) == (1, "tiny:adopted@1")
+    assert [update.event.sequence for update in updates] == list(range(1, len(updates) + 1))
+    states = [update.event.data["state"] for update in updates if update.event.type == "state"]
+    assert states.count("STARTING") == 1
+    reports = [update.event.data["report"] for update in updates if "report" in update.event.data]
+    assert reports == sorted(set(reports))
+    log = (stack.home / "logs" / "orchestrator.log").read_text().splitlines()
+    adopted = [json.loads(line) for line in log if '"job_adopted"' in line]
+    assert [(line["job"], line["state"]) for line in adopted] == [(waiting.rsplit("/", 1)[-1], "RUNNING")]
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_killed_engine_is_replaced_and_its_adapters_come_back_by_themselves(
+    stack: WholeStack, graft: Graft, client: openai.OpenAI
+) -> None:
+    before = {model: scores(client, model) for model in ("tiny", "tiny:sums", "tiny:echo")}
+    (held,) = graft.residency()
+    stack.engine_core().kill()
+    (replica,) = eventually(
+        graft.residency,
+        lambda told: len(told) == 1 and told[0].ready and told[0].engine_restarts == held.engine_restarts + 1,
+        120,
+        "the engine is replaced",
+    )
+    assert replica.replica == held.replica
+    assert {adapter.model for adapter in replica.adapters} == {adapter.model for adapter in held.adapters}
+    assert {adapter.tier for adapter in replica.adapters} == {adapter_pb2.ResidentAdapter.TIER_ENGINE}
+    for model, expected in before.items():
+        assert scores(client, model) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.usefixtures("trained")
+def test_generation_goes_on_while_mlflow_is_gone_and_mlflow_comes_back(
+    stack: WholeStack, client: openai.OpenAI
+) -> None:
+    mlflow_answers = http_probe(f"{stack.settings.tracking_uri}/health")
+    assert mlflow_answers()
+    stack.kill("mlflow")
+    eventually(mlflow_answers, lambda answers: not answers, 10, "MLflow is gone")
+    for model in ("tiny", "tiny:sums", "tiny:echo@1", "tiny:echo@champion"):
+        assert scores(client, model)
+    assert not mlflow_answers()
+    stack.ready_again("mlflow", restarts=1)
