@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -80,7 +81,7 @@ class Part:
     @property
     def contestant_names(self) -> tuple[str, str, str]:
         """In the order of `contestants`."""
-        return "base, zero-shot", f"base, few-shot ({self.shots})", "adapter"
+        return "base, zero-shot", f"base, {self.shots}-shot", "adapter"
 
     def score(self, answers: Sequence[str]) -> tuple[float, ...]:
         """One score in [0, 1] for each scored row."""
@@ -196,6 +197,7 @@ class Demo:
             f"   {name}: {part.sample.title} ({part.sample.source}), {train.row_count} rows to train on, "
             f"{heldout.row_count} held out; job {_id(job.name)}",
             highlight=False,
+            soft_wrap=True,
         )
         return Trained(part, job, heldout.digest, train.digest)
 
@@ -265,6 +267,7 @@ class Demo:
             f"{len(lineage.losses)} losses, data {each.dataset_digest[:19]}…, base {bases[self._base][:19]}…, "
             f"{lineage.tags['graft.code_version']}",
             highlight=False,
+            soft_wrap=True,
         )
 
     async def _check_residency(self, graft: AsyncGraft, trained: Sequence[Trained], before: dict[str, int]) -> None:
@@ -287,6 +290,7 @@ class Demo:
             self._console.print(
                 f"   replica {replica.replica} holds {', '.join(sorted(held))} in an engine that was not restarted",
                 highlight=False,
+                soft_wrap=True,
             )
 
     async def _compare(self, graft: AsyncGraft, trained: Sequence[Trained]) -> list[Task]:
@@ -335,31 +339,36 @@ class Demo:
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
-    """The table, the verdict, and where the report lies."""
+    """The table of each task, the verdict, and where the report lies."""
     report = outcome.report
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, highlight=False, soft_wrap=True)
+
     for task in report.tasks:
         percent = task.metric == "accuracy"
-        table = Table(
-            "", task.metric, "95% interval", "CPU-seconds per 1000 answers", title=f"{task.name}: {task.title}"
-        )
+        say(f"\n{task.title}, {len(task.references)} held-out rows", "bold")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("answered by")
+        for header in (task.metric, "95% interval", "CPU s / 1000 answers"):
+            table.add_column(header, justify="right")
         for contestant, interval in zip(task.contestants, task.intervals(), strict=True):
+            cost = contestant.cpu_seconds_per_thousand
             table.add_row(
-                f"{contestant.name} ({contestant.model})",
+                contestant.name,
                 _score(interval.mean, percent),
                 f"{_score(interval.low, percent)} to {_score(interval.high, percent)}",
-                "" if contestant.cpu_seconds_per_thousand is None else f"{contestant.cpu_seconds_per_thousand:.0f}",
+                "" if cost is None else f"{cost:.0f}",
             )
         console.print(table)
-        console.print(", ".join(f"{label} {value}" for label, value in task.training.items()), highlight=False)
-        gain = task.advantage()
-        console.print(
-            f"adapter over {task.best_base().name}: {_gain(gain, percent)}, on {len(task.references)} held-out rows\n",
-            highlight=False,
-        )
+        say(f"adapter {task.contestants[-1].model}: " + ", ".join(f"{k} {v}" for k, v in task.training.items()))
+        say(f"over {task.best_base().name}: {_gain(task.advantage(), percent)}")
+    say("")
     for label, value in report.stack.items():
-        console.print(f"{label}: {value}", highlight=False)
-    console.print(report.verdict, style="bold green" if report.passed else "bold red", highlight=False)
-    console.print(f"Report: {outcome.path}", highlight=False, soft_wrap=True)
+        say(f"{label}: {value}")
+    say(report.verdict, "bold green" if report.passed else "bold red")
+    say(f"Report: {outcome.path}")
+    say(f'Ask it yourself: graft up --detach, then graft chat {report.tasks[0].contestants[-1].model} "A fine film."')
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -474,10 +483,10 @@ def _task(each: Trained, answers: list[list[str]], asked: list[Asked], costs: li
 
 def _verdict(task: Task, passed: bool) -> str:
     gain = _gain(task.advantage(), percent=True)
-    rival = task.best_base().name
+    rival = f"the better prompt of its base ({task.best_base().name.removeprefix('base, ')})"
     if passed:
-        return f"The {task.name} adapter beats its base ({rival}) by {gain}."
-    return f"The {task.name} adapter does not beat its base ({rival}) beyond doubt: {gain}."
+        return f"The {task.name} adapter beats {rival} by {gain}."
+    return f"The {task.name} adapter does not beat {rival} beyond doubt: {gain}."
 
 
 def _gain(gain: Interval, percent: bool) -> str:

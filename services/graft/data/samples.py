@@ -88,7 +88,7 @@ def reviews(n_train: int, n_heldout: int, seed: int = 0, archive: Path = REVIEWS
         heldout += others
     return Sample(
         name="reviews",
-        title="sentiment of film reviews",
+        title="Sentiment of film reviews",
         train=tuple(_shuffled(train, seed)),
         heldout=tuple(_shuffled(heldout, seed)),
         labels=labels,
@@ -118,7 +118,7 @@ def docstrings(
     train, heldout = _split(rows, n_train, n_heldout, seed, "documented functions")
     return Sample(
         name="docstrings",
-        title="docstrings of Python functions",
+        title="Docstrings of Python functions",
         train=tuple(train),
         heldout=tuple(heldout),
         labels=(),
