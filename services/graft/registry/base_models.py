@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from graft.domain.errors import FailedPrecondition, InvalidArgument, unknown
+from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, unknown
 from graft.domain.names import check_id
 from graft.domain.resources import BaseModel
 from graft.settings import Settings
@@ -136,6 +136,12 @@ def _locked(path: Path) -> Iterator[None]:
 def _convert(gguf: Path, folder: Path) -> None:
     command = [sys.executable, "-m", "graft.registry.convert", str(gguf), str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if "No space left on device" in ended.stderr:
+        raise ResourceExhausted(
+            f"The disk of {folder.parent} is full. Free {4 * gguf.stat().st_size // 10**6} MB there, or set "
+            "GRAFT_CACHE to a folder on another disk.",
+            reason="DISK_FULL",
+        )
     if ended.returncode:
         lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
         raise FailedPrecondition(
