@@ -6,10 +6,12 @@ import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlalchemy import event, text
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
 from graft.domain.jobs import JobError, JobSpec, JobState
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
+from graft.store.database import Database
 from graft.store.protocol import AliasWish, Store
 from graft.store.sql import SqlStore, open_store
 
@@ -37,6 +39,35 @@ async def test_a_retried_upload_returns_the_first_data_set(store: SqlStore) -> N
     assert len({dataset.id for dataset in made}) == 1
     assert await store.find_dataset_by_request("default", "request") == made[0]
     assert await store.find_dataset_by_request("default", "unheard") is None
+
+
+async def test_a_caller_that_is_cancelled_inside_a_transaction_leaves_the_database_to_others(
+    store: SqlStore, url: str
+) -> None:
+    # Its first row comes late and more follow: the caller is cancelled before it, and the query is left unfinished.
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) SELECT i FROM n"
+    asked, database = asyncio.Event(), Database(url)
+
+    @event.listens_for(database.engine.sync_engine, "before_cursor_execute")
+    def before(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith(numbers):
+            asked.set()
+
+    async def write() -> None:
+        try:
+            async with database.write() as connection:
+                await connection.execute(text("UPDATE jobs SET attempt = attempt"))
+                await connection.execute(text(f"{numbers} WHERE i > 299000"))
+        finally:  # as a stopped orchestrator frees its leases: the frames of the cancellation are still there
+            await store.create_job("default", "ft-1", SPEC, None)
+
+    writer = asyncio.create_task(write())
+    await asked.wait()
+    writer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writer
+    await database.close()
+    assert (await store.get_job("default", "ft-1")).spec == SPEC
 
 
 async def test_an_unknown_name_is_told_with_what_exists(store: SqlStore) -> None:

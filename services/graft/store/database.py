@@ -179,6 +179,12 @@ def _engine(url: URL) -> AsyncEngine:
         read = connection.get_execution_options().get("graft_read", False)
         connection.exec_driver_sql("BEGIN" if read else "BEGIN IMMEDIATE")
 
+    @event.listens_for(engine.sync_engine, "invalidate")
+    def roll_back(connection: Any, _record: object, _error: BaseException | None) -> None:
+        # A caller was cancelled inside a transaction. To close is not enough: SQLite keeps the connection, and with it
+        # the write lock, while a SELECT of it is unfinished: as long as Python holds the cancelled task's frames.
+        connection.rollback()
+
     return engine
 
 
