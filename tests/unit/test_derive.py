@@ -64,6 +64,20 @@ def test_larger_bases_get_lower_learning_rates_within_bounds() -> None:
     assert rates == [5e-4, 5e-4, 5e-4, 2.7e-4, 5e-5]
 
 
+def test_a_multiplier_scales_the_derived_learning_rate_and_its_reason_says_so() -> None:
+    large = replace(BASE, parameter_count=1_700 * 10**6)
+    for base, multiplier, rate in ((BASE, 2.0, 1e-3), (BASE, 0.1, 5e-5), (large, 2.0, 5.4e-4)):
+        found = _resolved(base=base, learning_rate_multiplier=multiplier)
+        assert found["learning_rate"].value == pytest.approx(rate)
+        assert found["learning_rate"].derived
+        assert f"multiplied by {multiplier:g} as the job asks" in found["learning_rate"].reason
+        assert (found["learning_rate_multiplier"].value, found["learning_rate_multiplier"].derived) == (
+            multiplier,
+            False,
+        )
+    assert "multiplied" not in _resolved()["learning_rate"].reason
+
+
 def test_the_policy_is_told_with_the_rows_it_meets() -> None:
     found = _resolved(over_length_policy=OverLengthPolicy.TRUNCATE)["over_length_policy"]
     assert (found.value, found.derived) == ("truncate", False)

@@ -85,7 +85,9 @@ async def test_all_faults_of_a_job_are_reported_together(tmp_path: Path) -> None
             suffix="My Model",
             training_dataset="projects/default/datasets/ds-none",
             lora=LoraTuning(rank=65, dropout=1.0, alpha=-1, target_modules=["q_proj", "lm_head", "q_proj"]),
-            hyperparameters=Hyperparameters(epochs=0, learning_rate=2, context_tokens=4096, batch_size=-1),
+            hyperparameters=Hyperparameters(
+                epochs=0, learning_rate=2, learning_rate_multiplier=2, context_tokens=4096, batch_size=-1
+            ),
         )
         error = await refused(with_faults)
         assert isinstance(error, InvalidArgument)
@@ -99,6 +101,7 @@ async def test_all_faults_of_a_job_are_reported_together(tmp_path: Path) -> None
             "lora.target_modules[2]",
             "hyperparameters.epochs",
             "hyperparameters.learning_rate",
+            "hyperparameters.learning_rate_multiplier",
             "hyperparameters.context_tokens",
             "hyperparameters.batch_size",
         }

@@ -164,15 +164,34 @@ async def test_both_places_for_hyperparameters_and_grafts_own_reach_the_job(tmp_
         assert asked.over_length_policy is OverLengthPolicy.TRUNCATE
         old = await created(it, hyperparameters={"n_epochs": "auto", "batch_size": 4, "learning_rate_multiplier": 1})
         assert (old.hyperparameters.batch_size, old.hyperparameters.n_epochs) == (4, "auto")
+        assert old.hyperparameters.learning_rate_multiplier == 1
+
+
+async def test_a_learning_rate_multiplier_reaches_the_job_and_is_told_as_sent(tmp_path: Path) -> None:
+    async with http_gateway(tmp_path) as it:
+        made = await created(it, hyperparameters={"learning_rate_multiplier": 0.5})
+        assert made.hyperparameters.learning_rate_multiplier == 0.5
+        asked = (await it.store.get_job("default", made.id)).spec.hyperparameters
+        assert (asked.learning_rate, asked.learning_rate_multiplier) == (None, 0.5)
+        open_ = await created(it)
+        assert open_.hyperparameters.learning_rate_multiplier == "auto"
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "told"),
     [
         (
-            {"hyperparameters": {"learning_rate_multiplier": 2}},
+            {"hyperparameters": {"learning_rate_multiplier": 0}},
             "hyperparameters.learning_rate_multiplier",
-            "learning_rate",
+            "outside (0, 100]",
+        ),
+        (
+            {
+                "hyperparameters": {"learning_rate_multiplier": 2},
+                "extra_body": {"graft": {"hyperparameters": {"learning_rate": 1e-4}}},
+            },
+            "hyperparameters.learning_rate_multiplier",
+            "give one of them",
         ),
         ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "outside"),
         ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", "auto"),

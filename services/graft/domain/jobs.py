@@ -83,6 +83,8 @@ class Hyperparameters:
     max_steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
+    learning_rate_multiplier: float | None = None
+    """Multiplies the derived learning rate; never together with `learning_rate`."""
     warmup_ratio: float | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None

@@ -31,6 +31,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "max_steps": (1, 10_000_000, True),
     "batch_size": (1, 65_536, True),
     "learning_rate": (0, 1, False),
+    "learning_rate_multiplier": (0, 100, False),
     "warmup_ratio": (0, 1, True),
     "weight_decay": (0, 1, True),
     "max_grad_norm": (0, 1000, False),
@@ -154,6 +155,11 @@ def _check_hyperparameters(asked: Hyperparameters, base: BaseModel | None) -> It
             continue
         upper = "infinity)" if math.isinf(most) else f"{most}]"
         yield FieldViolation(f"hyperparameters.{name}", f"{value} is outside {'[' if closed else '('}{least}, {upper}")
+    if asked.learning_rate is not None and asked.learning_rate_multiplier is not None:
+        yield FieldViolation(
+            "hyperparameters.learning_rate_multiplier",
+            "multiplies the derived learning rate, and learning_rate is given; give one of them",
+        )
 
 
 def _check_data(training: Dataset | None, validation: Dataset | None) -> Iterator[FieldViolation]:

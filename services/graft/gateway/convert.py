@@ -47,6 +47,7 @@ _OPTIONAL_HYPERPARAMETERS = (
     "max_steps",
     "batch_size",
     "learning_rate",
+    "learning_rate_multiplier",
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",

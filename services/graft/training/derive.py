@@ -70,13 +70,18 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
         max(1, math.ceil(epochs * steps_per_epoch)),
         f"{epochs:g} × {_count(steps_per_epoch, 'step')} an epoch.",
     )
+    multiplier = settle(
+        "learning_rate_multiplier", asked.learning_rate_multiplier, 1.0, "1: leaves the learning rate as it is."
+    )
     scale = min(1.0, max(0.1, (REFERENCE_PARAMETERS / max(base.parameter_count, 1)) ** 0.25))
+    usual_rate = float(f"{REFERENCE_LEARNING_RATE * scale:.2g}")
     settle(
         "learning_rate",
         asked.learning_rate,
-        float(f"{REFERENCE_LEARNING_RATE * scale:.2g}"),
+        usual_rate * multiplier,
         f"{REFERENCE_LEARNING_RATE:g} up to 135M parameters (measured), divided by the fourth root of how many times "
-        f"larger the base is; this one has {base.parameter_count / 1e6:.0f}M.",
+        f"larger the base is; this one has {base.parameter_count / 1e6:.0f}M."
+        + (f" {usual_rate:g}, multiplied by {multiplier:g} as the job asks." if multiplier != 1 else ""),
     )
     settle("warmup_ratio", asked.warmup_ratio, 0.05, "5% of the steps: AdamW's second moment needs some to settle.")
     settle("weight_decay", asked.weight_decay, 0.0, "0: a low rank regularises already.")

@@ -54,7 +54,9 @@ def job(found: Job) -> dict[str, object]:
     hyperparameters = {
         "n_epochs": _whole(_first(spec.hyperparameters.epochs, used.get("epochs"), "auto")),
         "batch_size": _first(spec.hyperparameters.batch_size, used.get("batch_size"), "auto"),
-        "learning_rate_multiplier": "auto",
+        "learning_rate_multiplier": _whole(
+            _first(spec.hyperparameters.learning_rate_multiplier, used.get("learning_rate_multiplier"), "auto")
+        ),
     }
     ended = found.state in FINAL
     progress = found.progress

@@ -21,7 +21,11 @@ from graft.gateway.checks import METHODS
 T = TypeVar("T")
 
 AUTO = "auto"
-_OPENAI = {"n_epochs": "epochs", "batch_size": "batch_size"}
+_OPENAI = {
+    "n_epochs": "epochs",
+    "batch_size": "batch_size",
+    "learning_rate_multiplier": "learning_rate_multiplier",
+}
 """OpenAI's hyperparameters by Graft's names."""
 _PARAMS = {
     "base_model": "model",
@@ -132,12 +136,6 @@ def _read_openai(given: "_Object", chosen: _Chosen) -> None:
     for theirs, ours in _OPENAI.items():
         kind: Callable[[object], float] = _whole if ours == "batch_size" else _number
         chosen.put(ours, given.take(theirs, _or_auto(kind)), given.path(theirs))
-    if given.take("learning_rate_multiplier", _or_auto(_number)) not in (None, 1.0):
-        # The rate that it would multiply is derived from the data when the job runs.
-        given.refuse(
-            "learning_rate_multiplier",
-            "only 'auto' or 1 can be honoured; set the learning rate itself as graft.hyperparameters.learning_rate",
-        )
     given.finish()
 
 
