@@ -48,6 +48,28 @@ async def test_both_clients_upload_create_follow_and_cancel(tmp_path: Path) -> N
             async for update in graft.watch_job(job.name, after_sequence=1):
                 assert update.event.sequence == 2
                 break
+            assert [event.sequence for event in await graft.job_events(job.name)] == [1, 2]
+
+
+async def test_an_answer_that_its_reader_leaves_is_stopped_in_the_engine(tmp_path: Path) -> None:
+    async with gateways.gateway(tmp_path) as running:
+        running.engine.delay_seconds = 0.5
+
+        def blocking(address: str) -> None:
+            with Graft(Connection(address=address)) as graft:
+                pieces = graft.stream(gateways.BASE, prompt="x")
+                next(pieces)
+                pieces.close()  # type: ignore[attr-defined]
+                # The connection is still open: it was not its end that stopped the answer.
+                graft.base_models()
+
+        await asyncio.to_thread(blocking, _address(running))
+        await gateways.eventually(lambda: running.engine.abandoned == 1)
+        async with AsyncGraft(Connection(address=_address(running))) as graft:
+            pieces = graft.stream(gateways.BASE, prompt="x")
+            await anext(aiter(pieces))
+            await pieces.aclose()  # type: ignore[attr-defined]
+            await gateways.eventually(lambda: running.engine.abandoned == 2)
 
 
 async def test_both_clients_name_and_ask_adapters(tmp_path: Path) -> None:
@@ -56,6 +78,9 @@ async def test_both_clients_name_and_ask_adapters(tmp_path: Path) -> None:
         (adapter,) = await graft.adapters()
         assert adapter.model == f"{gateways.BASE}:reviews"
         assert [version.version for version in await graft.adapter_versions(adapter.model)] == [3, 1]
+        assert (await graft.adapter(adapter.model)).aliases == {"champion": 3}
+        assert (await graft.adapter_version(f"{adapter.model}@1")).version == 1
+        assert (await graft.adapter_version(adapter.model)).version == 3
         answer = await graft.generate(adapter.model, prompt="hello")
         assert answer.model == f"{gateways.BASE}:reviews@3"
         assert await graft.residency()
@@ -87,6 +112,10 @@ async def test_wrong_arguments_are_refused_before_anything_is_sent(tmp_path: Pat
             await graft.generate("base")
         with pytest.raises(InvalidArgument, match="hyperparameters"):
             await graft.create_job("base", "ds-1", hyperparameters={"epoch": 1})
+        with pytest.raises(InvalidArgument, match="sampling"):
+            await graft.generate("base", prompt="x", max_tokens=2**40)
+        with pytest.raises(InvalidArgument, match="version"):
+            await graft.set_alias("base:reviews", "candidate", 2**40)
 
 
 async def test_no_gateway_is_told_with_the_address_and_the_fix() -> None:

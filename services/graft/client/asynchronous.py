@@ -163,8 +163,9 @@ class AsyncGraft:
         failures = 0
         while True:
             request = fine_tuning_service_pb2.WatchFineTuningJobRequest(name=name, after_sequence=after_sequence)
+            call = self._jobs.WatchFineTuningJob(request, metadata=self.connection.metadata)
             try:
-                async for update in self._jobs.WatchFineTuningJob(request, metadata=self.connection.metadata):
+                async for update in call:
                     after_sequence, failures = update.event.sequence, 0
                     yield update
             except grpc.RpcError as error:
@@ -175,6 +176,14 @@ class AsyncGraft:
                 await asyncio.sleep(RECONNECT_SECONDS)
             else:
                 return
+            finally:
+                call.cancel()  # the reader may have left
+
+    async def job_events(self, job: str) -> list[fine_tuning_job_pb2.FineTuningJobEvent]:
+        """Events of a job so far, in order."""
+        parent = requests.job(self.connection.parent, job)
+        request = fine_tuning_service_pb2.ListFineTuningJobEventsRequest(parent=parent)
+        return [item async for item in self._pages(self._jobs.ListFineTuningJobEvents, request, "events")]
 
     async def job_checkpoints(self, job: str) -> list[fine_tuning_job_pb2.FineTuningJobCheckpoint]:
         """Checkpoints of a job, in order."""
@@ -189,6 +198,18 @@ class AsyncGraft:
         parent = f"{self.connection.parent}/baseModels/{base_model}"
         request = adapter_service_pb2.ListAdaptersRequest(parent=parent)
         return [item async for item in self._pages(self._adapters.ListAdapters, request, "adapters")]
+
+    async def adapter(self, model: str) -> adapter_pb2.Adapter:
+        """The adapter `base:adapter`, with its aliases."""
+        request = adapter_service_pb2.GetAdapterRequest(name=requests.adapter(self.connection.parent, model))
+        result: adapter_pb2.Adapter = await self._call(self._adapters.GetAdapter, request)
+        return result
+
+    async def adapter_version(self, model: str) -> adapter_pb2.AdapterVersion:
+        """One version: `base:adapter@3`, `base:adapter@alias`, or the champion of `base:adapter`."""
+        request = adapter_service_pb2.GetAdapterVersionRequest(name=requests.version(self.connection.parent, model))
+        result: adapter_pb2.AdapterVersion = await self._call(self._adapters.GetAdapterVersion, request)
+        return result
 
     async def adapter_versions(self, model: str) -> list[adapter_pb2.AdapterVersion]:
         """Versions of `base:adapter`, newest first."""
@@ -245,8 +266,11 @@ class AsyncGraft:
         """The same, token by token."""
         inner = requests.generate(self.connection.parent, model, prompt=prompt, messages=messages, **sampling)
         request = generation_service_pb2.StreamGenerateRequest(request=inner)
+        call = self._generation.StreamGenerate(request, metadata=self.connection.metadata)
         try:
-            async for piece in self._generation.StreamGenerate(request, metadata=self.connection.metadata):
+            async for piece in call:
                 yield piece
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.connection.target) from None
+        finally:
+            call.cancel()  # the reader may have left: the engine need not go on

@@ -67,20 +67,25 @@ def create_job(
         supervised=fine_tuning_job_pb2.SupervisedMethod(),
         metadata=metadata,
     )
-    messages: tuple[tuple[str, Callable[..., Any], Mapping[str, Any] | None], ...] = (
-        ("lora", fine_tuning_job_pb2.LoraTuning, lora),
-        ("hyperparameters", fine_tuning_job_pb2.Hyperparameters, hyperparameters),
+    job.lora.CopyFrom(_built("lora", fine_tuning_job_pb2.LoraTuning, **(lora or {})))
+    job.hyperparameters.CopyFrom(
+        _built("hyperparameters", fine_tuning_job_pb2.Hyperparameters, **(hyperparameters or {}))
     )
-    for field, message, values in messages:
-        try:
-            getattr(job, field).CopyFrom(message(**(values or {})))
-        except (TypeError, ValueError) as error:
-            raise InvalidArgument(
-                f"{field}: {error}", reason="INVALID_HYPERPARAMETER", violations=(FieldViolation(field, str(error)),)
-            ) from None
     return fine_tuning_service_pb2.CreateFineTuningJobRequest(
         parent=parent, fine_tuning_job=job, request_id=request_id or str(uuid.uuid4())
     )
+
+
+def _built(field: str, message: Callable[..., Any], **values: Any) -> Any:
+    """`message(**values)`. Raises InvalidArgument naming `field` for an unknown name or a value that does not fit."""
+    try:
+        return message(**values)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"{field}: {error}",
+            reason="INVALID_VALUE",
+            violations=(FieldViolation(field, str(error)),),
+        ) from None
 
 
 def dataset(parent: str, id_or_name: str) -> str:
@@ -108,8 +113,15 @@ def version(parent: str, model: str) -> str:
 
 
 def alias(parent: str, model: str, name: str, number: int) -> adapter_service_pb2.SetAdapterAliasRequest:
-    """Points `name` at version `number` of the adapter of `model`."""
-    return adapter_service_pb2.SetAdapterAliasRequest(name=adapter(parent, model), alias=name, version=number)
+    """Points `name` at version `number` of the adapter of `model`. Raises InvalidArgument."""
+    request: adapter_service_pb2.SetAdapterAliasRequest = _built(
+        "version",
+        adapter_service_pb2.SetAdapterAliasRequest,
+        name=adapter(parent, model),
+        alias=name,
+        version=number,
+    )
+    return request
 
 
 def generate(
@@ -125,7 +137,8 @@ def generate(
     stop: Sequence[str] = (),
     choices: Sequence[str] = (),
 ) -> generation_service_pb2.GenerateRequest:
-    """Exactly one of `prompt` (raw text) and `messages` (role and content). Raises InvalidArgument otherwise."""
+    """Exactly one of `prompt` (raw text) and `messages` (role and content). Raises InvalidArgument otherwise, and for a
+    number that does not fit its field."""
     if (prompt is None) == (messages is None):
         raise InvalidArgument("Give either a prompt or messages.", reason="INVALID_INPUT")
     request = generation_service_pb2.GenerateRequest(parent=parent, model=model)
@@ -135,8 +148,15 @@ def generate(
         for message in messages or ():
             request.chat.messages.append(generation_pb2.ChatMessage(role=message["role"], content=message["content"]))
     request.sampling.CopyFrom(
-        generation_pb2.SamplingParameters(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop, choices=choices
+        _built(
+            "sampling",
+            generation_pb2.SamplingParameters,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            choices=choices,
         )
     )
     return request
