@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +24,17 @@ import psutil
 from graft.domain.errors import FailedPrecondition
 from graft.stack.processes import Process, port_taken
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_LAUNCH = """
+import ctypes, os, sys
+if ctypes.CDLL(None).prctl(1, 15, 0, 0, 0) != 0:  # PR_SET_PDEATHSIG, SIGTERM
+    sys.exit("prctl failed")
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the supervisor has ended")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the process, which a supervisor that is killed takes along. Not a `preexec_fn`: that would fork this process
+with its gRPC threads, whose fork handlers abort the child now and then."""
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 30.0
 STEADY_SECONDS = 60.0
@@ -51,16 +61,6 @@ class Status:
     pid: int | None = None
     restarts: int = 0
     ready_seconds: float | None = None
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl failed")
-
-
-def _die_with_supervisor() -> None:
-    # Runs in the child before exec: a supervisor that is killed takes its processes along.
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Supervisor:
@@ -112,7 +112,8 @@ class Supervisor:
                     )
         (self._folder / "logs").mkdir(parents=True, exist_ok=True)
         self.status_file.parent.mkdir(parents=True, exist_ok=True)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl failed")
         self._changed()
         tasks = [asyncio.create_task(self._keep(process)) for process in self._processes.values()]
         tasks.append(asyncio.create_task(self._await_all_ready()))
@@ -180,13 +181,13 @@ class Supervisor:
     def _start(self, process: Process) -> "subprocess.Popen[bytes]":
         with open(self.statuses[process.name].log, "ab") as log:
             child = subprocess.Popen(
-                process.argv,
+                # Isolated and without `site`: quick, and nothing of the user's is in its way.
+                [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *process.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **process.environment},
                 start_new_session=True,
-                preexec_fn=_die_with_supervisor,
             )
         self._running[process.name] = child
         return child
