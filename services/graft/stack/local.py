@@ -15,6 +15,7 @@ import psutil
 
 from graft.domain.errors import FailedPrecondition
 from graft.settings import Settings
+from graft.stack.preflight import check
 from graft.stack.processes import local_stack
 from graft.stack.supervisor import Status, Supervisor
 
@@ -35,6 +36,7 @@ def read_status(home: Path) -> dict[str, Any] | None:
 
 def run(settings: Settings, on_change: Callable[[Sequence[Status]], None]) -> None:
     """Runs the stack until SIGTERM or SIGINT. Raises FailedPrecondition when it runs already or cannot start."""
+    check(settings)
     if (record := read_status(settings.home.path)) is not None:
         raise FailedPrecondition(
             f"The stack of {settings.home.path} is running already (pid {record['pid']}). Stop it with `graft down`.",
@@ -56,6 +58,7 @@ def start_detached(settings: Settings, on_record: Callable[[dict[str, Any]], Non
     `on_record` is told the record of `read_status` some times a second. Whatever it or an interrupt raises on the way
     ends what was started.
     """
+    check(settings)
     if read_status(settings.home.path) is not None:
         raise FailedPrecondition("The stack is running already. Stop it with `graft down`.", reason="STACK_RUNNING")
     logs = settings.home.path / "logs"

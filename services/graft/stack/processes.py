@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import grpc
 
@@ -85,6 +86,11 @@ def _python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", module, *arguments)
 
 
+def ray_folder(settings: Settings) -> Path:
+    """Where Ray keeps its sessions, sockets and logs."""
+    return settings.home.path / "ray"
+
+
 def ray_head(settings: Settings) -> Process:
     """The Ray head node of the local cluster."""
     ray = settings.ray
@@ -99,7 +105,7 @@ def ray_head(settings: Settings) -> Process:
             f"--dashboard-port={ray.dashboard_port}",
             f"--num-cpus={cpus}",
             f"--object-store-memory={ray.object_store_mib * 1024 * 1024}",
-            f"--temp-dir={settings.home.path / 'ray'}",
+            f"--temp-dir={ray_folder(settings)}",
             "--disable-usage-stats",
         ),
         probe=tcp_probe(ray.host, ray.port),
@@ -125,7 +131,11 @@ def ray_environment(settings: Settings) -> dict[str, str]:
 
 def local_stack(settings: Settings) -> list[Process]:
     """Every process of the local stack, in the order in which they are listed and, in reverse, ended."""
-    ray_variables = ray_environment(settings)
+    return described(settings, ray_environment(settings))
+
+
+def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process]:
+    """The same without touching the disk; `ray_variables` go to all that talk to Ray."""
     registry, gateway, serving = settings.registry, settings.gateway, settings.serving
     return [
         replace(ray_head(settings), environment=ray_variables),
