@@ -136,6 +136,12 @@ class Settings(_Section):
         return self.registry.tracking_uri or f"http://{self.registry.host}:{self.registry.port}"
 
     @property
+    def gateway_address(self) -> str:
+        """`host:port` of the gateway's gRPC, from this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.gateway.host, self.gateway.host)
+        return f"{host}:{self.gateway.grpc_port}"
+
+    @property
     def engine_address(self) -> str:
         """`host:port` of the internal gRPC."""
         return f"{self.serving.host}:{self.serving.grpc_port}"

@@ -1,6 +1,9 @@
-"""The `graft` command. Client commands are in `graft.cli.remote`; the stack is imported only by those that run it."""
+"""The `graft` command: the local stack, and the groups of commands that talk to a gateway.
 
-import json
+Those are in `graft.cli.remote`, `graft.cli.tuning` and `graft.cli.talking`. Settings and stack are imported only by
+the commands that need them.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,32 +11,58 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from graft import settings as graft_settings
-from graft.cli import remote
-from graft.cli.output import console, failures
+from graft.cli import remote, talking, tuning
+from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table
 
 if TYPE_CHECKING:
+    from graft.settings import Settings
     from graft.stack.supervisor import Status
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Fine-tunes language models and serves the results.",
+    epilog="Exit codes: 0 success, 1 failure, 2 a wrong argument, setting or state, 3 not found, 4 unavailable, "
+    "130 Ctrl-C.",
+)
 
-app = typer.Typer(no_args_is_help=True, help="Fine-tunes language models and serves the results.", add_completion=False)
-remote.add_to(app)
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"graft {version('graft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Fine-tunes language models and serves the results."""
+    del version  # its callback has answered
 
 
 @app.command()
 def up(
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; stop with `graft down`.")] = False,
+    as_json: JsonLines = False,
 ) -> None:
     """Start the local stack, and keep it running until Ctrl-C."""
+    from graft import settings as graft_settings
     from graft.stack import local
 
-    with failures():
+    with failures(as_json=as_json):
         settings = graft_settings.load()
         if detach:
-            with console.status("Starting the local stack"):
+            if as_json:
                 local.start_detached(settings)
-            console.print(_where(settings))
+            else:
+                with console.status("Starting the local stack"):
+                    local.start_detached(settings)
+            _print_ready(settings, as_json=as_json)
             return
         told: dict[str, str] = {}
 
@@ -42,32 +71,50 @@ def up(
                 if told.get(status.name) == status.state:
                     continue
                 told[status.name] = status.state
-                took = (
-                    f" after {status.ready_seconds:.0f} s" if status.state == "ready" and status.ready_seconds else ""
-                )
-                console.print(f"{status.name:14} {status.state}{took}", highlight=False)
+                _print_status(status, as_json=as_json)
             if all(status.state == "ready" for status in statuses):
-                console.print(_where(settings))
+                _print_ready(settings, as_json=as_json)
 
         local.run(settings, on_change)
 
 
-def _where(settings: graft_settings.Settings) -> str:
-    gateway = settings.gateway
-    return (
-        f"Ready. gRPC {gateway.host}:{gateway.grpc_port}, HTTP http://{gateway.host}:{gateway.http_port}/v1, "
-        f"MLflow {settings.tracking_uri}, logs {settings.home.path / 'logs'}"
-    )
+def _print_status(status: "Status", *, as_json: bool) -> None:
+    if as_json:
+        from dataclasses import asdict
+
+        print_json(asdict(status), line=True)
+    else:
+        ready = status.state == "ready" and status.ready_seconds is not None
+        print(
+            f"{status.name:14} {status.state}" + (f" after {status.ready_seconds:.0f} s" if ready else ""), flush=True
+        )
+
+
+def _print_ready(settings: "Settings", *, as_json: bool) -> None:
+    http = f"http://{settings.gateway.host}:{settings.gateway.http_port}/v1"
+    if as_json:
+        where = {"grpc": settings.gateway_address, "http": http, "mlflow": settings.tracking_uri}
+        print_json({"ready": True, **where, "logs": str(settings.home.path / "logs")}, line=True)
+    else:
+        print(
+            f"Ready. gRPC {settings.gateway_address}, HTTP {http}, MLflow {settings.tracking_uri}, "
+            f"logs {settings.home.path / 'logs'}",
+            flush=True,
+        )
 
 
 @app.command()
-def down() -> None:
+def down(as_json: Json = False) -> None:
     """Stop the local stack and all its processes."""
+    from graft import settings as graft_settings
     from graft.stack import local
 
-    with failures():
+    with failures(as_json=as_json):
         stopped = local.stop(graft_settings.load().home.path)
-    console.print("Stopped." if stopped else "No stack is running.")
+    if as_json:
+        print_json({"stopped": stopped})
+    else:
+        print("Stopped." if stopped else "No stack is running.")
 
 
 @app.command()
@@ -77,15 +124,16 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train two adapters on real data and compare them with their base. Exit code 1 when the first does not win."""
+    from graft import settings as graft_settings
     from graft.cli import demo as demonstration
 
     # With --json standard output holds nothing else.
     out = Console(stderr=True) if as_json else console
-    with failures():
+    with failures(as_json=as_json):
         settings = graft_settings.load()
         outcome = demonstration.Demo(settings, out, report).run(keep=keep)
     if as_json:
-        print(json.dumps(demonstration.as_json(outcome), indent=1))
+        print_json(demonstration.as_json(outcome))
     else:
         demonstration.print_outcome(console, outcome)
     raise typer.Exit(0 if outcome.report.passed else 1)
@@ -94,19 +142,54 @@ def demo(
 @app.command()
 def status(as_json: Json = False) -> None:
     """Show the local stack's processes. Exit code 4 when none runs."""
+    from graft import settings as graft_settings
     from graft.stack import local
 
-    with failures():
+    with failures(as_json=as_json):
         record = local.read_status(graft_settings.load().home.path)
     if as_json:
-        print(json.dumps(record or {"ready": False, "processes": []}, indent=1))
+        print_json(record or {"ready": False, "processes": []})
     elif record is None:
-        console.print("No stack is running. Start one with `graft up`.")
+        print("No stack is running. Start one with `graft up`.")
     else:
-        for process in record["processes"]:
-            restarts = f", restarted {process['restarts']} times" if process["restarts"] else ""
-            console.print(f"{process['name']:14} {process['state']}{restarts}  {process['log']}", highlight=False)
+        print_table(
+            ["PROCESS", "STATE", "PID", "RESTARTS", "LOG"],
+            [[one["name"], one["state"], one["pid"] or "", one["restarts"], one["log"]] for one in record["processes"]],
+        )
     raise typer.Exit(0 if record else 4)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check whether the local stack can run here, and whether the running one is well. Changes nothing.
+
+    Exit code 1 when a check fails.
+    """
+    from dataclasses import asdict
+
+    from graft.stack.doctor import examine
+
+    checks = examine()
+    healthy = all(check.state != "fail" for check in checks)
+    if as_json:
+        print_json({"healthy": healthy, "checks": [asdict(check) for check in checks]})
+    else:
+        from rich.text import Text
+
+        styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+        print_table(
+            ["STATE", "CHECK", "FOUND"],
+            [
+                [Text(check.state, styles[check.state]), check.name, f"{check.message} {check.fix}".rstrip()]
+                for check in checks
+            ],
+        )
+    raise typer.Exit(0 if healthy else 1)
+
+
+remote.add_to(app)
+app.add_typer(tuning.tune, name="tune")
+talking.add_to(app)
 
 
 def main() -> None:

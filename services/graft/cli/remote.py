@@ -1,178 +1,219 @@
-"""Commands that talk to a gateway: models, datasets, tune, adapters, generate, chat."""
+"""Commands about what a gateway keeps: models, datasets, adapters."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graft.api.v1 import fine_tuning_job_pb2
-from graft.cli.output import console, failures, show, show_one
-from graft.client import Graft
+from graft.cli.connect import connect
+from graft.cli.output import Json, failures, local_time, print_json, short_id, show, show_fields, show_one, size_text
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-State = fine_tuning_job_pb2.FineTuningJob.State
+if TYPE_CHECKING:
+    from graft.api.v1.adapter_pb2 import ReplicaResidency
+
+DatasetId = Annotated[str, typer.Argument(help="Id of a data set, as `datasets list` shows it.")]
+AdapterModel = Annotated[str, typer.Argument(metavar="BASE:ADAPTER", help="An adapter, for example base:reviews.")]
+VersionModel = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="base:adapter@version, base:adapter@alias, or base:adapter: its champion."),
+]
 
 datasets = typer.Typer(no_args_is_help=True, help="Upload, list and delete data sets.")
-tune = typer.Typer(no_args_is_help=True, help="Create and follow fine-tuning jobs.")
 adapters = typer.Typer(no_args_is_help=True, help="List, name and place adapters.")
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to the main one."""
-    app.add_typer(datasets, name="datasets")
-    app.add_typer(tune, name="tune")
-    app.add_typer(adapters, name="adapters")
     app.command("models")(models)
-    app.command("generate")(generate)
-    app.command("chat")(chat)
-
-
-def _id(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
+    app.add_typer(datasets, name="datasets")
+    app.add_typer(adapters, name="adapters")
 
 
 def models(as_json: Json = False) -> None:
-    """List base models."""
-    with failures(), Graft() as graft:
-        columns = {
-            "model": lambda m: m.model,
-            "parameters": lambda m: f"{m.parameter_count / 1e6:.0f}M",
-            "context": lambda m: m.context_tokens,
-            "licence": lambda m: m.license,
+    """List base models: what can be fine-tuned and asked."""
+    with failures(as_json=as_json), connect() as graft:
+        columns: dict[str, Callable[..., object]] = {
+            "MODEL": lambda m: m.model,
+            "PARAMETERS": lambda m: f"{m.parameter_count / 1e6:.0f}M",
+            "SIZE": lambda m: size_text(m.size_bytes),
+            "CONTEXT": lambda m: f"{m.context_tokens} tokens",
+            "LICENCE": lambda m: m.license,
         }
-        show(graft.base_models(), columns, as_json=as_json)
+        show(graft.base_models(), columns, as_json=as_json, none="No base model is ready yet.")
 
 
 @datasets.command("upload")
-def datasets_upload(file: Path, as_json: Json = False) -> None:
-    """Upload a JSONL file of `messages` or `prompt`/`completion` rows."""
-    with failures(), Graft() as graft:
-        data = graft.upload_dataset(file)
-        show_one(data, f"{_id(data.name)}  {data.row_count} rows, {data.size_bytes} bytes", as_json=as_json)
+def datasets_upload(
+    file: Annotated[Path, typer.Argument(help="JSONL file of `messages` or `prompt`/`completion` rows.")],
+    name: Annotated[str, typer.Option(help="Name for people; the file's own when not given.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Upload a data set. Every line is checked before anything is stored."""
+    with failures(as_json=as_json), connect() as graft:
+        data = graft.upload_dataset(file, name)
+        show_one(data, f"{short_id(data.name)}  {data.row_count} rows, {size_text(data.size_bytes)}", as_json=as_json)
 
 
 @datasets.command("list")
 def datasets_list(as_json: Json = False) -> None:
     """List data sets, newest first."""
-    with failures(), Graft() as graft:
-        columns = {"id": lambda d: _id(d.name), "name": lambda d: d.display_name, "rows": lambda d: d.row_count}
-        show(graft.datasets(), columns, as_json=as_json)
+    with failures(as_json=as_json), connect() as graft:
+        columns: dict[str, Callable[..., object]] = {
+            "ID": lambda d: short_id(d.name),
+            "NAME": lambda d: d.display_name,
+            "ROWS": lambda d: d.row_count,
+            "SIZE": lambda d: size_text(d.size_bytes),
+            "CREATED": lambda d: local_time(d.create_time),
+        }
+        none = "No data sets yet. Upload one with `graft datasets upload FILE`."
+        show(graft.datasets(), columns, as_json=as_json, none=none)
+
+
+@datasets.command("get")
+def datasets_get(dataset: DatasetId, as_json: Json = False) -> None:
+    """Show one data set."""
+    with failures(as_json=as_json), connect() as graft:
+        from graft.api.v1.dataset_pb2 import DatasetFormat
+
+        data = graft.dataset(dataset)
+        fields = {
+            "id": short_id(data.name),
+            "name": data.display_name,
+            "rows": data.row_count,
+            "layout": DatasetFormat.Name(data.format).removeprefix("DATASET_FORMAT_").lower(),
+            "size": size_text(data.size_bytes),
+            "digest": data.digest,
+            "created": local_time(data.create_time),
+        }
+        show_fields(data, fields, as_json=as_json)
 
 
 @datasets.command("delete")
-def datasets_delete(dataset: str) -> None:
-    """Delete a data set."""
-    with failures(), Graft() as graft:
+def datasets_delete(dataset: DatasetId, as_json: Json = False) -> None:
+    """Delete a data set. Refused while a running job uses it."""
+    with failures(as_json=as_json), connect() as graft:
         graft.delete_dataset(dataset)
-
-
-@tune.command("create")
-def tune_create(
-    model: str,
-    dataset: str,
-    validation: Annotated[str, typer.Option(help="Held-out data set.")] = "",
-    suffix: Annotated[str, typer.Option(help="Name of the adapter.")] = "",
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data; derived when not given.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Derived when not given.")] = None,
-    rank: Annotated[int, typer.Option(help="LoRA rank; 0 derives it.")] = 0,
-    follow: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Fine-tune MODEL on DATASET. Exit code 1 when the job fails."""
-    given = {"epochs": epochs, "learning_rate": learning_rate}
-    with failures(), Graft() as graft:
-        job = graft.create_job(
-            model,
-            dataset,
-            validation_dataset=validation,
-            suffix=suffix,
-            lora={"rank": rank},
-            hyperparameters={name: value for name, value in given.items() if value is not None},
-        )
-        show_one(job, f"Job {_id(job.name)}", as_json=as_json)
-    if follow:
-        tune_watch(_id(job.name), as_json=as_json)
-
-
-@tune.command("watch")
-def tune_watch(job: str, as_json: Json = False) -> None:
-    """Follow a job until it ends. Exit code 1 unless it succeeds."""
-    with failures(), Graft() as graft:
-        for update in graft.watch_job(job):
-            show_one(update, update.event.message, as_json=as_json)
-        ended = graft.job(job)
-    if not as_json:
-        console.print(ended.fine_tuned_model or ended.error.message or State.Name(ended.state), highlight=False)
-    raise typer.Exit(0 if ended.state == State.STATE_SUCCEEDED else 1)
-
-
-@tune.command("list")
-def tune_list(as_json: Json = False) -> None:
-    """List jobs, newest first."""
-    with failures(), Graft() as graft:
-        columns = {
-            "id": lambda j: _id(j.name),
-            "state": lambda j: State.Name(j.state).removeprefix("STATE_"),
-            "step": lambda j: f"{j.progress.step}/{j.progress.total_steps}",
-            "result": lambda j: j.fine_tuned_model,
-        }
-        show(graft.jobs(), columns, as_json=as_json)
-
-
-@tune.command("cancel")
-def tune_cancel(job: str, as_json: Json = False) -> None:
-    """Ask a job to end."""
-    with failures(), Graft() as graft:
-        show_one(graft.cancel_job(job), "Cancellation requested.", as_json=as_json)
+    if as_json:
+        print_json({"deleted": short_id(dataset)})
+    else:
+        print(f"Data set {short_id(dataset)} is deleted.")
 
 
 @adapters.command("list")
 def adapters_list(as_json: Json = False) -> None:
     """List adapters and their aliases."""
-    with failures(), Graft() as graft:
-        columns = {
-            "model": lambda a: a.model,
-            "newest": lambda a: a.newest_version,
-            "aliases": lambda a: ", ".join(f"{alias} → {number}" for alias, number in sorted(a.aliases.items())),
+    with failures(as_json=as_json), connect() as graft:
+        columns: dict[str, Callable[..., object]] = {
+            "MODEL": lambda a: a.model,
+            "NEWEST": lambda a: a.newest_version,
+            "ALIASES": lambda a: _aliases(a.aliases),
         }
-        show(graft.adapters(), columns, as_json=as_json)
+        none = "No adapters yet. Train one with `graft tune create MODEL DATASET`."
+        show(graft.adapters(), columns, as_json=as_json, none=none)
+
+
+@adapters.command("get")
+def adapters_get(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="base:adapter, or one version of it after an `@`.")],
+    as_json: Json = False,
+) -> None:
+    """Show an adapter or, with @version or @alias, one of its versions."""
+    with failures(as_json=as_json), connect() as graft:
+        if "@" not in model:
+            adapter = graft.adapter(model)
+            fields = {
+                "model": adapter.model,
+                "newest version": adapter.newest_version,
+                "aliases": _aliases(adapter.aliases),
+                "created": local_time(adapter.create_time),
+            }
+            show_fields(adapter, fields, as_json=as_json)
+            return
+        version = graft.adapter_version(model)
+        fields = {
+            "model": version.model,
+            "aliases": ", ".join(version.aliases),
+            "rank": version.rank,
+            "size": size_text(version.size_bytes),
+            **{name: f"{value:g}" for name, value in sorted(version.metrics.items())},
+            "job": short_id(version.fine_tuning_job),
+            "digest": version.digest,
+            "base model digest": version.base_model_digest,
+            "data set digest": version.dataset_digest,
+            "MLflow run": version.mlflow_run_id,
+            "created": local_time(version.create_time),
+        }
+        show_fields(version, fields, as_json=as_json)
+
+
+@adapters.command("versions")
+def adapters_versions(model: AdapterModel, as_json: Json = False) -> None:
+    """List an adapter's versions, newest first."""
+    with failures(as_json=as_json), connect() as graft:
+        columns: dict[str, Callable[..., object]] = {
+            "MODEL": lambda v: v.model,
+            "ALIASES": lambda v: ", ".join(v.aliases),
+            "RANK": lambda v: v.rank,
+            "SIZE": lambda v: size_text(v.size_bytes),
+            "JOB": lambda v: short_id(v.fine_tuning_job),
+            "CREATED": lambda v: local_time(v.create_time),
+        }
+        show(graft.adapter_versions(model), columns, as_json=as_json)
 
 
 @adapters.command("alias")
-def adapters_alias(model: str, alias: str, version: int, as_json: Json = False) -> None:
-    """Point ALIAS of MODEL (base:adapter) at VERSION."""
-    with failures(), Graft() as graft:
-        show_one(graft.set_alias(model, alias, version), f"{model}@{alias} is version {version}.", as_json=as_json)
+def adapters_alias(
+    model: AdapterModel,
+    alias: Annotated[str, typer.Argument(help="For example champion or candidate.")],
+    version: Annotated[int, typer.Argument(help="Version that the alias shall name.")],
+    as_json: Json = False,
+) -> None:
+    """Point an alias at a version. Requests follow at once."""
+    with failures(as_json=as_json), connect() as graft:
+        adapter = graft.set_alias(model, alias, version)
+        show_one(adapter, f"{adapter.model}@{alias} is version {version}.", as_json=as_json)
+
+
+@adapters.command("load")
+def adapters_load(model: VersionModel, as_json: Json = False) -> None:
+    """Load a version into every replica, so that its first request does not wait."""
+    with failures(as_json=as_json), connect() as graft:
+        _show_residency(graft.load_adapter(model), as_json=as_json)
+
+
+@adapters.command("unload")
+def adapters_unload(model: VersionModel, as_json: Json = False) -> None:
+    """Take a version out of every replica. The next request for it loads it again."""
+    with failures(as_json=as_json), connect() as graft:
+        _show_residency(graft.unload_adapter(model), as_json=as_json)
 
 
 @adapters.command("residency")
 def adapters_residency(as_json: Json = False) -> None:
     """Show what every replica holds."""
-    with failures(), Graft() as graft:
-        columns = {
-            "replica": lambda r: r.replica,
-            "ready": lambda r: r.ready,
-            "adapters": lambda r: ", ".join(adapter.model for adapter in r.adapters),
-        }
-        show(graft.residency(), columns, as_json=as_json)
+    with failures(as_json=as_json), connect() as graft:
+        _show_residency(graft.residency(), as_json=as_json)
 
 
-def generate(
-    model: str,
-    prompt: str,
-    max_tokens: int = 128,
-    choice: Annotated[list[str] | None, typer.Option(help="Answer is one of these; repeat.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Continue a raw PROMPT."""
-    with failures(), Graft() as graft:
-        answer = graft.generate(model, prompt=prompt, max_tokens=max_tokens, choices=choice or [])
-        show_one(answer, answer.text, as_json=as_json)
+def _show_residency(replicas: "Sequence[ReplicaResidency]", *, as_json: bool) -> None:
+    def held(replica: "ReplicaResidency") -> str:
+        from graft.api.v1.adapter_pb2 import ResidentAdapter
+
+        # One of another project has no name here.
+        return ", ".join(
+            (adapter.model or "another project's") + ("" if adapter.tier == ResidentAdapter.TIER_ENGINE else " (disk)")
+            for adapter in replica.adapters
+        )
+
+    columns: dict[str, Callable[..., object]] = {
+        "REPLICA": lambda r: r.replica,
+        "READY": lambda r: "yes" if r.ready else "no",
+        "HOLDS": lambda r: f"{len(r.adapters)} of {r.capacity}",
+        "ADAPTERS": held,
+    }
+    show(replicas, columns, as_json=as_json, none="No replica of the inference service answers.")
 
 
-def chat(model: str, message: str, max_tokens: int = 128) -> None:
-    """Answer one MESSAGE, printed as it comes."""
-    with failures(), Graft() as graft:
-        for piece in graft.stream(model, messages=[{"role": "user", "content": message}], max_tokens=max_tokens):
-            console.print(piece.text, end="", markup=False, highlight=False)
-        console.print()
+def _aliases(aliases: Mapping[str, int]) -> str:
+    return ", ".join(f"{alias} → {number}" for alias, number in sorted(aliases.items()))

@@ -1,0 +1,107 @@
+"""The `graft` command as its own process, as a user runs it.
+
+ran = await graft("models", "--json", GRAFT_ADDRESS=address)
+assert ran.code == 0 and ran.json == []
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 60.0
+"""How long a command may take: far more than any does, for a machine that is busy with other tests."""
+
+PROGRAM = (
+    "import signal, sys\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from graft.cli.main import main\n"
+    "sys.argv[0] = 'graft'\n"
+    "main()\n"
+)
+"""As the installed script. Ctrl-C is heeded even where a shell runs the tests in the background, which ignores it."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON value."""
+        return json.loads(self.out)
+
+    @property
+    def json_lines(self) -> list[Any]:
+        """Standard output as a JSON value a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def error(self) -> Any:
+        """The error object of standard error."""
+        return json.loads(self.err)["error"]
+
+
+def environment(**variables: object) -> dict[str, str]:
+    """This process's, without a GRAFT setting but `variables`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GRAFT_")}
+    return kept | {"COLUMNS": "80"} | {name: str(value) for name, value in variables.items()}
+
+
+async def started(
+    *arguments: str | Path, stdin: int = asyncio.subprocess.DEVNULL, **variables: object
+) -> asyncio.subprocess.Process:
+    """The command, running, its output in pipes."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PROGRAM, *map(str, arguments)),
+        stdin=stdin,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment(**variables),
+    )
+
+
+async def ended(process: asyncio.subprocess.Process, stdin: str = "") -> Ran:
+    """Waits for the end; what was read before is not in the answer."""
+    out, err = await asyncio.wait_for(process.communicate(stdin.encode() or None), SECONDS)
+    assert process.returncode is not None
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+async def graft(*arguments: str | Path, stdin: str = "", **variables: object) -> Ran:
+    """Runs the command to its end."""
+    pipe = asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL
+    return await ended(await started(*arguments, stdin=pipe, **variables), stdin)
+
+
+async def printed(process: asyncio.subprocess.Process, text: str) -> str:
+    """Reads standard output until `text` has come; returns all that was read."""
+    assert process.stdout is not None
+    read = ""
+    async with asyncio.timeout(SECONDS):
+        while text not in read:
+            piece = await process.stdout.read(4096)
+            assert piece, f"ended before {text!r}: {read!r}"
+            read += piece.decode()
+    return read
+
+
+@contextmanager
+def short_home() -> Iterator[Path]:
+    """A GRAFT_HOME in which Ray could start: pytest's own folders are too deep for its sockets."""
+    home = Path(tempfile.mkdtemp(prefix="graft-", dir="/tmp"))
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home)

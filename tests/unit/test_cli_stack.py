@@ -1,0 +1,152 @@
+"""`graft up`, `down` and `status`: what they print, and what is refused before anything starts."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from graft.domain.errors import FailedPrecondition
+from graft.settings import load
+from graft.stack import preflight
+from tests.support.command import Ran, ended, environment, graft, printed, short_home
+
+UP = """
+import sys
+from graft.stack import local
+from graft.stack.processes import Process
+local.local_stack = lambda settings: [
+    Process('only', (sys.executable, '-c', 'import time; time.sleep(1000)'), lambda: True)
+]
+from graft.cli.main import main
+main()
+"""
+"""`graft up` with a stack of one process that is quick to start."""
+
+
+async def up(home: Path, *arguments: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", UP, "up", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=environment(GRAFT_HOME=home),
+    )
+
+
+async def test_a_stack_is_started_shown_and_stopped_in_words() -> None:
+    with short_home() as home:
+        nothing, idle = await asyncio.gather(graft("status", GRAFT_HOME=home), graft("down", GRAFT_HOME=home))
+        assert (nothing.code, idle.code) == (4, 0)
+        assert nothing.out == "No stack is running. Start one with `graft up`.\n"
+        assert idle.out == "No stack is running.\n"
+
+        running = await up(home)
+        try:
+            out = await printed(running, f"{home}/logs\n")
+            assert [line.split()[:2] for line in out.splitlines()[:3]] == [
+                ["only", "waiting"],
+                ["only", "starting"],
+                ["only", "ready"],
+            ]
+            assert (
+                f"gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8080/v1, MLflow http://127.0.0.1:5000, logs {home}/logs"
+                in out
+            )
+            shown = await graft("status", GRAFT_HOME=home)
+            assert shown.code == 0
+            assert shown.out.splitlines()[1].split()[:2] == ["only", "ready"]
+            second = await ended(await up(home))
+            assert second.code == 2
+            assert "running already" in second.err
+            assert (await graft("down", GRAFT_HOME=home)).out == "Stopped.\n"
+        finally:
+            if running.returncode is None:
+                running.terminate()
+        last = await ended(running)
+        assert (last.code, last.out.splitlines()[-1].split()) == (0, ["only", "stopped"])
+
+
+async def test_a_stack_is_started_shown_and_stopped_in_json() -> None:
+    with short_home() as home:
+        nothing, idle = await asyncio.gather(
+            graft("status", "--json", GRAFT_HOME=home), graft("down", "--json", GRAFT_HOME=home)
+        )
+        assert (nothing.code, nothing.json) == (4, {"ready": False, "processes": []})
+        assert idle.json == {"stopped": False}
+
+        running = await up(home, "--json")
+        try:
+            out = await printed(running, f'{home}/logs"}}\n')
+            *changes, ready = Ran(0, out, "").json_lines
+            assert [(one["name"], one["state"]) for one in changes] == [
+                ("only", "waiting"),
+                ("only", "starting"),
+                ("only", "ready"),
+            ]
+            assert changes[-1]["restarts"] == 0
+            assert ready == {
+                "ready": True,
+                "grpc": "127.0.0.1:50051",
+                "http": "http://127.0.0.1:8080/v1",
+                "mlflow": "http://127.0.0.1:5000",
+                "logs": f"{home}/logs",
+            }
+            assert (await graft("status", "--json", GRAFT_HOME=home)).json["ready"] is True
+            again = await ended(await up(home, "--json"))
+            assert (again.code, again.error["reason"]) == (2, "STACK_RUNNING")
+            assert (await graft("down", "--json", GRAFT_HOME=home)).json == {"stopped": True}
+        finally:
+            if running.returncode is None:
+                running.terminate()
+        assert (await ended(running)).json_lines[-1]["state"] == "stopped"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--detach",)])
+async def test_a_home_that_is_too_deep_for_ray_is_refused_in_a_sentence(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    deep = tmp_path / ("d" * 60)
+    text, as_json = await asyncio.gather(
+        graft("up", *arguments, GRAFT_HOME=deep), graft("up", *arguments, "--json", GRAFT_HOME=deep)
+    )
+    assert (text.code, as_json.code) == (2, 2)
+    assert text.err.startswith("GRAFT_HOME is too deep: ")
+    assert text.err.count("\n") == 1
+    assert (as_json.error["reason"], as_json.error["metadata"]) == ("HOME_TOO_DEEP", {"setting": "GRAFT_HOME"})
+    assert not deep.exists()
+
+
+async def test_ports_that_ray_keeps_and_ports_named_twice_are_refused_with_the_setting() -> None:
+    with short_home() as home:
+        reserved, dashboard, twice = await asyncio.gather(
+            graft("up", GRAFT_HOME=home, GRAFT_RAY_PORT=15000),
+            graft("up", "--json", GRAFT_HOME=home, GRAFT_RAY_DASHBOARD_PORT=10001),
+            graft("up", "--json", GRAFT_HOME=home, GRAFT_REGISTRY_PORT=8080),
+        )
+    assert [each.code for each in (reserved, dashboard, twice)] == [2] * 3
+    assert reserved.err.startswith("GRAFT_RAY_PORT is 15000, which Ray keeps ")
+    assert dashboard.error["metadata"] == {"setting": "GRAFT_RAY_DASHBOARD_PORT"}
+    assert dashboard.error["reason"] == "PORT_RESERVED"
+    assert "GRAFT_REGISTRY_PORT" in twice.error["message"]
+    assert "GRAFT_GATEWAY_HTTP_PORT" in twice.error["message"]
+
+
+def test_the_deepest_home_that_is_let_through_leaves_room_for_rays_sockets() -> None:
+    most = preflight.home_bytes(load({"GRAFT_HOME": "/h"}))
+    home = "/" + "h" * (most - 1)
+    preflight.check(load({"GRAFT_HOME": home}))
+    # As Ray names them (ray/_private/node.py, ray/dashboard/subprocesses), with this machine's largest process id.
+    largest_pid = Path("/proc/sys/kernel/pid_max").read_text().strip()
+    socket = f"{home}/ray/session_2026-12-31_23-59-59_999999_{largest_pid}/sockets/dash_MetricsHead"
+    assert len(os.fsencode(socket)) == 107
+    with pytest.raises(FailedPrecondition, match="GRAFT_HOME"):
+        preflight.check(load({"GRAFT_HOME": f"{home}h"}))
+    # Bytes count, not characters.
+    with pytest.raises(FailedPrecondition, match="GRAFT_HOME"):
+        preflight.check(load({"GRAFT_HOME": f"{home[:-1]}ü"}))
+
+
+@pytest.mark.parametrize("port", [10000, 20000])
+def test_ports_beside_those_that_ray_keeps_are_let_through(port: int) -> None:
+    preflight.check(load({"GRAFT_HOME": "/h", "GRAFT_RAY_PORT": str(port)}))
