@@ -58,6 +58,18 @@ def ensure_base_model(settings: Settings, base_id: str, progress: Progress = lam
     return _describe(settings, base_id, folder, entry)
 
 
+def base_model_source(settings: Settings, base_id: str) -> Path:
+    """The base model's folder or, before its conversion, the packaged file. Converts nothing.
+
+    Raises NotFound for one that is not in the catalogue, FailedPrecondition when its folder or package is missing.
+    """
+    entries = _entries(settings)
+    if base_id not in entries:
+        raise unknown("base model", base_id, sorted(entries))
+    entry = entries[base_id]
+    return _ready_folder(settings, base_id, entry) or _packaged_file(base_id, entry)
+
+
 def _entries(settings: Settings) -> dict[str, dict[str, str]]:
     entries = dict(yaml.safe_load((resources.files("graft.registry") / "catalog.yaml").read_text()))
     own = settings.home.path / "base_models.yaml"
