@@ -16,33 +16,39 @@ import sys, threading
 from datetime import UTC, datetime
 from graft.domain.jobs import Job, JobSpec, JobState
 from graft.domain.resources import BaseModel, Dataset, DatasetFormat
-from graft.orchestrator.preparer import TokenizingPreparer
+from graft.orchestrator.preparer import TokenizingPreparer, import_tokenizers
 
-base_path, rows = sys.argv[1:]
+base_path, rows = sys.argv[1:3]
 now = datetime.now(UTC)
 base = BaseModel("tiny", base_path, "sha256:b", 1000, 1, 256, "MIT", "test", ("q_proj",), 64)
 dataset = Dataset("ds", "default", "rows", DatasetFormat.PROMPT_COMPLETION, 2, 1, "sha256:d", rows, now)
 job = Job("ft-1", "default", JobSpec("tiny", "ds"), JobState.VALIDATING, now, now)
+if "--without-torch" in sys.argv:
+    import_tokenizers()
 together = threading.Barrier(6)
 preparer = TokenizingPreparer()
+counted = []
 
 def work():
     together.wait()
-    print(preparer.prepare(job, base, dataset, None).training.example_count, flush=True)
+    counted.append(preparer.prepare(job, base, dataset, None).training.example_count)
 
 threads = [threading.Thread(target=work) for _ in range(together.parties)]
 for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
+print(*counted, "torch" in sys.modules)
+import torch
 """
 
 
-def test_the_first_jobs_may_come_all_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("option", "with_torch"), [([], "True"), (["--without-torch"], "False")])
+def test_the_first_jobs_may_come_all_at_once(tmp_path: Path, option: list[str], with_torch: str) -> None:
     base = make_tiny_llama(tmp_path / "base")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"q{n}", "completion": "yes"}) + "\n" for n in range(2)))
     ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(base), str(rows)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT, str(base), str(rows), *option], capture_output=True, text=True, timeout=120
     )
-    assert ended.stdout.split() == ["2"] * 6, ended.stderr[-3000:]
+    assert ended.stdout.split() == ["2"] * 6 + [with_torch], ended.stderr[-3000:]

@@ -17,7 +17,7 @@ from graft.domain.errors import GraftError
 from graft.internal.engine_client import EngineClient
 from graft.orchestrator.loop import Orchestrator
 from graft.orchestrator.ports import Parts
-from graft.orchestrator.preparer import TokenizingPreparer
+from graft.orchestrator.preparer import TokenizingPreparer, import_tokenizers
 from graft.orchestrator.threads import call
 from graft.registry.base_models import ensure_base_model, load_catalog
 from graft.registry.mlflow_registry import Registry
@@ -110,9 +110,7 @@ def main() -> int:
     """Exit code 0 after a stop that was asked for, 1 when it cannot work."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # transformers is here for tokenizers only, and mlflow for its client: torch, which both import where they find it,
-    # would cost 400 MB and three seconds.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    import_tokenizers()
     configure_logging()
     try:
         settings = graft_settings.load()

@@ -1,8 +1,10 @@
 """Reads a job's data as training will: the base model's own tokenizer, the job's context and policy.
 
-transformers is imported on the first job, not at start: it takes seconds that the other parts need then.
+Owns the import of transformers, whose tokenizers are all that this process needs of it.
 """
 
+import importlib
+import sys
 import threading
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +45,20 @@ class TokenizingPreparer:
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
         return prepare(path, dataset.format, _tokenizer(base.path), context_tokens, asked.over_length_policy).stats
+
+
+def import_tokenizers() -> None:
+    """Imports transformers without torch, for a process that computes nothing: it spares 400 MB and three seconds.
+
+    Call it before other threads start. transformers remembers that it found no torch; whoever imports torch later
+    gets it.
+    """
+    hidden: dict[str, Any] = sys.modules
+    hidden["torch"] = None
+    try:
+        importlib.import_module("transformers").AutoTokenizer  # noqa: B018 - its modules are imported on first use
+    finally:
+        del hidden["torch"]
 
 
 def _tokenizer(path: str) -> Any:
