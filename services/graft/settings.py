@@ -142,6 +142,11 @@ class Settings(_Section):
         return f"{host}:{self.gateway.grpc_port}"
 
     @property
+    def orchestrator_pid_file(self) -> Path:
+        """Holds the orchestrator's pid while it works on jobs."""
+        return self.home.path / "run" / "orchestrator.pid"
+
+    @property
     def engine_address(self) -> str:
         """`host:port` of the internal gRPC."""
         return f"{self.serving.host}:{self.serving.grpc_port}"

@@ -93,6 +93,8 @@ async def serve(settings: Settings) -> None:
         )
         work = asyncio.create_task(orchestrator.run())
         stopping = asyncio.create_task(stop.wait())
+        settings.orchestrator_pid_file.parent.mkdir(parents=True, exist_ok=True)
+        settings.orchestrator_pid_file.write_text(str(os.getpid()))
         log.info("orchestrator_ready", owner=orchestrator.owner)
         await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("orchestrator_stopping")
@@ -101,6 +103,7 @@ async def serve(settings: Settings) -> None:
         with suppress(asyncio.CancelledError):
             await work
     finally:
+        settings.orchestrator_pid_file.unlink(missing_ok=True)
         await engine.close()
         await store.close()
     log.info("orchestrator_stopped")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
+import psutil
 
 from graft.settings import Settings
 
@@ -66,6 +67,18 @@ def http_probe(url: str) -> Probe:
             with urllib.request.urlopen(url, timeout=2.0) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
+            return False
+
+    return probe
+
+
+def pid_file_probe(file: Path) -> Probe:
+    """Ready when the live process whose pid the file holds has written it; one that was killed leaves it behind."""
+
+    def probe() -> bool:
+        try:
+            return psutil.pid_exists(int(file.read_text()))
+        except (FileNotFoundError, ValueError):
             return False
 
     return probe
@@ -167,7 +180,7 @@ def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process
             name="orchestrator",
             argv=_python("graft.orchestrator.main"),
             environment=ray_variables,
-            probe=_base_model_probe(settings),
+            probe=pid_file_probe(settings.orchestrator_pid_file),
             after=("ray", "mlflow", "gateway"),
             ready_timeout_seconds=600.0,
         ),
@@ -190,9 +203,3 @@ def _engine_probe(settings: Settings) -> Probe:
         return bool(answer.replicas) and all(replica.ready for replica in answer.replicas)
 
     return probe
-
-
-def _base_model_probe(settings: Settings) -> Probe:
-    """Ready when the orchestrator has told the gateway of the base model that is served."""
-    gateway = settings.gateway
-    return http_probe(f"http://{gateway.host}:{gateway.http_port}/v1/models/{settings.serving.base_model}")
