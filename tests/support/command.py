@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SECONDS = 60.0
 """How long a command may take: far more than any does, for a machine that is busy with other tests."""
 
@@ -95,6 +97,18 @@ async def printed(process: asyncio.subprocess.Process, text: str) -> str:
             assert piece, f"ended before {text!r}: {read!r}"
             read += piece.decode()
     return read
+
+
+async def waiting(process: asyncio.subprocess.Process) -> None:
+    """Returns once the command sleeps, as it does in the read that follows its prompt.
+
+    A signal that comes between the two, quicker than any hand, is noticed only when the read returns.
+    """
+    asleep = 0
+    async with asyncio.timeout(SECONDS):
+        while asleep < 3:
+            await asyncio.sleep(0.05)
+            asleep = asleep + 1 if psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING else 0
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from graft.domain.jobs import Checkpoint, EventLevel, Job, JobError, JobState, Progress, Resolved
-from tests.support.command import Ran, ended, graft, printed, started
+from tests.support.command import Ran, ended, graft, printed, started, waiting
 from tests.support.gateways import BASE, NOW, Gateway, eventually, gateway
 from tests.unit.test_gateway_jobs import claimed, created, moved, uploaded
 
@@ -231,6 +231,7 @@ async def test_in_a_talk_ctrl_c_stops_the_answer_and_then_the_talk(tmp_path: Pat
             it.engine.refuse = 400
             os.write(ours, b"third\n")
             await printed(talk, "> ")
+            await waiting(talk)
             talk.send_signal(signal.SIGINT)
             left = await ended(talk)
         finally:

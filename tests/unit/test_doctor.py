@@ -32,18 +32,20 @@ PORTS = (
     "SERVING_GRPC_PORT",
 )
 LISTEN = """
-import sys, threading
+import os, sys, threading
+from pathlib import Path
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Yes(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
     def log_message(self, *_): pass
-for port in map(int, sys.argv[1:]):
+Path(sys.argv[1]).write_text(str(os.getpid()))
+for port in map(int, sys.argv[2:]):
     threading.Thread(target=ThreadingHTTPServer(('127.0.0.1', port), Yes).serve_forever).start()
 threading.Event().wait()
 """
-"""A process that accepts connections on its ports, and says yes to whoever speaks HTTP."""
+"""A process that accepts connections on its ports, says yes to whoever speaks HTTP, and leaves its pid in a file."""
 
 
 def variables(home: Path) -> dict[str, str]:
@@ -235,7 +237,10 @@ async def running_stack(home: Path) -> AsyncIterator[tuple[dict[str, str], FakeE
 def _listening(process: Process, settings: Settings) -> Process:
     # The engine's port is held by this very process, which is the supervisor and so part of the stack.
     ports = [port.number for port in process.ports if port.number != settings.serving.grpc_port]
-    return dataclasses.replace(process, argv=(sys.executable, "-c", LISTEN, *map(str, ports)), ports=())
+    run = settings.orchestrator_pid_file.parent
+    run.mkdir(parents=True, exist_ok=True)
+    pid_file = settings.orchestrator_pid_file if process.name == "orchestrator" else run / process.name
+    return dataclasses.replace(process, argv=(sys.executable, "-c", LISTEN, str(pid_file), *map(str, ports)), ports=())
 
 
 async def test_a_running_stack_is_examined_process_by_process() -> None:
