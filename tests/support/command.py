@@ -1,15 +1,20 @@
-"""The `graft` command as its own process, as a user runs it.
+"""The `graft` command, run to its end or left running.
 
 ran = await graft("models", "--json", GRAFT_ADDRESS=address)
 assert ran.code == 0 and ran.json == []
+
+`graft` runs it in a thread of this process, which spares each of the many runs its imports; `started` as a process of
+its own, for those that are interrupted or talked to.
 """
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import structlog
+from typer.testing import CliRunner
+
+from graft.cli.main import app
 
 SECONDS = 60.0
 """How long a command may take: far more than any does, for a machine that is busy with other tests."""
@@ -82,9 +91,32 @@ async def ended(process: asyncio.subprocess.Process, stdin: str = "") -> Ran:
 
 
 async def graft(*arguments: str | Path, stdin: str = "", **variables: object) -> Ran:
-    """Runs the command to its end."""
-    pipe = asyncio.subprocess.PIPE if stdin else asyncio.subprocess.DEVNULL
-    return await ended(await started(*arguments, stdin=pipe, **variables), stdin)
+    """Runs the command to its end. What it raises, but for its exit, is raised here."""
+    return await asyncio.to_thread(_run, [str(argument) for argument in arguments], stdin, variables)
+
+
+def _run(arguments: list[str], stdin: str, variables: dict[str, object]) -> Ran:
+    inherited: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GRAFT_")}
+    given = {name: str(value) for name, value in variables.items()}
+    with _one_at_a_time, _quiet_logs():
+        result = CliRunner().invoke(app, arguments, input=stdin, env=inherited | given)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+_one_at_a_time = threading.Lock()
+"""The runner puts its own files in the place of this process's standard output and error."""
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """A gateway in this process must not log into the command's output."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.reset_defaults()
 
 
 async def printed(process: asyncio.subprocess.Process, text: str) -> str:
