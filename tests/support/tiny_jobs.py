@@ -58,7 +58,7 @@ class Trained:
 
 
 def train_two(stack: WholeStack, graft: Graft, client: openai.OpenAI, folder: Path) -> Trained:
-    """Two jobs at once, one asked for over gRPC and watched, one by OpenAI's client, to their ends."""
+    """Two jobs at once, one asked for over gRPC and watched, one by OpenAI's client, to their success."""
     core = stack.engine_core()
     (replica,) = graft.residency()
     data = graft.upload_dataset(
@@ -102,7 +102,10 @@ def train_two(stack: WholeStack, graft: Graft, client: openai.OpenAI, folder: Pa
 
         echo = eventually(ended, lambda told: told.finished_at is not None, 240, "OpenAI's client sees its job end")
         updates = watching.result(240)
-    return Trained(data, graft.job(job.name), updates, echo, workers, core, replica)
+    job = graft.job(job.name)
+    assert job.state == job.STATE_SUCCEEDED, job.error.message
+    assert echo.status == "succeeded", echo.error
+    return Trained(data, job, updates, echo, workers, core, replica)
 
 
 def publish(

@@ -33,8 +33,8 @@ PORTS = (
     "GRAFT_RAY_PORT",
     "GRAFT_RAY_DASHBOARD_PORT",
 )
-START_SECONDS = 300.0
-"""Tells a start from a hang: it takes 60 to 90 s on two cores."""
+START_SECONDS = 240.0
+"""Tells a start from a hang: it takes half a minute on two cores that are free."""
 SHOWN_LINES = 15
 
 

@@ -11,7 +11,7 @@ from graft.client import Graft
 from tests.support.tiny_jobs import known_to_the_gateway, publish
 from tests.support.whole_stack import WholeStack, eventually
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 REGISTERED = "default--tiny--moved"
 PROMISED_SECONDS = 5.0

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.whole_stack import WholeStack, make_stack, removed
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.parametrize("setting", ["GRAFT_GATEWAY_GRPC_PORT", "GRAFT_REGISTRY_PORT", "GRAFT_RAY_PORT"])

@@ -20,7 +20,7 @@ from graft.registry.digest import adapter_digest
 from tests.support.tiny_jobs import BASE, STEPS, Trained
 from tests.support.whole_stack import WholeStack
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 REGISTERED = "default--tiny--sums"
 

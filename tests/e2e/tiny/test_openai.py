@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.tiny_jobs import CHECKPOINT_STEPS, STEPS, Trained
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 MODEL = "tiny:echo@1"
 

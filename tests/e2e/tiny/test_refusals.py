@@ -23,7 +23,7 @@ from graft.domain.errors import FailedPrecondition, GraftError, InvalidArgument,
 from tests.support.tiny_jobs import TOO_LONG, Trained, known_to_the_gateway, publish, sums
 from tests.support.whole_stack import WholeStack
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.usefixtures("trained")

@@ -14,7 +14,7 @@ from graft.stack.processes import http_probe
 from tests.support.tiny_jobs import BASE, sums, write_rows
 from tests.support.whole_stack import WholeStack, eventually
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 STEPS = 600
 """Some twenty seconds: an orchestrator that is killed at its first step has a run to adopt when it is back."""

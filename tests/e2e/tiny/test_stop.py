@@ -8,7 +8,7 @@ import pytest
 from graft.stack.local import read_status
 from tests.support.whole_stack import COMMAND, WholeStack, eventually, make_stack, removed
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 
 def test_ctrl_c_ends_a_running_stack_and_leaves_no_process(stack: WholeStack) -> None:
