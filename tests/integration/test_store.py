@@ -12,6 +12,7 @@ from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
 from graft.domain.jobs import JobError, JobSpec, JobState
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
 from graft.store.database import Database
+from graft.store.mirror import MirrorStore
 from graft.store.protocol import AliasWish, Store
 from graft.store.sql import SqlStore, open_store
 
@@ -187,6 +188,26 @@ async def test_names_resolve_from_the_mirror_and_misses_say_what_exists(store: S
     newest = await store.list_versions("default", "base", "a", 2, "")
     oldest = await store.list_versions("default", "base", "a", 2, newest.next_page_token)
     assert newest.items + oldest.items == versions[::-1]
+
+
+async def test_a_model_is_resolved_by_one_statement(store: SqlStore, url: str) -> None:
+    versions = tuple(_version("a", number) for number in (1, 2, 3))
+    other = Adapter("default", "base", "b", {"pre-release": 1}, 1, NOW)
+    adapters = (Adapter("default", "base", "a", {"champion": 1, "pre-release": 3}, 3, NOW), other)
+    await store.replace_registry(RegistrySnapshot(adapters, (*versions, _version("b", 1))))
+    database, statements = Database(url), list[str]()
+
+    @event.listens_for(database.engine.sync_engine, "before_cursor_execute")
+    def before(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "adapter" in statement:
+            statements.append(statement)
+
+    mirror = MirrorStore(database)
+    for number, (version, alias) in enumerate(((None, "champion"), (2, None), (None, "pre-release")), start=1):
+        found = await mirror.resolve_version("default", "base", "a", version=version, alias=alias)
+        assert found == versions[number - 1]
+        assert len(statements) == number
+    await database.close()
 
 
 async def test_an_alias_wish_waits_until_it_is_carried_out(store: SqlStore) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Select, delete, insert, select, update
+from sqlalchemy import JSON, Select, and_, bindparam, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from graft.domain.errors import NotFound, unknown
@@ -14,6 +14,24 @@ from graft.store import convert
 from graft.store.database import Database, by_key
 from graft.store.protocol import AliasWish, Page
 from graft.store.tables import adapter_versions, adapters, alias_wishes, base_models
+
+_VERSION = select(adapter_versions).where(
+    adapter_versions.c.project == bindparam("project"),
+    adapter_versions.c.base_model == bindparam("base"),
+    adapter_versions.c.adapter == bindparam("name"),
+)
+_BY_VERSION = _VERSION.where(adapter_versions.c.version == bindparam("version"))
+_BY_ALIAS = _VERSION.join(
+    adapters,
+    and_(
+        adapters.c.project == adapter_versions.c.project,
+        adapters.c.base_model == adapter_versions.c.base_model,
+        adapters.c.adapter == adapter_versions.c.adapter,
+    ),
+).where(
+    adapter_versions.c.version == adapters.c.aliases[bindparam("alias", type_=JSON.JSONStrIndexType())].as_integer()
+)
+"""Built once: to put such a statement together takes as long as to run it."""
 
 
 class MirrorStore:
@@ -73,6 +91,12 @@ class MirrorStore:
     ) -> AdapterVersion:
         """Raises NotFound naming the adapter, version or alias and what exists."""
         async with self._database.read() as connection:
+            # Every request to generate comes here: one statement, and what exists is looked up only for a refusal.
+            wanted = {"project": project, "base": base, "name": adapter, "version": version, "alias": alias}
+            selected = _BY_ALIAS if version is None else _BY_VERSION
+            row = (await connection.execute(selected, wanted)).mappings().one_or_none()
+            if row is not None:
+                return convert.adapter_version(row)
             found = await _adapter(connection, project, base, adapter)
             if version is None:
                 if alias not in found.aliases:
@@ -80,11 +104,6 @@ class MirrorStore:
                     raise unknown("alias", f"{base}:{adapter}@{alias}", existing)
                 version = found.aliases[alias]
             query = _versions(project, base, adapter)
-            row = (
-                (await connection.execute(query.where(adapter_versions.c.version == version))).mappings().one_or_none()
-            )
-            if row is not None:
-                return convert.adapter_version(row)
             ordered = query.with_only_columns(adapter_versions.c.version).order_by(adapter_versions.c.version.desc())
             existing = [f"{base}:{adapter}@{number}" for number in (await connection.execute(ordered)).scalars()]
         raise unknown("adapter version", f"{base}:{adapter}@{version}", existing)
