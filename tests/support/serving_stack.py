@@ -22,6 +22,7 @@ from graft.internal.engine_client import EngineClient
 from graft.internal.v1 import engine_pb2
 from graft.registry.digest import adapter_digest
 from graft.settings import Settings, load
+from graft.stack.processes import ray_environment, ray_head
 
 from .adapters import make_adapter, tiny_base
 from .tiny_llama import make_tiny_llama
@@ -89,15 +90,30 @@ def descendants(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def ray_head(settings: Settings, folder: Path, environment: dict[str, str]) -> None:
+@contextmanager
+def ray_cluster(
+    settings: Settings, environment: dict[str, str], folder: Path, *, dashboard: bool = False
+) -> Iterator[None]:
+    """The stack's own Ray head but for its folder, with no dashboard unless asked; ends all that carries `folder`."""
     # Unix socket paths end at 107 characters, which pytest's temporary folders pass: Ray gets a short one.
-    command = [
-        Path(sys.executable).with_name("ray"), "start", "--head", "--disable-usage-stats", "--include-dashboard=false",
-        "--node-ip-address=127.0.0.1", f"--port={settings.ray.port}", "--num-cpus=2",
-        f"--dashboard-port={settings.ray.dashboard_port}",
-        "--object-store-memory=80000000", f"--temp-dir={folder}",
-    ]  # fmt: skip
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    sockets = tempfile.mkdtemp(prefix="gr", dir="/tmp")
+    head, log = ray_head(settings), folder / "ray.log"
+    command = [*head.argv, f"--temp-dir={sockets}", f"--include-dashboard={str(dashboard).lower()}"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while not head.probe():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.1)
+        yield
+    finally:
+        # `ray stop` would end every cluster of the machine; ours carries our mark.
+        for left in descendants(folder):
+            left.kill()
+        process.wait()
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def adapter_ref(name: str, folder: Path) -> engine_pb2.AdapterRef:
@@ -143,9 +159,11 @@ async def wait_until_ready(address: str, process: "subprocess.Popen[bytes]", log
 
 
 @contextmanager
-def serving_stack(folder: Path) -> Iterator[Stack]:
-    """Starts Ray and the service with `folder` for its files, waits until it is ready, and ends all of it."""
-    ray_folder = Path(tempfile.mkdtemp(prefix="gr", dir="/tmp"))
+def serving_stack(folder: Path, *, dashboard: bool = False, **more: str) -> Iterator[Stack]:
+    """Starts Ray and the service with `folder` for its files, waits until it is ready, and ends all of it.
+
+    `more` are `GRAFT_*` variables beside or instead of those below.
+    """
     base = tiny_base(make_tiny_llama(folder / "base"))
     adapters = {
         name: adapter_ref(name, make_adapter(Path(base.path), folder / name, seed=seed))
@@ -163,27 +181,22 @@ def serving_stack(folder: Path) -> Iterator[Stack]:
         "GRAFT_SERVING_CONTEXT_TOKENS": "256",
         # Answers are compared between batches: in bfloat16 near-ties fall either way.
         "GRAFT_SERVING_DTYPE": "float32",
+        "GRAFT_RAY_NUM_CPUS": "2",
+        "GRAFT_RAY_OBJECT_STORE_MIB": "80",
+        **more,
     }
     settings = load(variables)
-    environment = {**os.environ, **variables, "GRAFT_TEST_STACK": str(folder)}
-    # Said outright: left alone, `ray start` takes a token that it finds in the home, and a driver does not send it.
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    ray_head(settings, ray_folder, environment)
-    started = time.perf_counter()
-    described = json.dumps(base.__dict__)
-    with (folder / "serving.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN, described], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        refused = asyncio.run(wait_until_ready(settings.engine_address, process, folder / "serving.log"))
-        yield Stack(settings, environment, process, adapters, folder, time.perf_counter() - started, refused)
-    finally:
-        process.terminate()
+    environment = {**os.environ, **variables, "GRAFT_TEST_STACK": str(folder), **ray_environment(settings)}
+    with ray_cluster(settings, environment, folder, dashboard=dashboard):
+        started = time.perf_counter()
+        described = json.dumps(base.__dict__)
+        with (folder / "serving.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", RUN, described], env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
         try:
-            process.wait(30)
+            refused = asyncio.run(wait_until_ready(settings.engine_address, process, folder / "serving.log"))
+            yield Stack(settings, environment, process, adapters, folder, time.perf_counter() - started, refused)
         finally:
-            # `ray stop` would end every cluster of the machine; ours carries our mark.
-            for left in descendants(folder):
-                left.kill()
-            shutil.rmtree(ray_folder, ignore_errors=True)
+            process.terminate()
+            process.wait(30)

@@ -10,6 +10,10 @@ import signal
 import sys
 from contextlib import suppress
 
+from graft import offline
+
+offline.stay()  # before MLflow, which reads its switch when it is imported
+
 import structlog
 
 from graft import settings as graft_settings
@@ -26,12 +30,6 @@ from graft.store.sql import open_store
 from graft.training.run import RayRuns
 
 log = structlog.get_logger()
-
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # The tokenizer runs in threads beside others.
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def configure_logging() -> None:
@@ -111,8 +109,7 @@ async def serve(settings: Settings) -> None:
 
 def main() -> int:
     """Exit code 0 after a stop that was asked for, 1 when it cannot work."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer runs in threads beside others
     import_tokenizers()
     configure_logging()
     try:

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 
-from graft import settings
+from graft import offline, settings
 from graft.domain.errors import GraftError
 
 
@@ -41,7 +41,7 @@ def main() -> int:
         # One worker holds 200 MB; the load is one orchestrator and now and then a person.
         *("--workers", "1"),
     ]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    environment = {**os.environ, **offline.ENVIRONMENT}
     # MLflow runs jobs of its own (scorers, judges) in further processes; Graft uses none of them.
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.execve(sys.executable, arguments, environment)

@@ -7,16 +7,17 @@ codes: 0 after SIGTERM or SIGINT, 1 when the service cannot run, 2 when a settin
 """
 
 import asyncio
-import os
 import signal
 import socket
 import sys
 import threading
 import time
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+from graft import offline
 
-import ray  # after the variable above, which Ray reads when it is imported
+offline.stay()  # before Ray, which reads its switch when it is imported
+
+import ray
 import structlog
 from ray import serve
 from ray.serve.config import ProxyLocation, gRPCOptions
@@ -61,7 +62,7 @@ def start(settings: Settings, base: BaseModel) -> None:
             address=settings.ray_address,
             namespace=NAMESPACE,
             runtime_env={
-                "env_vars": {HOST_VARIABLE: settings.serving.host, "RAY_USAGE_STATS_ENABLED": "0"},
+                "env_vars": {HOST_VARIABLE: settings.serving.host, **offline.ENVIRONMENT},
                 "worker_process_setup_hook": "graft.serving.door.setup",
             },
         )

@@ -13,6 +13,8 @@ import signal
 from multiprocessing import forkserver
 from pathlib import Path
 
+from graft import offline
+
 PRELOAD = "graft.serving.preload"
 _PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>."""
@@ -31,15 +33,13 @@ def die_with_parent() -> None:
 
 def prepare_environment(torch_folder: Path, threads: int) -> None:
     """Sets what vLLM, torch and OpenMP read from the environment when they are imported here or in a child."""
+    offline.stay()
     os.environ.update(
         {
             # Ray sets it to the actor's num_cpus, which is a share for placement and not the engine's width.
             "OMP_NUM_THREADS": str(threads),
             # Training shares the cores: threads pinned to them would wait for each other.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             # vLLM compiles nothing with LoRA on a CPU, but for one function of its sampler: the first request with
             # `logprobs` then stopped everyone for 14 s while a C++ compiler ran.

@@ -3,6 +3,7 @@
 Owns the list and the probes. Does not start anything: `graft.stack.supervisor` does.
 """
 
+import ipaddress
 import os
 import secrets
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 import grpc
 import psutil
 
+from graft import offline
 from graft.settings import Settings
 
 Probe = Callable[[], bool]
@@ -139,7 +141,12 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **offline.ENVIRONMENT}
+    if ipaddress.ip_address(settings.ray.host).is_loopback:
+        # `--node-ip-address=127.0.0.1` alone is resolved to the host's own address. On macOS and Windows Ray knows
+        # loopback only; this is how it is told so, there and here.
+        variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return variables
 
 
 def local_stack(settings: Settings) -> list[Process]:

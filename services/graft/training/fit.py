@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray._private.state import available_resources_per_node, total_resources_per_node
 
+from graft import offline
 from graft.training.failures import failure
 from graft.training.spec import ENDS, Clock, RunSpec
 
@@ -24,9 +25,9 @@ DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 WORKER_ENVIRONMENT = {
+    **offline.ENVIRONMENT,
     # By it the stack tells a worker's memory from its own (`graft.stack.usage`).
     "TRAINING_WORKER": "1",
-    "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }

@@ -1,0 +1,21 @@
+"""Graft calls nobody: what every library that would is told not to, in each process, before it is imported.
+
+Owns the variables. They hold in child processes too, Ray's workers among them.
+"""
+
+import os
+
+ENVIRONMENT = {
+    # MLflow, vLLM and Hugging Face's libraries honour it (https://donottrack.sh); their own switches are for the rest.
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    # A base model is a folder on this machine; transformers would ask the hub about some tokenizers all the same.
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def stay() -> None:
+    """Sets the variables in this process, whatever they were: a self-hosted platform does not report on its users."""
+    os.environ.update(ENVIRONMENT)

@@ -1,0 +1,96 @@
+"""What the stack listens on while a model is served and a job trains on two workers: loopback, and nothing else."""
+
+import ipaddress
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ..support.serving_stack import Stack, descendants, serving_stack
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+TRAIN = """
+import json, sys, time
+from pathlib import Path
+from dataclasses import replace
+import ray
+from graft.domain.jobs import OverLengthPolicy
+from graft.domain.resources import DatasetFormat
+from graft.settings import load
+from graft.training.run import RayRuns
+from graft.training.spec import RunSpec
+folder, settings = Path(sys.argv[1]), load()
+data = folder / "rows.jsonl"
+data.write_text("".join(json.dumps({"prompt": f"{n} is ", "completion": str(n % 2)}) + "\\n" for n in range(40)))
+spec = RunSpec(
+    job_id="ft-loopback", attempt=1, base_model="tiny", base_model_path=str(folder / "base"),
+    base_model_digest="sha256:b", dataset_path=str(data), dataset_format=DatasetFormat.PROMPT_COMPLETION,
+    validation_path=None, validation_format=None, output_dir=str(folder / "runs"), total_steps=1_000_000,
+    batch_size=8, learning_rate=1e-3, warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0, context_tokens=64,
+    seed=0, num_workers=2, checkpoint_steps=1_000_000, over_length_policy=OverLengthPolicy.DROP, lora_rank=4,
+    lora_alpha=8.0, lora_dropout=0.0, lora_target_modules=("q_proj",),
+)
+ray.init(address=settings.ray_address, namespace="graft", log_to_driver=False)
+runs = RayRuns()
+runs.start(spec)
+while not any(report.kind == "metrics" for report in runs.poll(spec.job_id, 1, 0).reports):
+    time.sleep(0.2)
+print("training", flush=True)
+sys.stdin.read()
+"""
+"""A driver that trains for ever, as the orchestrator would start it; it says so once the first step is done."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket that others can connect or send to."""
+
+    process: str
+    kind: str
+    address: str
+    port: int
+
+    @property
+    def on_loopback(self) -> bool:
+        address = ipaddress.ip_address(self.address)
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+            address = address.ipv4_mapped
+        return address.is_loopback
+
+
+def listeners(folder: Path) -> list[Listener]:
+    found = set()
+    for process in descendants(folder):
+        title = " ".join(process.cmdline())[:70]
+        for connection in process.net_connections(kind="inet"):
+            udp = connection.type == socket.SOCK_DGRAM
+            if connection.status == psutil.CONN_LISTEN or (udp and not connection.raddr):
+                found.add(Listener(title, "udp" if udp else "tcp", connection.laddr.ip, connection.laddr.port))
+    return sorted(found, key=lambda item: (item.process, item.address, item.port))
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with serving_stack(tmp_path_factory.mktemp("stack"), dashboard=True, GRAFT_RAY_NUM_CPUS="4") as stack:
+        yield stack
+
+
+def test_everything_listens_on_loopback_only(stack: Stack) -> None:
+    command = [sys.executable, "-c", TRAIN, str(stack.folder)]
+    with subprocess.Popen(command, env=stack.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        try:
+            assert driver.stdout.readline() == b"training\n"
+            found = listeners(stack.folder)
+        finally:
+            driver.kill()
+    for item in found:
+        print(f"{item.kind} {item.address}:{item.port}  {item.process}")
+    assert len({item.process for item in found}) > 5
+    assert [item for item in found if not item.on_loopback] == []
