@@ -6,6 +6,7 @@ Does not know what the settings are used for.
 """
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,16 @@ MIB = 1024 * 1024
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def is_loopback(host: str) -> bool:
+    """True for `localhost` and loopback addresses; a name that might resolve elsewhere is not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _number(value: object) -> object:

@@ -14,8 +14,8 @@ from graft.api.v1.generation_service_pb2 import GenerateRequest
 from graft.api.v1.generation_service_pb2_grpc import GenerationServiceStub
 from graft.domain.errors import FailedPrecondition, PermissionDenied, Unauthenticated
 from graft.gateway import server
-from graft.gateway.auth import Authenticator, is_loopback, key_hash
-from graft.settings import GatewaySettings
+from graft.gateway.auth import Authenticator, key_hash
+from graft.settings import GatewaySettings, is_loopback
 from tests.support.gateways import BASE, drained, gateway, refused, seeded_store
 
 

@@ -5,13 +5,12 @@ refused at start until the store has keys; there a key opens its own project onl
 """
 
 import hashlib
-import ipaddress
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 from graft.domain.errors import FailedPrecondition, PermissionDenied, Unauthenticated
 from graft.domain.names import DEFAULT_PROJECT
-from graft.settings import GatewaySettings
+from graft.settings import GatewaySettings, is_loopback
 from graft.store.protocol import Store
 
 
@@ -52,16 +51,6 @@ def current() -> Principal:
 def key_hash(secret: str) -> str:
     """What is stored of an API key. Keys are long and random, so that a plain digest cannot be guessed back."""
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def is_loopback(host: str) -> bool:
-    """True for `localhost` and loopback addresses; a name that might resolve elsewhere is not."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Authenticator:

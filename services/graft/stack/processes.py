@@ -3,7 +3,6 @@
 Owns the list and the probes. Does not start anything: `graft.stack.supervisor` does.
 """
 
-import ipaddress
 import os
 import secrets
 import socket
@@ -18,7 +17,7 @@ import grpc
 import psutil
 
 from graft import offline
-from graft.settings import Settings
+from graft.settings import Settings, is_loopback
 
 Probe = Callable[[], bool]
 """True when the process answers. Blocking, at most a few seconds; called in a thread."""
@@ -142,7 +141,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **offline.ENVIRONMENT}
-    if ipaddress.ip_address(settings.ray.host).is_loopback:
+    if is_loopback(settings.ray.host):
         # `--node-ip-address=127.0.0.1` alone is resolved to the host's own address. On macOS and Windows Ray knows
         # loopback only; this is how it is told so, there and here.
         variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
