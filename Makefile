@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 BIN := .venv/bin
-.PHONY: help setup demo test test-unit lint stubs lock
+.PHONY: help setup demo test test-unit bench lint stubs lock
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: setup ## Runs every test
 
 test-unit: setup ## Runs the tests that need no server
 	$(BIN)/pytest tests/unit
+
+bench: setup ## Measures against TRL, PEFT, vLLM and Ray Serve; BENCH=training runs one, --quick in it a smoke run
+	$(BIN)/python -m benchmarks $(BENCH)
 
 lint: setup ## Runs ruff, mypy, import-linter and buf
 	$(BIN)/ruff format --check .
