@@ -139,9 +139,7 @@ def measure(report: Report, plan: Plan) -> None:
                 continue
             try:
                 with peer(way, plan) as contestant:
-                    asyncio.run(
-                        ask_vllm(plan, table, contestant) if way == "vllm" else ask_ray(way, plan, table, contestant)
-                    )
+                    asyncio.run(ask_peer(way, plan, table, contestant))
             except RuntimeError as error:  # the peer did not start: said in the result, not left out
                 missing[way] = str(error).strip().splitlines()[-1]
                 console.print(f"{way} could not be run: {error}", markup=False)
