@@ -111,6 +111,9 @@ def main() -> int:
             graft = functools.partial(ask_graft, stack.settings.engine_address, folders)
             for way in WAYS:  # once for nothing: adapters are loaded, threads started
                 play(way, graft, peft, Asked({(name, 0): [1, 2, 3] for name in SPEAKERS}, 2))
+            report.notes.append(
+                f"Graft's stack waits while PEFT plays and then keeps {stack.idle_cores():.2f} cores busy."
+            )
             for number, way in interleave(list(WAYS), rounds):
                 seconds, told = play(way, graft, peft, plan[number])
                 speeds[way].append(len(told) * tokens / seconds)

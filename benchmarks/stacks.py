@@ -48,6 +48,13 @@ class Stack:
         """The OpenAI-compatible base URL."""
         return f"http://{self.settings.gateway.host}:{self.settings.gateway.http_port}/v1"
 
+    def idle_cores(self, seconds: float = 5.0) -> float:
+        """Cores that the stack keeps busy while nobody asks anything of it."""
+        processes = descendants(self.settings.home.path)
+        before = {process: sum(process.cpu_times()[:2]) for process in processes}
+        time.sleep(seconds)
+        return sum(sum(process.cpu_times()[:2]) - busy for process, busy in before.items()) / seconds
+
 
 @contextmanager
 def graft_stack(variables: dict[str, str], base_folder: Path | None = None) -> Iterator[Stack]:
