@@ -32,7 +32,7 @@ KINDS = {
 }
 SAME_STEPS = ("trl-padded", "trl-padding-free")
 """Those whose steps have the same examples as Graft's, so that their losses can be compared."""
-ROUNDS, STEPS = 5, 12
+ROUNDS, STEPS = 5, 8
 REVIEWS = 400
 LOSS_TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}
 """Largest relative difference of a step's loss. bfloat16 keeps 8 bits, and LoRA's updates enlarge what differs."""
