@@ -112,7 +112,7 @@ def first_token(graft: Graft, model: str) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Returns 1 when a job's answers are not those of its adapter."""
+    """Returns 0. Raises RuntimeError when a job does not succeed."""
     asked = arguments(__doc__)
     repeats = 1 if asked.quick else REPEATS
     base = base_model()
