@@ -19,7 +19,16 @@ from graft.internal.v1 import engine_pb2
 from graft.serving.main import check_port
 
 from ..support.adapters import make_adapter
-from ..support.serving_stack import CAPACITY, Stack, adapter_ref, completion, descendants, request, serving_stack
+from ..support.serving_stack import (
+    CAPACITY,
+    Stack,
+    adapter_ref,
+    completion,
+    descendants,
+    request,
+    serving_stack,
+    titles,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -279,6 +288,6 @@ def test_nothing_of_the_service_is_left_after_sigterm(stack: Stack) -> None:
     assert stack.process.wait(40) == 0
     _, alive = psutil.wait_procs([core, server, replica], timeout=10)
     assert not alive
-    left = " ".join(" ".join(process.cmdline()) for process in descendants(stack.folder))
+    left = " ".join(titles(descendants(stack.folder)))
     assert "forkserver" not in left
     assert "Serve" not in left

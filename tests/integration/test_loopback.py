@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 TRAIN = """
 import json, sys, time
 from pathlib import Path
+from contextlib import suppress
 from dataclasses import replace
 import ray
 from graft.domain.jobs import OverLengthPolicy
@@ -65,14 +67,20 @@ class Listener:
 
 
 def listeners(folder: Path) -> list[Listener]:
-    found = set()
+    found: set[Listener] = set()
     for process in descendants(folder):
-        title = " ".join(process.cmdline())[:70]
-        for connection in process.net_connections(kind="inet"):
-            udp = connection.type == socket.SOCK_DGRAM
-            if connection.status == psutil.CONN_LISTEN or (udp and not connection.raddr):
-                found.add(Listener(title, "udp" if udp else "tcp", connection.laddr.ip, connection.laddr.port))
+        with suppress(psutil.NoSuchProcess):
+            found |= listening(process)
     return sorted(found, key=lambda item: (item.process, item.address, item.port))
+
+
+def listening(process: psutil.Process) -> set[Listener]:
+    title, found = " ".join(process.cmdline())[:70], set()
+    for connection in process.net_connections(kind="inet"):
+        udp = connection.type == socket.SOCK_DGRAM
+        if connection.status == psutil.CONN_LISTEN or (udp and not connection.raddr):
+            found.add(Listener(title, "udp" if udp else "tcp", connection.laddr.ip, connection.laddr.port))
+    return found
 
 
 @pytest.fixture(scope="module")

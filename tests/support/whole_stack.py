@@ -20,7 +20,7 @@ import yaml
 from graft.client import Connection, Graft
 from graft.settings import Settings, load
 from graft.stack.local import read_status
-from tests.support.serving_stack import descendants, free_ports, is_fork_server, is_python
+from tests.support.serving_stack import descendants, free_ports, is_fork_server, is_python, titles
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class WholeStack:
 
     def training_workers(self) -> list[psutil.Process]:
         """Ray Train's workers, named by Ray after their class."""
-        return [process for process in self.left() if any("RayTrainWorker" in part for part in process.cmdline())]
+        return [process for process in self.left() if any("RayTrainWorker" in title for title in titles([process]))]
 
     def last_lines(self) -> str:
         """The ends of all logs."""
