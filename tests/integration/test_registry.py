@@ -1,6 +1,7 @@
 """The registry's promises, on a real MLflow server."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from graft.cli.lineage import read_lineage
 from graft.domain.errors import FailedPrecondition, NotFound, Unavailable
 from graft.registry.digest import adapter_digest
-from graft.registry.mlflow_registry import Publication, Registry
+from graft.registry.mlflow_registry import Publication, Registry, code_version
 from tests.support.mlflow_server import mlflow_server
 from tests.support.postgres import free_port
 from tests.support.tiny_llama import make_tiny_llama
@@ -173,3 +174,11 @@ async def test_anybody_can_read_a_versions_lineage_over_mlflows_rest_api(
     assert (await read_lineage(uri, "default--tiny--lineage", version.version)).finished
     with pytest.raises(Unavailable, match="default--tiny--lineage version 9"):
         await read_lineage(uri, "default--tiny--lineage", 9)
+
+
+def test_lineage_names_the_commit_that_trained() -> None:
+    here = Path(__file__).parent
+    asked = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        pytest.skip("these sources are not in a git checkout")
+    assert re.fullmatch(rf"graft [\d.]+ \({asked.stdout[:12]}(-dirty)?\)", code_version())

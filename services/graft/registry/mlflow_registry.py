@@ -4,8 +4,10 @@ Owns how Graft's names and lineage are written there. Does not know the store, a
 All calls block. Raises Unavailable while MLflow does not answer, NotFound for what it does not have.
 """
 
+import functools
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -241,9 +243,23 @@ class Registry:
             ) from error
 
 
+@functools.cache
 def code_version() -> str:
-    """Graft's version, for lineage."""
-    return f"graft {metadata.version('graft')}"
+    """Graft's version for lineage, with the commit when it runs from a checkout: `graft 0.1.0 (3f2c1d0a9b8e)`.
+
+    `-dirty` follows the commit when files differ from it.
+    """
+    version = f"graft {metadata.version('graft')}"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed package may lie in somebody else's checkout
+        return f"{version} ({git('describe', '--always', '--dirty', '--abbrev=12', '--exclude=*')})"
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+        return version
 
 
 def _is_ours(entry: Any) -> bool:
