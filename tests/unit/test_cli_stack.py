@@ -10,7 +10,7 @@ import pytest
 from graft.domain.errors import FailedPrecondition
 from graft.settings import load
 from graft.stack import preflight
-from tests.support.command import Ran, ended, environment, graft, printed, short_home
+from tests.support.command import Ran, ended, environment, graft, printed, short_home, started
 
 UP = """
 import sys
@@ -65,6 +65,18 @@ async def test_a_stack_is_started_shown_and_stopped_in_words() -> None:
                 running.terminate()
         last = await ended(running)
         assert (last.code, last.out.splitlines()[-1].split()) == (0, ["only", "stopped"])
+
+
+async def test_a_missing_package_is_one_sentence_with_its_fix(tmp_path: Path) -> None:
+    # Found before the installed one: a Graft that needs what nobody has.
+    described = tmp_path / "graft-0.1.0.dist-info" / "METADATA"
+    described.parent.mkdir()
+    described.write_text("Metadata-Version: 2.1\nName: graft\nVersion: 0.1.0\nRequires-Dist: scion-and-rootstock>=2\n")
+    with short_home() as home:
+        process = await started("up", GRAFT_HOME=home, PYTHONPATH=tmp_path)
+        refused = await ended(process)
+        assert (refused.code, refused.err) == (2, "scion-and-rootstock is missing. Run `make setup`.\n")
+        assert list(home.iterdir()) == []
 
 
 async def test_a_stack_is_started_shown_and_stopped_in_json() -> None:

@@ -15,7 +15,7 @@ import psutil
 
 from graft.domain.errors import FailedPrecondition
 from graft.settings import Settings
-from graft.stack.preflight import check
+from graft.stack import machine, preflight
 from graft.stack.processes import local_stack
 from graft.stack.supervisor import Status, Supervisor
 
@@ -34,9 +34,16 @@ def read_status(home: Path) -> dict[str, Any] | None:
     return record if process.create_time() == record["create_time"] else None
 
 
+def _check(settings: Settings) -> None:
+    packages = machine.check_packages()
+    if packages.state is machine.State.FAIL:
+        raise FailedPrecondition(f"{packages.message} {packages.fix}", reason="PACKAGE_MISSING")
+    preflight.check(settings)
+
+
 def run(settings: Settings, on_change: Callable[[Sequence[Status]], None]) -> None:
     """Runs the stack until SIGTERM or SIGINT. Raises FailedPrecondition when it runs already or cannot start."""
-    check(settings)
+    _check(settings)
     if (record := read_status(settings.home.path)) is not None:
         raise FailedPrecondition(
             f"The stack of {settings.home.path} is running already (pid {record['pid']}). Stop it with `graft down`.",
@@ -58,7 +65,7 @@ def start_detached(settings: Settings, on_record: Callable[[dict[str, Any]], Non
     `on_record` is told the record of `read_status` some times a second. Whatever it or an interrupt raises on the way
     ends what was started.
     """
-    check(settings)
+    _check(settings)
     if read_status(settings.home.path) is not None:
         raise FailedPrecondition("The stack is running already. Stop it with `graft down`.", reason="STACK_RUNNING")
     logs = settings.home.path / "logs"
