@@ -34,6 +34,11 @@ async def up(home: Path, *arguments: str) -> asyncio.subprocess.Process:
     )
 
 
+async def down(home: Path, *arguments: str) -> Ran:
+    """As a process of its own: it waits for the stack's end, and a child of this process can be waited for only once."""
+    return await ended(await started("down", *arguments, GRAFT_HOME=home))
+
+
 async def test_a_stack_is_started_shown_and_stopped_in_words() -> None:
     with short_home() as home:
         nothing, idle = await asyncio.gather(graft("status", GRAFT_HOME=home), graft("down", GRAFT_HOME=home))
@@ -59,7 +64,7 @@ async def test_a_stack_is_started_shown_and_stopped_in_words() -> None:
             second = await ended(await up(home))
             assert second.code == 2
             assert "running already" in second.err
-            assert (await graft("down", GRAFT_HOME=home)).out == "Stopped.\n"
+            assert (await down(home)).out == "Stopped.\n"
         finally:
             if running.returncode is None:
                 running.terminate()
@@ -107,7 +112,7 @@ async def test_a_stack_is_started_shown_and_stopped_in_json() -> None:
             assert (await graft("status", "--json", GRAFT_HOME=home)).json["ready"] is True
             again = await ended(await up(home, "--json"))
             assert (again.code, again.error["reason"]) == (2, "STACK_RUNNING")
-            assert (await graft("down", "--json", GRAFT_HOME=home)).json == {"stopped": True}
+            assert (await down(home, "--json")).json == {"stopped": True}
         finally:
             if running.returncode is None:
                 running.terminate()
