@@ -35,7 +35,7 @@ async def up(home: Path, *arguments: str) -> asyncio.subprocess.Process:
 
 
 async def down(home: Path, *arguments: str) -> Ran:
-    """As a process of its own: it waits for the stack's end, and a child of this process can be waited for only once."""
+    """As a process of its own: a child of this process can be waited for only once."""
     return await ended(await started("down", *arguments, GRAFT_HOME=home))
 
 
