@@ -24,7 +24,7 @@ from graft.domain.errors import NotFound
 from graft.domain.resources import BaseModel
 from graft.registry.mlflow_registry import Registry
 
-REPEATS = 5
+REPEATS = 3
 STATES = ("VALIDATING", "QUEUED", "STARTING", "RUNNING", "REGISTERING", "EVALUATING")
 STEPS = 2
 QUESTION = [{"role": "user", "content": "What is a graft?"}]
