@@ -255,7 +255,7 @@ def open_peft(base: Path) -> Callable[[Round], Round]:
 
 
 def compare(report: Report, answers: dict[str, Answers]) -> None:
-    """Every way against the engine with one adapter at a time; and that the adapters speak differently at all."""
+    """Every way against the engine with one adapter at a time."""
     reference = answers["graft-grouped"]
     for way in ("graft-mixed", "peft-grouped", "peft-mixed"):
         diverging = {

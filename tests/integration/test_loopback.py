@@ -101,6 +101,6 @@ def test_everything_listens_on_loopback_only(stack: Stack) -> None:
     for item in found:
         print(f"{item.kind} {item.address}:{item.port}  {item.process}")
     assert len({item.process for item in found}) > 5
-    # torch's store, by which the workers of a job find each other, has no option for its address.
+    # torch's store, by which the workers of a job find each other: Ray Train has no option for its address.
     open_ones = [item.process.strip() for item in found if not item.on_loopback]
     assert open_ones == ["ray::RayTrainWorker"], open_ones

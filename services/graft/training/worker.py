@@ -37,7 +37,7 @@ Tell = Callable[[str, dict[str, Any]], None]
 def compute_dtype(base_model: Path) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32: on AVX2 bf16 products are 7 to 15 times slower.
 
-    With AVX-512 BF16 a step of a 135M base takes a third of its time in float32. LoRA's own weights, gradients and
+    What it gains is in `benchmarks/results/training.json`, both types in one run. LoRA's own weights, gradients and
     optimizer state are float32 in either case.
     """
     if sum(file.stat().st_size for file in base_model.glob("*.safetensors")) < SMALL_BASE_BYTES:
