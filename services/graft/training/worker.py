@@ -83,10 +83,10 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
     model = get_peft_model(
         base,
         LoraConfig(
-            r=spec.lora_rank,
-            lora_alpha=spec.lora_alpha,
-            lora_dropout=spec.lora_dropout,
-            target_modules=list(spec.lora_target_modules),
+            r=spec.lora.rank,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules=list(spec.lora.target_modules),
             task_type="CAUSAL_LM",
         ),
     )
