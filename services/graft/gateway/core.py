@@ -15,7 +15,8 @@ from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec
 from graft.domain.names import check_alias, check_id, parse_model
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset
 from graft.gateway import generation, resolving
-from graft.gateway.checks import check_job, check_page_size, check_request_id
+from graft.gateway.checks import check_page_size, check_request_id
+from graft.gateway.checks_jobs import check_job
 from graft.gateway.generation import Answer
 from graft.gateway.resolving import Resolution
 from graft.gateway.uploads import Upload, dataset_file, remove_dataset_file
