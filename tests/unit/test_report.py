@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import InvalidArgument
-from graft.evaluation import report as module
+from graft.evaluation.pages import fold
 from graft.evaluation.report import Contestant, LossPoint, Report, Task, render, write
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -281,7 +281,7 @@ def test_few_rows_are_all_shown() -> None:
 
 @pytest.mark.parametrize("long", ["word " * 400, "x" * 2000])
 def test_a_long_text_folds_and_loses_nothing(long: str) -> None:
-    head, rest = module._fold(long)
+    head, rest = fold(long)
     assert head + rest == long
     assert 240 < len(head) <= 480
     page = _page(inputs=(long,) * 40)

@@ -79,6 +79,18 @@ PERCENT = Scale(factor=100, digits=1, unit="%", difference_unit=" points")
 PLAIN = Scale(factor=1, digits=3, unit="", difference_unit="")
 
 
+def score_axis(lows: Sequence[float], highs: Sequence[float], scale: Scale, largest: float = 1.0) -> Axis:
+    """Around all intervals, from 0 to `largest`: a dot and a whisker show places, not lengths, and need no zero."""
+    margin = 0.02 if math.isfinite(largest) else 0.02 * max(highs)
+    low, high = max(0.0, min(lows) - margin), min(largest, max(highs) + margin)
+    return axis(low * scale.factor, high * scale.factor)
+
+
+def difference_axis(low: float, high: float, scale: Scale) -> Axis:
+    """Around the interval and zero."""
+    return axis(min(0.0, low) * scale.factor, max(0.0, high) * scale.factor)
+
+
 @dataclass(frozen=True)
 class LossChart:
     """A loss curve ready to draw.
