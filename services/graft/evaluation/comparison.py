@@ -261,8 +261,8 @@ class Comparison:
         if len(self.gains) == 1:
             return self.gains[0].sentence
         outcomes = [gain.outcome for gain in self.gains]
-        counts = [f"{outcomes.count(each)} {each}" for each in ("better", "worse", "undecided") if each in outcomes]
-        return f"Of {len(outcomes)} tasks, {', '.join(counts)}."
+        counts = [f"{each} on {outcomes.count(each)}" for each in ("better", "worse", "undecided") if each in outcomes]
+        return f"Of {len(outcomes)} tasks it is {', '.join(counts)}."
 
     @property
     def remarks(self) -> tuple[str, ...]:

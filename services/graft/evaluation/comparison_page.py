@@ -67,7 +67,7 @@ class _Examples:
 
 
 def _examples(comparison: Comparison, task: ComparedTask) -> _Examples | None:
-    """Answers, scored by the task's first metric that scores single rows; by accuracy where macro-F1 is all there is."""
+    """Answers, scored by the task's first metric that scores single rows; by accuracy where macro-F1 is all."""
     of_answers = [name for name in task.metrics if figures.metric(name).row is Answered]
     answered = [result for result in task.results if Answered in result.rows]
     if not task.inputs or not of_answers or not answered:
