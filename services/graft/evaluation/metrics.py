@@ -77,7 +77,7 @@ def chrf(answers: Sequence[str], references: References) -> list[float]:
     Raises:
         InvalidArgument: as `accuracy`.
     """
-    from sacrebleu.metrics import CHRF  # as with ROUGE, only who asks for it pays the import
+    from sacrebleu.metrics.chrf import CHRF  # as with ROUGE, only who asks for it pays the import
 
     scorer = CHRF()
     return _best(lambda answer, reference: scorer.sentence_score(answer, [reference]).score / 100, answers, references)
