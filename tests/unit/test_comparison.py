@@ -183,6 +183,7 @@ def test_a_task_that_does_not_line_up_is_refused(changes: dict[str, Any], reason
         {"candidates": CANDIDATES[:2]},
         {"candidates": CANDIDATES + CANDIDATES[:1]},
         {"tasks": ()},
+        {"tasks": (TASK, replace(TASK, title="Other"))},
         {"tasks": (replace(TASK, results=TASK.results[:1] * 2),)},
     ],
 )

@@ -210,7 +210,7 @@ class Comparison:
         machine: where it ran, label to value.
 
     Raises:
-        InvalidArgument: no task, two candidates of one name, or a result of nobody or twice of one.
+        InvalidArgument: no task, two tasks or candidates of one name, or a result of nobody or twice of one.
     """
 
     title: str
@@ -222,9 +222,11 @@ class Comparison:
 
     def __post_init__(self) -> None:
         names = [each.name for each in self.candidates]
-        if not self.tasks or len(set(names)) < len(names):
+        tasks = [task.name for task in self.tasks]
+        if not tasks or len(set(tasks)) < len(tasks) or len(set(names)) < len(names):
             raise InvalidArgument(
-                f"A comparison needs a task, and one name for each candidate; these are {', '.join(names)}.",
+                f"A comparison needs a task, and each task and candidate a name of its own; the tasks are "
+                f"{', '.join(tasks) or 'none'}, the candidates {', '.join(names) or 'none'}.",
                 reason="INVALID_COMPARISON",
             )
         for task in self.tasks:
