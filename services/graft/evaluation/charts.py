@@ -30,8 +30,11 @@ class Axis:
 
     def labels(self) -> list[str]:
         """The ticks in plain decimals, as many as the step needs; in powers of ten from a million on."""
-        if max(map(abs, self.ticks)) >= 1e6:
-            return [f"{tick:g}" for tick in self.ticks]
+        largest = max(map(abs, self.ticks))
+        if largest >= 1e6:
+            # At least six digits, and enough of them to tell neighbours apart.
+            digits = max(6, math.floor(math.log10(largest)) - math.floor(math.log10(self.step)) + 1)
+            return [f"{tick:.{digits}g}" for tick in self.ticks]
         decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
         return [f"{tick:,.{decimals}f}".replace("-", MINUS) for tick in self.ticks]
 
