@@ -144,9 +144,39 @@ def test_several_tasks_that_differ_are_answered_in_part() -> None:
 def test_nothing_tuned_is_no_answer_and_still_a_page() -> None:
     found = _only("large base", "small base")
     assert (found.gains, found.answer) == ((), "Undecided")
-    assert "No task has both" in found.headline
+    assert "No task has a fine-tuned model and a base" in found.headline
     page = Page(render(found))
     assert page.open == []
+
+
+def test_figures_alone_give_the_same_answer_as_the_rows_that_they_were_computed_from() -> None:
+    known = tuple(
+        Result(
+            result.candidate,
+            speed=result.speed,
+            figures={name: TASK.figures[name][result.candidate] for name in TASK.metrics},
+            differences={
+                other: found
+                for other in ANSWERS
+                if other != result.candidate and (found := TASK.difference(result.candidate, other)) is not None
+            },
+            confusion=TASK.confusions[result.candidate],
+        )
+        for result in TASK.results
+    )
+    found = replace(COMPARISON, tasks=(replace(TASK, results=known, inputs=(), labels=()),))
+    assert comparison_json(found) == comparison_json(COMPARISON)
+    assert _printed(found) == _printed(COMPARISON)
+    assert "Confusion" in Page(render(found)).text()
+
+
+def test_without_a_paired_difference_there_is_no_answer() -> None:
+    known = tuple(
+        Result(result.candidate, figures={"accuracy": TASK.figures["accuracy"][result.candidate]})
+        for result in TASK.results
+    )
+    found = replace(COMPARISON, tasks=(replace(TASK, results=known, metrics=("accuracy",), inputs=(), labels=()),))
+    assert (found.gains, found.answer) == ((), "Undecided")
 
 
 def test_a_name_that_says_its_size_is_not_given_another() -> None:

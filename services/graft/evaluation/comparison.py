@@ -7,7 +7,7 @@ figures are `graft.evaluation.figures`. Does not know how the rows were got.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Literal
@@ -78,16 +78,22 @@ class Speed:
 
 @dataclass(frozen=True)
 class Result:
-    """What one candidate made of one task.
+    """What one candidate made of one task: rows, or the figures that were computed from them where they were held.
 
     Attributes:
         candidate: its name.
-        rows: by kind, each in the task's order; a metric whose kind is absent was not measured.
+        rows: by kind, each in the task's order; a metric without rows or figure was not measured.
+        figures: by metric; what is here is not computed again.
+        differences: by the candidate that is subtracted: the paired difference in the task's first metric.
+        confusion: of a classification.
     """
 
     candidate: str
-    rows: Mapping[type[Row], Sequence[Row]]
+    rows: Mapping[type[Row], Sequence[Row]] = field(default_factory=dict)
     speed: Speed = field(default_factory=Speed)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    differences: Mapping[str, Figure] = field(default_factory=dict)
+    confusion: Confusion | None = None
 
 
 @dataclass(frozen=True)
@@ -173,14 +179,15 @@ class ComparedTask:
     @cached_property
     def figures(self) -> dict[str, dict[str, Figure]]:
         """By metric, then by candidate; without those that were not measured."""
-        return {
-            name: {
-                result.candidate: figures.measure(name, result.rows[kind], labels=self.labels)
-                for result in self.results
-                if (kind := figures.metric(name).row) in result.rows
-            }
-            for name in self.metrics
-        }
+        found: dict[str, dict[str, Figure]] = {name: {} for name in self.metrics}
+        for name, by_candidate in found.items():
+            kind = figures.metric(name).row
+            for result in self.results:
+                if name in result.figures:
+                    by_candidate[result.candidate] = result.figures[name]
+                elif kind in result.rows:
+                    by_candidate[result.candidate] = figures.measure(name, result.rows[kind], labels=self.labels)
+        return found
 
     @property
     def n(self) -> int:
@@ -189,16 +196,28 @@ class ComparedTask:
 
     @cached_property
     def confusions(self) -> dict[str, Confusion]:
-        """By candidate, where there are labels."""
-        return {
-            result.candidate: confusion(*figures.labelled(result.rows[Answered]), self.labels)
-            for result in self.results
-            if self.labels and Answered in result.rows
-        }
+        """By candidate, where there are labels or matrices."""
+        found = {}
+        for result in self.results:
+            if result.confusion is not None:
+                found[result.candidate] = result.confusion
+            elif self.labels and Answered in result.rows:
+                found[result.candidate] = confusion(*figures.labelled(result.rows[Answered]), self.labels)
+        return found
 
-    def rows_of(self, candidate: str, metric: str) -> Sequence[Row]:
-        """The rows that the metric of the candidate is computed from."""
-        return next(each for each in self.results if each.candidate == candidate).rows[figures.metric(metric).row]
+    def difference(self, candidate: str, baseline: str) -> Figure | None:
+        """The candidate's first metric less the baseline's, paired by row; `None` where either was not measured.
+
+        Raises:
+            InvalidArgument: rows that do not pair up.
+        """
+        by_name = {result.candidate: result for result in self.results}
+        ours, theirs, metric = by_name[candidate], by_name[baseline], figures.metric(self.metrics[0])
+        if baseline in ours.differences:
+            return ours.differences[baseline]
+        if metric.row not in ours.rows or metric.row not in theirs.rows:
+            return None
+        return figures.difference(metric.name, ours.rows[metric.row], theirs.rows[metric.row], labels=self.labels)
 
 
 @dataclass(frozen=True)
@@ -259,7 +278,7 @@ class Comparison:
     def headline(self) -> str:
         """The answer's one sentence, of the task or of all of them."""
         if not self.gains:
-            return "No task has both a fine-tuned model and a base measured by its first metric."
+            return "No task has a fine-tuned model and a base that were compared row by row."
         if len(self.gains) == 1:
             return self.gains[0].sentence
         outcomes = [gain.outcome for gain in self.gains]
@@ -293,11 +312,12 @@ class Comparison:
         if not pairs:
             return None
         tuned, rival = (smaller or pairs)[0]
-        ours, theirs = (task.rows_of(each.name, metric.name) for each in (tuned, rival))
-        # Turned round where less is better, so that above zero is always the fine-tuned one's gain.
-        ours, theirs = (ours, theirs) if metric.higher_is_better else (theirs, ours)
-        advantage = figures.difference(metric.name, ours, theirs, labels=task.labels)
-        return Gain(task, tuned, rival, advantage, bool(smaller))
+        found = task.difference(tuned.name, rival.name)
+        if found is None:
+            return None
+        if not metric.higher_is_better:
+            found = replace(found, value=-found.value, low=-found.high, high=-found.low)
+        return Gain(task, tuned, rival, found, bool(smaller))
 
 
 def scale_of(metric: Metric) -> charts.Scale:
