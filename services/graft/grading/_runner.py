@@ -37,8 +37,7 @@ def main() -> None:
         lines = traceback.format_exception_only(error)
         frame = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({frame[0].filename}, line {frame[0].lineno})" if frame else ""
-        sys.__stderr__.write(f"\n{lines[-1].strip() or type(error).__name__}{where}\n")
-        sys.__stderr__.flush()
+        write(2, f"\n{lines[-1].strip() or type(error).__name__}{where}\n".encode("utf-8", "replace"))
     finally:
         leave(status)
 

@@ -14,8 +14,8 @@ Owns the limits and the process; knows nothing of grading. What the code meets:
 - **Limits**: address space, CPU time, wall time, open files, bytes of a file and of output.
 
 Needs Linux 5.14 (limits that count per user namespace) on x86-64 or AArch64, with user namespaces allowed. Where one
-part is missing nothing runs: there is no weaker mode. It is a process sandbox, not a virtual machine: a fault of the kernel
-itself is not contained, and code can still tell the kernel's version and the time.
+part is missing nothing runs: there is no weaker mode. It is a process sandbox, not a virtual machine: a fault of the
+kernel itself is not contained, and code can still tell the kernel's version and the time.
 """
 
 import contextlib
