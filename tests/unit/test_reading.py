@@ -144,7 +144,7 @@ report = validate_file(Path(sys.argv[1]))
 assert sum(1 for _ in read_rows(Path(sys.argv[1]))) == report.row_count
 print(report.container, (status("VmHWM") - before) // 1024)
 """
-BIG_BYTES = 60_000_000
+BIG_BYTES = 80_000_000
 
 
 def _big(folder: Path, container: Container) -> Path:
@@ -168,7 +168,7 @@ def _big(folder: Path, container: Container) -> Path:
 
 
 @pytest.mark.parametrize("container", list(Container))
-def test_a_file_of_60_mb_is_validated_and_read_in_a_small_part_of_its_size(
+def test_a_file_of_80_mb_is_validated_and_read_in_memory_that_does_not_hold_it(
     tmp_path: Path, container: Container
 ) -> None:
     path = _big(tmp_path, container)
@@ -179,4 +179,4 @@ def test_a_file_of_60_mb_is_validated_and_read_in_a_small_part_of_its_size(
     assert ended.returncode == 0, ended.stderr
     told, used_mib = ended.stdout.split()
     assert told == container
-    assert int(used_mib) < 40
+    assert int(used_mib) < 45

@@ -87,10 +87,22 @@ class AsyncGraft:
 
     # Data sets
 
-    async def upload_dataset(self, path: str | Path, display_name: str = "") -> dataset_pb2.Dataset:
-        """Streams a JSONL file up. Raises InvalidArgument with the first 20 bad lines as violations."""
-        parts = requests.upload(self.connection.parent, Path(path), display_name)
-        result: dataset_pb2.Dataset = await self._call(self._datasets.UploadDataset, parts)
+    async def upload_dataset(
+        self, path: str | Path, display_name: str = "", *, format: str = ""
+    ) -> dataset_pb2.Dataset:
+        """Streams a JSONL, CSV or Parquet file up, or what an fsspec URL names.
+
+        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. Raises
+        InvalidArgument with the first 20 bad rows as violations, or the formats that the file may have.
+        """
+        upload = await asyncio.to_thread(requests.Upload, self.connection.parent, path, display_name, format)
+
+        async def parts() -> AsyncIterator[dataset_service_pb2.UploadDatasetRequest]:
+            while (part := await asyncio.to_thread(next, upload, None)) is not None:
+                yield part
+
+        with upload:
+            result: dataset_pb2.Dataset = await self._call(self._datasets.UploadDataset, parts())
         return result
 
     async def dataset(self, dataset: str) -> dataset_pb2.Dataset:

@@ -86,10 +86,14 @@ class Graft:
 
     # Data sets
 
-    def upload_dataset(self, path: str | Path, display_name: str = "") -> dataset_pb2.Dataset:
-        """Streams a JSONL file up. Raises InvalidArgument with the first 20 bad lines as violations."""
-        parts = requests.upload(self.connection.parent, Path(path), display_name)
-        result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
+    def upload_dataset(self, path: str | Path, display_name: str = "", *, format: str = "") -> dataset_pb2.Dataset:
+        """Streams a JSONL, CSV or Parquet file up, or what an fsspec URL names.
+
+        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. Raises
+        InvalidArgument with the first 20 bad rows as violations, or the formats that the file may have.
+        """
+        with requests.Upload(self.connection.parent, path, display_name, format) as parts:
+            result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
         return result
 
     def dataset(self, dataset: str) -> dataset_pb2.Dataset:

@@ -1,6 +1,7 @@
 """What a good row of each format is: every fault of a row, each with its field. Knows neither files nor tokenizers."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
 }
 """`from` of a ShareGPT turn, and the role that it is."""
+_ROOT = re.compile(r"[.\[]")
 _NOTHING = "is empty: there is nothing to learn"
 
 
@@ -27,8 +29,10 @@ def row_faults(row: Row, format: DatasetFormat, *, declared: bool = False) -> li
     faults: list[Fault] = []
     if not (declared or layout.open):
         faults += ((shown(key), "is not a known key; remove it") for key in row if key not in layout.keys)
-    faults += ((key, "is missing") for key in layout.required if key not in row)
-    faults += _CHECKS[format](row)
+    own = [*((key, "is missing") for key in layout.required if key not in row), *_CHECKS[format](row)]
+    # In the order of the format's keys: the first is the one that is told.
+    order = {key: place for place, key in enumerate(layout.required + layout.optional)}
+    faults += sorted(own, key=lambda fault: order.get(_ROOT.split(fault[0])[0], len(order)))
     return faults
 
 
