@@ -7,6 +7,7 @@ import typer
 
 from graft.cli.connect import connect
 from graft.cli.output import Json, failures, local_time, print_json, short_id, show, show_fields, show_one, size_text
+from graft.cli.validating import datasets_validate
 
 if TYPE_CHECKING:
     from graft.api.v1.adapter_pb2 import ReplicaResidency
@@ -34,6 +35,7 @@ adapters = typer.Typer(no_args_is_help=True, help="List, name and place adapters
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to the main one."""
     app.command("models")(models)
+    datasets.command("validate")(datasets_validate)
     app.add_typer(datasets, name="datasets")
     app.add_typer(adapters, name="adapters")
 
