@@ -16,6 +16,7 @@ from graft.api.v1 import (
     base_model_service_pb2,
     base_model_service_pb2_grpc,
     dataset_pb2,
+    dataset_report_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
     fine_tuning_job_pb2,
@@ -106,6 +107,23 @@ class Graft:
         """All data sets, newest first."""
         request = dataset_service_pb2.ListDatasetsRequest(parent=self.connection.parent)
         return list(self._pages(self._datasets.ListDatasets, request, "datasets"))
+
+    def validate_dataset(
+        self,
+        dataset: str,
+        base_model: str = "",
+        *,
+        validation_dataset: str = "",
+        context_tokens: int = 0,
+        epochs: float = 0.0,
+    ) -> dataset_report_pb2.DatasetReport:
+        """Measures a data set for a base model, the served one when empty. Raises Unavailable (CHECK_RUNNING) when it
+        takes longer than a minute: ask again."""
+        request = requests.validate_dataset(
+            self.connection.parent, dataset, base_model, validation_dataset, context_tokens, epochs
+        )
+        result: dataset_report_pb2.DatasetReport = self._call(self._datasets.ValidateDataset, request)
+        return result
 
     def delete_dataset(self, dataset: str) -> None:
         """Raises FailedPrecondition while a live job uses it."""

@@ -78,6 +78,22 @@ class Upload:
             raise self.failure from None
 
 
+def validate_dataset(
+    parent: str, name: str, base_model: str, validation_dataset: str, context_tokens: int, epochs: float
+) -> dataset_service_pb2.ValidateDatasetRequest:
+    """Data sets are ids or resource names. Raises InvalidArgument for a value that does not fit its field."""
+    request: dataset_service_pb2.ValidateDatasetRequest = _built(
+        "validate",
+        dataset_service_pb2.ValidateDatasetRequest,
+        name=dataset(parent, name),
+        base_model=base_model,
+        validation_dataset=dataset(parent, validation_dataset) if validation_dataset else "",
+        context_tokens=context_tokens,
+        epochs=epochs,
+    )
+    return request
+
+
 def dataset_format(name: str) -> dataset_pb2.DatasetFormat.ValueType:
     """The number of a format's name; of an empty one, unspecified. Raises InvalidArgument."""
     try:

@@ -1,6 +1,7 @@
 """Domain types to protobuf and back, for the gRPC edge. The only module that knows both."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, fine_tuning_job_pb2
+from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, dataset_report_pb2, fine_tuning_job_pb2
 from graft.domain.errors import KINDS, FieldViolation, GraftError, Internal, InvalidArgument
 from graft.domain.jobs import (
     Checkpoint,
@@ -23,12 +24,13 @@ from graft.domain.jobs import (
     Resolved,
 )
 from graft.domain.names import dataset_name, job_name, parse_resource, resource
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2
 
 _FORMATS = {format: dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.name}") for format in DatasetFormat}
-_DECLARED = {number: format for format, number in _FORMATS.items()}
+_DECLARED: dict[int, DatasetFormat] = {number: format for format, number in _FORMATS.items()}
 _POLICIES: dict[int, OverLengthPolicy] = {
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_UNSPECIFIED: OverLengthPolicy.DROP,
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_DROP: OverLengthPolicy.DROP,
@@ -81,6 +83,11 @@ def dataset(found: Dataset) -> dataset_pb2.Dataset:
     )
 
 
+def dataset_report(found: DatasetReport) -> dataset_report_pb2.DatasetReport:
+    """What a check found: the same fields."""
+    return dataset_report_pb2.DatasetReport(**{**asdict(found), "format": _FORMATS[DatasetFormat(found.format)]})
+
+
 def declared_format(number: int) -> DatasetFormat | None:
     """The format that an upload declares; None when it is to be recognised. Raises InvalidArgument."""
     if number == dataset_pb2.DATASET_FORMAT_UNSPECIFIED:
@@ -119,8 +126,8 @@ def job_spec(project: str, asked: fine_tuning_job_pb2.FineTuningJob) -> JobSpec:
     asked_for = asked.hyperparameters
     return JobSpec(
         base_model=_base_id(asked.base_model),
-        training_dataset=_dataset_id(project, asked.training_dataset, "training_dataset"),
-        validation_dataset=_dataset_id(project, asked.validation_dataset, "validation_dataset")
+        training_dataset=dataset_id(project, asked.training_dataset, "training_dataset"),
+        validation_dataset=dataset_id(project, asked.validation_dataset, "validation_dataset")
         if asked.validation_dataset
         else None,
         suffix=asked.suffix or None,
@@ -145,19 +152,19 @@ def _base_id(name: str) -> str:
     return name
 
 
-def _dataset_id(project: str, name: str, field: str) -> str:
+def dataset_id(project: str, name: str, field: str) -> str:
     """The id in a resource name; a bare id is taken as one of the project."""
     if not name:
         raise _required(field, "upload a data set first")
     if "/" not in name:
         return name
-    owner, dataset_id = parse_resource(name, "projects", "datasets", field=field)
+    owner, found = parse_resource(name, "projects", "datasets", field=field)
     if owner != project:
         description = f"{name!r} belongs to another project; upload it to {project!r}"
         raise InvalidArgument(
             f"{field}: {description}", reason="WRONG_PROJECT", violations=(FieldViolation(field, description),)
         )
-    return dataset_id
+    return found
 
 
 def _policy(number: int) -> OverLengthPolicy:
