@@ -221,8 +221,15 @@ async def test_a_data_set_is_checked_once_and_again_after_a_failure(store: SqlSt
     assert (await store.get_dataset_check("dc-1")).error == error
     assert await store.request_dataset_check(asked) == asked
     report = DatasetReport(
-        format="text", row_count=2**40, size_bytes=1, base_model="base", length_unit="tokens",
-        ignored_fields=("label",), shortest=1, median=2, longest=3,
+        format="text",
+        row_count=2**40,
+        size_bytes=1,
+        base_model="base",
+        length_unit="tokens",
+        ignored_fields=("label",),
+        shortest=1,
+        median=2,
+        longest=3,
         histogram=(LengthBin(0, 1, 2),),
         duplicates=FoundRows(1, (2,)),
         empty=FoundRows(0),

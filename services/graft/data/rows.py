@@ -47,6 +47,12 @@ def text_fault(text: Any) -> str | None:
     return None
 
 
+def _nested_fault(value: Any) -> str | None:
+    """What keeps any text inside a value from being one."""
+    fault = text_fault(json.dumps(value, ensure_ascii=False, default=str))
+    return fault and "has half a surrogate pair, which is no text"
+
+
 def _texts(row: Row, *keys: str) -> Iterator[Fault]:
     for key in keys:
         if key in row and (fault := text_fault(row[key])):
@@ -260,6 +266,8 @@ def _call_faults(called: Any, field: str, calls: set[str]) -> Iterator[Fault]:
             calls.add(call["id"])
         if fault := text_fault(function.get("name")):
             yield f"{where}.function.name", fault
+        elif fault := _nested_fault(function):
+            yield f"{where}.function", fault
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
@@ -280,6 +288,8 @@ def _tool_faults(tools: Any, field: str) -> Iterator[Fault]:
             yield f"{field}[{index}]", 'is not an object such as {"type": "function", "function": {"name", …}}'
         elif fault := text_fault(function.get("name")):
             yield f"{field}[{index}].function.name", fault
+        elif fault := _nested_fault(function):
+            yield f"{field}[{index}].function", fault
 
 
 def _unknown(value: dict[str, Any], known: tuple[str, ...], field: str) -> Iterator[Fault]:
