@@ -11,9 +11,10 @@ import yaml
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import load
 from graft.data.tasks.reading import METRICS
-from graft.data.tasks.rows import to_prompt, to_training_row
+from graft.data.tasks.rows import to_prompt, to_training_row, trained_as
 from graft.data.tasks.templates import render_choices, render_prompt
 from graft.domain.errors import InvalidArgument, NotFound
+from graft.domain.resources import DatasetFormat
 
 PLAIN: dict[str, Any] = {
     "name": "films",
@@ -170,7 +171,10 @@ def test_a_raw_prompt_and_a_completion_with_a_template_of_its_own() -> None:
 def test_a_task_of_conversations_learns_chats_as_they_are_and_serves_the_same_turns() -> None:
     task = catalog.builtin("chat")
     turns = [{"role": "user", "content": " Hi\n"}, {"role": "assistant", "content": "Hello"}]
-    assert to_training_row(task, {"messages": turns}) == {"messages": turns}
+    assert trained_as(task, {"messages": turns}, DatasetFormat.MESSAGES) == (
+        {"messages": turns},
+        DatasetFormat.MESSAGES,
+    )
     assert to_training_row(task, {"message": " Hi\n", "reply": "Hello"}) == {"messages": turns}
     assert render_prompt(task, {"message": "Hi", "system": "Be kind."})[0] == {"role": "system", "content": "Be kind."}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.data.prepare import DataStats, prepare
+from graft.data.tasks.definition import load
 from graft.domain.errors import NotFound
 from graft.domain.jobs import Job
 from graft.domain.resources import BaseModel, Dataset
@@ -44,7 +45,9 @@ class TokenizingPreparer:
             )
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
-        return prepare(path, dataset.format, _tokenizer(base.path), context_tokens, asked.over_length_policy).stats
+        task = load(job.spec.task_definition) if job.spec.task_definition else None
+        tokenizer = _tokenizer(base.path)
+        return prepare(path, dataset.format, tokenizer, context_tokens, asked.over_length_policy, task=task).stats
 
 
 def import_tokenizers() -> None:

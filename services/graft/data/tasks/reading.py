@@ -46,7 +46,7 @@ def plain(text: str) -> Any:
         except RecursionError:
             raise ValueError("is nested too deeply") from None
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a BaseLoader: it makes texts, lists and mappings only
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{error.problem or error.context}") from None

@@ -7,19 +7,21 @@ from typing import Any
 from graft.data.tasks.definition import TaskDefinition
 from graft.data.tasks.templates import render_completion, render_prompt
 from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.domain.resources import DatasetFormat
 
 Row = Mapping[str, Any]
+
+FORMATS = frozenset({DatasetFormat.FIELDS, DatasetFormat.QUESTION_ANSWER, DatasetFormat.ALPACA})
+"""Formats whose rows are fields for a task's template. Rows of all others hold their prompt already."""
+CONVERSATIONS = frozenset({DatasetFormat.MESSAGES, DatasetFormat.SHAREGPT})
+"""Formats of whole chats, which a task of conversations learns as they are."""
 
 
 def to_training_row(task: TaskDefinition, row: Row) -> dict[str, Any]:
     """A row of `messages`, or of `prompt` and `completion`, that says the same. Further fields are not looked at.
 
-    A row that is a whole chat is returned as it is by a task of conversations.
-
     Raises InvalidArgument (INVALID_TASK_ROW) naming each field at fault.
     """
-    if task.conversations and "messages" in row:
-        return dict(row)
     completion = task.completion.field
     answer = text_of(row.get(completion), completion)
     allowed = task.labels if task.decoding.choose_label else ()
@@ -47,6 +49,24 @@ def to_training_row(task: TaskDefinition, row: Row) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": learned}
     return {"messages": [*prompt, {"role": "assistant", "content": learned}]}
+
+
+def trained_as(task: TaskDefinition | None, row: Row, format: DatasetFormat) -> tuple[Row, DatasetFormat]:
+    """The row that training reads in place of one of `format`, and the format of that.
+
+    The same row without a task, and where it is a whole chat and the task is one of conversations. Raises as
+    `to_training_row`.
+    """
+    if task is None or (task.conversations and format in CONVERSATIONS):
+        return row, format
+    made = to_training_row(task, row)
+    return made, DatasetFormat.MESSAGES if task.is_chat else DatasetFormat.PROMPT_COMPLETION
+
+
+def to_reference(task: TaskDefinition, row: Row) -> str | None:
+    """The text that an answer to `to_prompt` is compared with: what would be learned. None where the row has none."""
+    answer = text_of(row.get(task.completion.field), task.completion.field)
+    return None if answer is None else render_completion(task, inputs_of(task, row), answer)
 
 
 def to_prompt(task: TaskDefinition, row: Row) -> list[dict[str, str]] | str:

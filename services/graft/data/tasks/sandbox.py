@@ -2,8 +2,8 @@
 
 A template is text with `{{ field }}`, slices, a few filters, `if`, and `for` over labels. Everything else is refused
 when the template is read, before Jinja compiles it (its optimizer would compute `'x' * 10**9`): no calls, no
-attributes, no arithmetic, no assignments, no macros, no nested loops. What is left is linear in text and labels. Jinja's
-own immutable sandbox stands behind that as a second wall, and no loader, so that nothing can be included.
+attributes, no arithmetic, no assignments, no macros, no nested loops. What is left is linear in text and labels.
+Jinja's own immutable sandbox stands behind that as a second wall, and no loader, so that nothing can be included.
 """
 
 import json
@@ -20,7 +20,7 @@ from graft.domain.errors import InvalidArgument
 
 MAX_TEMPLATE_BYTES = 16 * 1024
 MAX_TEXT_CHARACTERS = 1024 * 1024
-"""Of all that is put in together, of a filter's result, and of what comes out: as long as a row of a data set may be."""
+"""Of all that is put in, of a filter's result, and of what comes out: as long as a row of a data set may be."""
 MAX_WORK_CHARACTERS = 64 * 1024 * 1024
 """Filters, comparisons and slices of a rendering, times the characters put in: some tenths of a second."""
 MAX_DEPTH = 20
@@ -189,7 +189,7 @@ class _Reader:
 
     _PLAIN = (
         nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.If, nodes.And, nodes.Or, nodes.Not,
-        nodes.Operand, nodes.Tuple, nodes.List, nodes.Slice, nodes.Keyword,
+        nodes.Compare, nodes.Operand, nodes.Tuple, nodes.List, nodes.Slice, nodes.Keyword,
     )  # fmt: skip
     _TEXT_WORK = (nodes.Filter, nodes.Compare, nodes.Getitem)
 
@@ -239,7 +239,7 @@ class _Reader:
             )
         if isinstance(node, nodes.Neg):
             return None if isinstance(node.node, nodes.Const) else "no arithmetic is done in a prompt"
-        if isinstance(node, nodes.Compare) or isinstance(node, self._PLAIN):
+        if isinstance(node, self._PLAIN):
             return None
         return _NOT_ALLOWED.get(type(node).__name__, f"{type(node).__name__} is not allowed; {_ALLOWED}")
 
