@@ -96,7 +96,7 @@ def test_all_faults_are_told_together_each_with_its_field() -> None:
         ({"fields": {"review": {"optional": "maybe"}}}, "fields.review.optional", "neither true nor false"),
         ({"completion": ""}, "completion", "is missing"),
         ({"completion": "review"}, "completion", "the prompt would hold the answer"),
-        ({"completion": {"field": "verdict", "template": "{{ review }}"}}, "completion.template", "does not use 'verdict'"),
+        ({"completion": {"field": "ok", "template": "{{ review }}"}}, "completion.template", "does not use 'ok'"),
         ({"user": ""}, "user", "is missing"),
         ({"prompt": "{{ review }}"}, "prompt", "give one or the other"),
         ({"user": "{{ review }"}, "user", "line 1"),

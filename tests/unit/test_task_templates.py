@@ -18,7 +18,7 @@ NAMES = ("review", "context", "labels")
         ("{% if context and not review %}a{% elif review == 'fine' %}b{% endif %}", "b"),
         ("{{ 'long' if 'ine' in review else 'short' }}", "long"),
         ("{{ labels | join(' or ') }}", "good or bad"),
-        ("{% for label in labels %}{{ loop.index }}. {{ label }}{{ '' if loop.last else ', ' }}{% endfor %}", "1. good, 2. bad"),
+        ("{% for l in labels %}{{ loop.index }}{{ l }}{{ '' if loop.last else ', ' }}{% endfor %}", "1good, 2bad"),
         ("{{ context | default('?') }}{{ review | replace('f', 'm') | tojson }}", '?"mine"'),
         ("{% raw %}{{ review }}{% endraw %}{# a comment #}", "{{ review }}"),
         ("{% if review %}\nblock\n{% endif %}\nend\n", "block\nend"),

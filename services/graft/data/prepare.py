@@ -60,8 +60,8 @@ def prepare(
     split: Split | None = None,
     task: TaskDefinition | None = None,
 ) -> Prepared:
-    """Renders every row, through the `task` where there is one, or those on one side of a `split`, and applies the policy to those with more than
-    `context_tokens` tokens.
+    """Renders every row, or those on one side of a `split`, and applies the policy to those with more than
+    `context_tokens` tokens. Rows of fields are rendered through the `task`.
 
     Raises InvalidArgument: OVER_LENGTH_EXAMPLES under the policy `fail`, naming the first 20 rows, NO_EXAMPLES when
     nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.

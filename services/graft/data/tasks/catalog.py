@@ -22,7 +22,7 @@ def text(name: str) -> str:
     """The file of a built-in task, with its comments. Raises NotFound naming what exists."""
     if name not in names():
         raise NotFound(
-            f"There is no task {name[:80]!r}; {did_you_mean(name, names())} "
+            f"There is no task {name[:80]!r}; {did_you_mean(name, names())}. "
             "Tasks of your own are given as a definition.",
             reason="TASK_NOT_FOUND",
             metadata={"name": name[:80], "existing": ", ".join(names())},

@@ -93,9 +93,9 @@ def _texts(value: Any) -> Any:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """`did you mean 'x'?`, or all that is known."""
+    """`did you mean 'x'`, or all that is known."""
     near = get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+    return f"did you mean {near[0]!r}" if near else f"there are: {', '.join(known)}"
 
 
 class Reader:

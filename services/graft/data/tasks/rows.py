@@ -1,10 +1,11 @@
 """Rows of named fields as training rows, through a task's templates. Does not know files, formats or tokenizers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graft.data.tasks.definition import TaskDefinition
+from graft.data.tasks.reading import MAX_LABELS
 from graft.data.tasks.templates import render_completion, render_prompt
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.resources import DatasetFormat
@@ -49,6 +50,33 @@ def to_training_row(task: TaskDefinition, row: Row) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": learned}
     return {"messages": [*prompt, {"role": "assistant", "content": learned}]}
+
+
+def labels_of(task: TaskDefinition, rows: Iterable[Row]) -> tuple[str, ...]:
+    """The different values of the completion's field, in alphabetical order.
+
+    Raises InvalidArgument (INVALID_LABELS) for fewer than two, and as soon as they are too many for labels.
+    """
+    found: set[str] = set()
+    field = task.completion.field
+    for row in rows:
+        label = text_of(row.get(field), field)
+        if label is not None and label.strip():
+            found.add(label)
+        if len(found) > MAX_LABELS:
+            break
+    if not 2 <= len(found) <= MAX_LABELS:
+        shown = f"more than {MAX_LABELS}" if len(found) > MAX_LABELS else f"{len(found)}"
+        description = (
+            f"takes its labels from the data, which has {shown} different values of {field!r}; "
+            f"2 to {MAX_LABELS} are labels to choose from"
+        )
+        raise InvalidArgument(
+            f"The task {task.name!r} {description}.",
+            reason="INVALID_LABELS",
+            violations=(FieldViolation("task", description),),
+        )
+    return tuple(sorted(found))
 
 
 def trained_as(task: TaskDefinition | None, row: Row, format: DatasetFormat) -> tuple[Row, DatasetFormat]:
