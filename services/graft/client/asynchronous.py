@@ -259,10 +259,13 @@ class AsyncGraft:
         *,
         prompt: str | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        inputs: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> generation_service_pb2.GenerateResponse:
-        """Answers a raw prompt or a chat; `sampling` as in `graft.client.requests.generate`."""
-        request = requests.generate(self.connection.parent, model, prompt=prompt, messages=messages, **sampling)
+        """Answers a raw prompt, a chat, or the inputs of a task; `sampling` as in `graft.client.requests.generate`."""
+        request = requests.generate(
+            self.connection.parent, model, prompt=prompt, messages=messages, inputs=inputs, **sampling
+        )
         result: generation_service_pb2.GenerateResponse = await self._call(self._generation.Generate, request)
         return result
 
@@ -272,10 +275,13 @@ class AsyncGraft:
         *,
         prompt: str | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        inputs: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> AsyncIterator[generation_service_pb2.StreamGenerateResponse]:
         """The same, token by token."""
-        inner = requests.generate(self.connection.parent, model, prompt=prompt, messages=messages, **sampling)
+        inner = requests.generate(
+            self.connection.parent, model, prompt=prompt, messages=messages, inputs=inputs, **sampling
+        )
         request = generation_service_pb2.StreamGenerateRequest(request=inner)
         call = self._generation.StreamGenerate(request, metadata=self.connection.metadata)
         try:

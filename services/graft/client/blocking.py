@@ -250,10 +250,13 @@ class Graft:
         *,
         prompt: str | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        inputs: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> generation_service_pb2.GenerateResponse:
-        """Answers a raw prompt or a chat; `sampling` as in `graft.client.requests.generate`."""
-        request = requests.generate(self.connection.parent, model, prompt=prompt, messages=messages, **sampling)
+        """Answers a raw prompt, a chat, or the inputs of a task; `sampling` as in `graft.client.requests.generate`."""
+        request = requests.generate(
+            self.connection.parent, model, prompt=prompt, messages=messages, inputs=inputs, **sampling
+        )
         result: generation_service_pb2.GenerateResponse = self._call(self._generation.Generate, request)
         return result
 
@@ -263,10 +266,13 @@ class Graft:
         *,
         prompt: str | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        inputs: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> Iterator[generation_service_pb2.StreamGenerateResponse]:
         """The same, token by token."""
-        inner = requests.generate(self.connection.parent, model, prompt=prompt, messages=messages, **sampling)
+        inner = requests.generate(
+            self.connection.parent, model, prompt=prompt, messages=messages, inputs=inputs, **sampling
+        )
         request = generation_service_pb2.StreamGenerateRequest(request=inner)
         call = self._generation.StreamGenerate(request, metadata=self.connection.metadata)
         try:

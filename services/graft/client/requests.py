@@ -301,6 +301,7 @@ def generate(
     *,
     prompt: str | None = None,
     messages: Sequence[Mapping[str, str]] | None = None,
+    inputs: Mapping[str, str] | None = None,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -308,13 +309,15 @@ def generate(
     stop: Sequence[str] = (),
     choices: Sequence[str] = (),
 ) -> generation_service_pb2.GenerateRequest:
-    """Exactly one of `prompt` (raw text) and `messages` (role and content). Raises InvalidArgument otherwise, and for a
-    number that does not fit its field."""
-    if (prompt is None) == (messages is None):
-        raise InvalidArgument("Give either a prompt or messages.", reason="INVALID_INPUT")
+    """Exactly one of `prompt` (raw text), `messages` (role and content) and `inputs` (the texts of a task's fields).
+    Raises InvalidArgument otherwise, and for a value that does not fit its field."""
+    if sum(given is not None for given in (prompt, messages, inputs)) != 1:
+        raise InvalidArgument("Give either a prompt, messages or inputs.", reason="INVALID_INPUT")
     request = generation_service_pb2.GenerateRequest(parent=parent, model=model)
     if prompt is not None:
         request.prompt = prompt
+    elif inputs is not None:
+        request.inputs.CopyFrom(_built("inputs", generation_pb2.TaskInputs, values=inputs))
     else:
         for message in messages or ():
             request.chat.messages.append(generation_pb2.ChatMessage(role=message["role"], content=message["content"]))

@@ -14,6 +14,8 @@ from graft.data.canonical import canonical
 from graft.data.reading import read_rows
 from graft.data.rendering import Example, Tokenizer, render
 from graft.data.split import Split
+from graft.data.tasks.definition import TaskDefinition
+from graft.data.tasks.rows import trained_as
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.jobs import OverLengthPolicy
 from graft.domain.resources import DatasetFormat
@@ -56,9 +58,10 @@ def prepare(
     context_tokens: int,
     policy: OverLengthPolicy,
     split: Split | None = None,
+    task: TaskDefinition | None = None,
 ) -> Prepared:
     """Renders every row, or those on one side of a `split`, and applies the policy to those with more than
-    `context_tokens` tokens.
+    `context_tokens` tokens. Rows of fields are rendered through the `task`.
 
     Raises InvalidArgument: OVER_LENGTH_EXAMPLES under the policy `fail`, naming the first 20 rows, NO_EXAMPLES when
     nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.
@@ -70,7 +73,7 @@ def prepare(
     for row_number, row in enumerate(read_rows(path), start=1):
         if split is not None and not split.takes(row):
             continue
-        example = render_row(row, format, tokenizer, row_number)
+        example = render_row(row, format, tokenizer, row_number, task)
         lengths.append(len(example.token_ids))
         if len(example.token_ids) <= context_tokens:
             examples.append(example)
@@ -114,10 +117,16 @@ def prepare(
     return Prepared(tuple(examples), stats)
 
 
-def render_row(row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokenizer, row_number: int) -> Example:
+def render_row(
+    row: Mapping[str, Any],
+    format: DatasetFormat,
+    tokenizer: Tokenizer,
+    row_number: int,
+    task: TaskDefinition | None = None,
+) -> Example:
     """The example of a file's row. A refusal names the row, counted from 1."""
     try:
-        return render(canonical(row, format), tokenizer)
+        return render(canonical(*trained_as(task, row, format)), tokenizer)
     except InvalidArgument as error:
         raise InvalidArgument(
             f"Row {row_number}: {error.message}",

@@ -70,6 +70,8 @@ class AdapterVersion:
     mlflow_run_id: str
     create_time: datetime
     metrics: dict[str, float] = field(default_factory=dict)
+    task_definition: str = ""
+    """YAML of the task that it was trained with; empty without one."""
 
     @property
     def model(self) -> str:

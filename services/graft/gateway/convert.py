@@ -7,6 +7,7 @@ from datetime import datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, dataset_report_pb2
+from graft.data.tasks.catalog import name_of
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.names import dataset_name, job_name, resource
 from graft.domain.reports import DatasetReport
@@ -108,6 +109,8 @@ def version(found: AdapterVersion, aliases: dict[str, int]) -> adapter_pb2.Adapt
         metrics=found.metrics,
         create_time=timestamp(found.create_time),
         mlflow_run_id=found.mlflow_run_id,
+        task=name_of(found.task_definition),
+        task_definition=found.task_definition,
     )
 
 

@@ -18,7 +18,7 @@ from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec
 from graft.domain.names import check_alias, check_id, parse_model
 from graft.domain.reports import REPORT_VERSION, DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
-from graft.gateway import generation, resolving
+from graft.gateway import generation, resolving, task_inputs
 from graft.gateway.checks import check_page_size, check_request_id
 from graft.gateway.checks_evaluations import check_evaluation
 from graft.gateway.checks_jobs import check_job
@@ -343,15 +343,19 @@ class Core:
         return await resolving.resolve(self.store, project, model, self.settings.serving.base_model)
 
     async def generate(self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]) -> Answer:
-        """Answers an OpenAI body. OpenAI's own error objects come back in the Answer; all else is raised."""
+        """Answers an OpenAI body, which may hold a task's `inputs` instead of a prompt.
+
+        OpenAI's own error objects come back in the Answer; all else is raised.
+        """
         resolution = await self.resolve(project, generation.model_of(body))
-        return await generation.generate(self.engine, resolution, endpoint, body)
+        return await generation.generate(self.engine, resolution, *task_inputs.rendered(resolution, endpoint, body))
 
     async def stream(
         self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
     ) -> AsyncGenerator[bytes, None]:
         """Answers an OpenAI body as payloads of `data:` lines. Every refusal is raised before the first payload."""
         resolution = await self.resolve(project, generation.model_of(body))
+        endpoint, body = task_inputs.rendered(resolution, endpoint, body)
         async with aclosing(generation.stream(self.engine, resolution, endpoint, body)) as payloads:
             async for payload in payloads:
                 yield payload

@@ -16,6 +16,8 @@ class Resolution:
     public_model: str
     """What the answer's `model` says: `base`, or `base:adapter@version`."""
     adapter: engine_pb2.AdapterRef | None
+    task_definition: str = ""
+    """Of the task that the version was trained with, for named inputs; empty without one."""
 
 
 def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:
@@ -55,7 +57,7 @@ async def resolve(store: Store, project: str, model: str, served: str) -> Resolu
     if name.adapter is None:
         return Resolution(name.base, None)
     version = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
-    return Resolution(version.model, adapter_ref(version))
+    return Resolution(version.model, adapter_ref(version), version.task_definition)
 
 
 async def owns(store: Store, project: str, model: str, digest: str) -> bool:

@@ -6,6 +6,7 @@ Tokenizers are all that this process needs of transformers.
 from pathlib import Path
 
 from graft.data.prepare import DataStats, prepare
+from graft.data.tasks.definition import load
 from graft.data.tokenizers import import_tokenizers, load_tokenizer
 from graft.domain.errors import NotFound
 from graft.domain.jobs import Job
@@ -42,4 +43,6 @@ class TokenizingPreparer:
             )
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
-        return prepare(path, dataset.format, load_tokenizer(base.path), context_tokens, asked.over_length_policy).stats
+        task = load(job.spec.task_definition) if job.spec.task_definition else None
+        tokenizer = load_tokenizer(base.path)
+        return prepare(path, dataset.format, tokenizer, context_tokens, asked.over_length_policy, task=task).stats

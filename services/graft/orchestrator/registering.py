@@ -45,6 +45,7 @@ async def register(context: Context) -> None:
             dataset_digest=material.dataset.digest,
             rank=resolved_int(job, "lora.rank", 0),
             metrics=job.metrics,
+            task_definition=job.spec.task_definition,
         )
         version = await context.patiently("The registry", lambda: call(parts.registry.publish, publication))
         await context.patiently("The registry", context.mirror.refresh)

@@ -33,8 +33,9 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 ARTIFACT_PATH = "adapter"
-PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt")
+PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".yaml")
 """Never a pickle: only these are kept of a download."""
+TASK_TAG = "graft.task"
 PARAM_BATCH = 100
 """MLflow's limit of parameters in one call."""
 
@@ -54,6 +55,7 @@ class Publication:
     dataset_digest: str
     rank: int
     metrics: dict[str, float]
+    task_definition: str = ""
 
 
 class Registry:
@@ -124,6 +126,7 @@ class Registry:
                     "graft.size_bytes": str(sum((publication.folder / name).stat().st_size for name in FILES)),
                     "graft.metrics": json.dumps(publication.metrics),
                     "graft.code_version": code_version(),
+                    **({TASK_TAG: publication.task_definition} if publication.task_definition else {}),
                 },
             )
             return _version(self._client.get_model_version(name, made.version))
@@ -286,4 +289,5 @@ def _version(entry: Any) -> AdapterVersion:
         mlflow_run_id=entry.run_id,
         create_time=_time(entry.creation_timestamp),
         metrics=json.loads(tags["graft.metrics"]),
+        task_definition=tags.get(TASK_TAG, ""),
     )

@@ -170,6 +170,7 @@ adapter_versions = Table(
     Column("mlflow_run_id", String, nullable=False),
     Column("create_time", UtcTime, nullable=False),
     Column("metrics", JSON, nullable=False),
+    Column("task_definition", String, nullable=False),
 )
 
 evaluations = Table(

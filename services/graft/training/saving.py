@@ -17,14 +17,17 @@ PROBE_CANDIDATES = 64
 """The probes are the shortest of so many: cheap to score, and the likeliest to fit the engine's context."""
 
 
-def save_adapter(model: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
-    """Writes beside `folder` and renames: a folder of that name is always whole. `about` becomes `graft.json`."""
+def save_adapter(model: Any, folder: Path, about: dict[str, Any] | None = None, task: str = "") -> None:
+    """Writes beside `folder` and renames: a folder of that name is always whole. `about` becomes `graft.json`, and the
+    definition of a `task` becomes `task.yaml`."""
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, safe_serialization=True)
     (temporary / "README.md").unlink(missing_ok=True)  # peft's model card template, empty but for its headings
     if about is not None:
         (temporary / "graft.json").write_text(json.dumps(about, indent=1))
+    if task:
+        (temporary / "task.yaml").write_text(task, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

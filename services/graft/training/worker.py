@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from graft.data.prepare import Example, prepare
+from graft.data.tasks.definition import load
 from graft.domain.errors import InvalidArgument
 from graft.domain.resources import DatasetFormat
 from graft.training.batching import microbatches
@@ -66,8 +67,10 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
         )
     tokenizer = AutoTokenizer.from_pretrained(spec.base_model_path, local_files_only=True)
 
+    task = load(spec.task_definition) if spec.task_definition else None
+
     def read(path: str, layout: DatasetFormat) -> tuple[Example, ...]:
-        return prepare(Path(path), layout, tokenizer, spec.context_tokens, spec.over_length_policy).examples
+        return prepare(Path(path), layout, tokenizer, spec.context_tokens, spec.over_length_policy, task=task).examples
 
     examples = read(spec.dataset_path, spec.dataset_format)
     held_out: tuple[Example, ...] = ()
@@ -124,7 +127,7 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
     train(model, Supervised(examples, device), settings, follow.on_step, group)
     if group.rank == 0:
         folder = Path(spec.output_dir) / "adapter"
-        save_adapter(model, folder, describe(spec, model, held_out or examples))
+        save_adapter(model, folder, describe(spec, model, held_out or examples), spec.task_definition)
         tell("finished", {**follow.result, "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size})
     # Nobody leaves before rank 0 has told the end: a worker that is gone is a failure to those that remain.
     group.reduce(torch.zeros(1))
