@@ -93,6 +93,11 @@ class Registry:
             now_ms = int(datetime.now(UTC).timestamp() * 1000)
             self._client.log_batch(run_id, [Metric(key, value, now_ms, step) for key, value in metrics.items()])
 
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Uploads one file as an artifact of its own name."""
+        with self._translated(f"run {run_id}"):
+            self._client.log_artifact(run_id, str(path))
+
     def finish_run(self, run_id: str, status: str) -> None:
         """`FINISHED`, `FAILED` or `KILLED`."""
         with self._translated(f"run {run_id}"):
