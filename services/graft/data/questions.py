@@ -136,7 +136,7 @@ def with_shots(prompt: Prompt, shots: Sequence[Ask]) -> Prompt:
     Of shots in a chat only the turns count, since the prompt has a system message of its own.
     """
     if isinstance(prompt, str):
-        shown = [f"{shot.prompt}{shot.reference}" for shot in shots if isinstance(shot.prompt, str)]
+        shown = [f"{shot.prompt.rstrip()} {shot.reference}" for shot in shots if isinstance(shot.prompt, str)]
         return SHOT_SEPARATOR.join([*shown, prompt])
     system = tuple(message for message in prompt[:1] if message["role"] == "system")
     turns: list[Message] = []

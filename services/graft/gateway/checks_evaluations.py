@@ -6,8 +6,10 @@ from dataclasses import replace
 from graft.domain.errors import FieldViolation, GraftError, InvalidArgument, NotFound
 from graft.domain.evaluations import Contestant, EvaluationSpec
 from graft.domain.grading import check_grader
+from graft.domain.jobs import JobSpec, Method
 from graft.domain.names import parse_model
 from graft.domain.resources import Dataset
+from graft.gateway.checks_tasks import with_task
 from graft.store.protocol import Store
 
 MAX_CONTESTANTS = 16
@@ -70,6 +72,8 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec) -> 
         except NotFound as error:
             missing.append(FieldViolation(field, error.message))
     wrong += [*_check_contestants(spec, contestants), *_check_numbers(spec), *_check_metrics(spec, dataset)]
+    spec, faults = await _with_task(spec, dataset)
+    wrong += faults
     if wrong or missing:
         violations = (*wrong, *missing)
         kind: type[GraftError] = InvalidArgument if wrong else NotFound
@@ -79,6 +83,16 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec) -> 
             violations=violations,
         )
     return replace(spec, contestants=tuple(contestants))
+
+
+async def _with_task(spec: EvaluationSpec, dataset: Dataset | None) -> tuple[EvaluationSpec, list[FieldViolation]]:
+    """As a job's task is checked, its data being the data that is asked."""
+    job = JobSpec("", spec.dataset, task=spec.task, task_definition=spec.task_definition)
+    if dataset is not None and measured_from(dataset) == "grades":
+        job = replace(job, method=Method.REINFORCEMENT)
+    job, faults = await with_task(job, dataset, None)
+    renamed = [replace(fault, field=fault.field.replace("training_dataset", "dataset")) for fault in faults]
+    return replace(spec, task=job.task, task_definition=job.task_definition), renamed
 
 
 async def _resolved(store: Store, project: str, model: str) -> str:

@@ -52,11 +52,17 @@ class Asked:
     base: BaseModel
     context_tokens: int
     """The engine's."""
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """The base's own; only where given texts are scored."""
     shots: tuple[Ask, ...]
     samples: int
     max_tokens: int
     seed: int = 0
+
+
+def scores(questions: Questions) -> bool:
+    """Whether given texts are scored, rather than answers generated."""
+    return isinstance(questions.items[0], Rank | Predict)
 
 
 class Answers:
@@ -118,7 +124,8 @@ async def _answer(engine: Engine, asked: Asked, questions: Questions, row: int) 
         texts = tuple(_text(choice) for choice in told["choices"])
         tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
         return Answer(row, texts, generated_tokens=tokens, seconds=time.monotonic() - started)
-    pairs = _to_score(asked, item)
+    assert asked.tokenizer is not None
+    pairs = _to_score(asked.tokenizer, asked.context_tokens, item)
     nats = [await _score(engine, asked, before, scored) for before, scored in pairs]
     return Answer(row, (), tuple(nats), len(pairs[0][1]), 0, time.monotonic() - started)
 
@@ -148,19 +155,19 @@ def _text(choice: Mapping[str, Any]) -> str:
     return str(text or "").strip()
 
 
-def _to_score(asked: Asked, item: Rank | Predict) -> list[tuple[list[int], list[int]]]:
+def _to_score(tokenizer: Tokenizer, context_tokens: int, item: Rank | Predict) -> list[tuple[list[int], list[int]]]:
     """Prompt and scored token ids of each text, cut to the context at the prompt's start, or at a text's end."""
-    most = asked.context_tokens - 1  # one token is always generated
+    most = context_tokens - 1  # one token is always generated
     if isinstance(item, Predict):
-        plain = asked.tokenizer.encode(item.text, add_special_tokens=False)
-        whole = asked.tokenizer.encode(item.text, add_special_tokens=True)
+        plain = tokenizer.encode(item.text, add_special_tokens=False)
+        whole = tokenizer.encode(item.text, add_special_tokens=True)
         # The first token is predicted from nothing unless the tokenizer begins every text with one of its own.
         start = max(1, len(whole) - len(plain))
         if len(whole) < start + 1:
             raise InvalidArgument(f"The text {item.text[:40]!r} has no token to predict.", reason="NOTHING_TO_ASK")
         return [(whole[:start], whole[start:most])]
-    before = prompt_ids(item.prompt, asked.tokenizer, item.tools)
-    scored = [_completion_ids(asked.tokenizer, item, answer, before) for answer in (item.chosen, item.rejected)]
+    before = prompt_ids(item.prompt, tokenizer, item.tools)
+    scored = [_completion_ids(tokenizer, item, answer, before) for answer in (item.chosen, item.rejected)]
     kept = most - max(map(len, scored))
     if kept < 1:
         raise InvalidArgument("An answer of a pair is longer than the engine's context.", reason="OVER_LENGTH_EXAMPLES")

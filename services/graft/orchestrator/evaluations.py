@@ -26,7 +26,7 @@ from graft.domain.resources import Dataset
 from graft.evaluation.comparison_page import write
 from graft.evaluation.outcome import Measured, Subject, compare, results_of
 from graft.grading import GradeItem, build_grader
-from graft.orchestrator.asking import Answer, Answers, Asked, ask_all
+from graft.orchestrator.asking import Answer, Answers, Asked, ask_all, scores
 from graft.orchestrator.evaluating import adapter_ref
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.threads import call
@@ -137,7 +137,7 @@ class _Work:
         shown: Questions | None = None
         if spec.shots_dataset is not None:
             shown = await call(_read, await store.get_dataset(self.evaluation.project, spec.shots_dataset), task, 0)
-        asked = [await self._asked(contestant, shown) for contestant in spec.contestants]
+        asked = [await self._asked(contestant, questions, shown) for contestant in spec.contestants]
         answers = [Answers(self.folder / f"answers-{place}.jsonl") for place in range(len(asked))]
         self.answered = sum(len(each.found) for each in answers)
         self.total = len(questions.items) * len(asked)
@@ -173,7 +173,7 @@ class _Work:
     def _count(self) -> None:
         self.answered += 1
 
-    async def _asked(self, contestant: Contestant, shown: Questions | None) -> Asked:
+    async def _asked(self, contestant: Contestant, questions: Questions, shown: Questions | None) -> Asked:
         spec, store, project = self.evaluation.spec, self.parts.store, self.evaluation.project
         name = parse_model(contestant.model)
         base = await store.get_base_model(name.base)
@@ -188,7 +188,7 @@ class _Work:
             public_model=contestant.model,
             base=base,
             context_tokens=min(base.context_tokens, self.parts.settings.serving.context_tokens),
-            tokenizer=await call(load_tokenizer, base.path),
+            tokenizer=await call(load_tokenizer, base.path) if scores(questions) else None,
             shots=tuple(choose_shots(shown, contestant.shots)) if shown and contestant.shots else (),
             samples=spec.samples or 1,
             max_tokens=spec.max_tokens,
