@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from graft.cli import remote, talking, tasks, tuning
+from graft.cli import evaluating, remote, talking, tasks, tuning
 from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 remote.add_to(app)
+evaluating.add_to(app)
 app.add_typer(tuning.tune, name="tune")
 app.add_typer(tasks.tasks, name="tasks")
 talking.add_to(app)

@@ -19,6 +19,9 @@ from graft.api.v1 import (
     dataset_report_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
+    evaluation_pb2,
+    evaluation_service_pb2,
+    evaluation_service_pb2_grpc,
     fine_tuning_job_pb2,
     fine_tuning_service_pb2,
     fine_tuning_service_pb2_grpc,
@@ -48,6 +51,7 @@ class AsyncGraft:
         channel = self._channel
         self._datasets = dataset_service_pb2_grpc.DatasetServiceStub(channel)
         self._jobs = fine_tuning_service_pb2_grpc.FineTuningServiceStub(channel)
+        self._evaluations = evaluation_service_pb2_grpc.EvaluationServiceStub(channel)
         self._adapters = adapter_service_pb2_grpc.AdapterServiceStub(channel)
         self._models = base_model_service_pb2_grpc.BaseModelServiceStub(channel)
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
@@ -201,6 +205,41 @@ class AsyncGraft:
         parent = requests.job(self.connection.parent, job)
         request = fine_tuning_service_pb2.ListFineTuningJobCheckpointsRequest(parent=parent)
         return [item async for item in self._pages(self._jobs.ListFineTuningJobCheckpoints, request, "checkpoints")]
+
+    # Evaluations
+
+    async def create_evaluation(
+        self, dataset: str, contestants: Sequence[str | tuple[str, int]], **options: Unpack[requests.EvaluationOptions]
+    ) -> evaluation_pb2.Evaluation:
+        """Compares models on held-out data. A contestant is a `model`, or a model and its number of shots."""
+        request = requests.create_evaluation(self.connection.parent, dataset, contestants, **options)
+        result: evaluation_pb2.Evaluation = await self._call(self._evaluations.CreateEvaluation, request)
+        return result
+
+    async def evaluation(self, evaluation: str) -> evaluation_pb2.Evaluation:
+        """One evaluation, by id or resource name."""
+        name = requests.evaluation(self.connection.parent, evaluation)
+        request = evaluation_service_pb2.GetEvaluationRequest(name=name)
+        result: evaluation_pb2.Evaluation = await self._call(self._evaluations.GetEvaluation, request)
+        return result
+
+    async def evaluations(self) -> list[evaluation_pb2.Evaluation]:
+        """All evaluations, newest first."""
+        request = evaluation_service_pb2.ListEvaluationsRequest(parent=self.connection.parent)
+        return [item async for item in self._pages(self._evaluations.ListEvaluations, request, "evaluations")]
+
+    async def cancel_evaluation(self, evaluation: str) -> evaluation_pb2.Evaluation:
+        """Asks to cancel; it ends in STATE_CANCELLED soon after."""
+        name = requests.evaluation(self.connection.parent, evaluation)
+        request = evaluation_service_pb2.CancelEvaluationRequest(name=name)
+        result: evaluation_pb2.Evaluation = await self._call(self._evaluations.CancelEvaluation, request)
+        return result
+
+    async def evaluation_report(self, evaluation: str) -> bytes:
+        """The report, one HTML page. Raises FailedPrecondition before the evaluation has succeeded."""
+        name = requests.evaluation(self.connection.parent, evaluation)
+        request = evaluation_service_pb2.GetEvaluationReportRequest(name=name)
+        return bytes((await self._call(self._evaluations.GetEvaluationReport, request)).html)
 
     # Adapters
 

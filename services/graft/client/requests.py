@@ -10,6 +10,8 @@ from graft.api.v1 import (
     adapter_service_pb2,
     dataset_pb2,
     dataset_service_pb2,
+    evaluation_pb2,
+    evaluation_service_pb2,
     fine_tuning_job_pb2,
     fine_tuning_service_pb2,
     generation_pb2,
@@ -237,6 +239,55 @@ def create_job(
     return fine_tuning_service_pb2.CreateFineTuningJobRequest(
         parent=parent, fine_tuning_job=job, request_id=options.get("request_id") or str(uuid.uuid4())
     )
+
+
+class EvaluationOptions(TypedDict, total=False):
+    """What an evaluation may say beside its data and contestants. Data sets are ids or resource names."""
+
+    metrics: Sequence[str]
+    task: str
+    task_definition: str
+    """YAML."""
+    grader: Mapping[str, Any]
+    """`{"kind": …, "settings": {…}}`."""
+    shots_dataset: str
+    max_rows: int
+    samples: int
+    max_tokens: int
+    display_name: str
+    request_id: str
+
+
+def create_evaluation(
+    parent: str,
+    dataset_name: str,
+    contestants: Sequence[str | tuple[str, int]],
+    **options: Unpack[EvaluationOptions],
+) -> evaluation_service_pb2.CreateEvaluationRequest:
+    """Raises InvalidArgument for an unknown option or a value of the wrong type."""
+    unknown = sorted(options.keys() - EvaluationOptions.__annotations__.keys())
+    if unknown:
+        known = ", ".join(EvaluationOptions.__annotations__)
+        raise _invalid(unknown[0], f"is not an option of an evaluation; use: {known}")
+    given = {name: value for name, value in options.items() if name not in ("request_id", "shots_dataset")}
+    if shots := options.get("shots_dataset", ""):
+        given["shots_dataset"] = dataset(parent, shots)
+    pairs = [(one, 0) if isinstance(one, str) else one for one in contestants]
+    made = _built(
+        "evaluation",
+        evaluation_pb2.Evaluation,
+        dataset=dataset(parent, dataset_name),
+        contestants=[evaluation_pb2.Contestant(model=model, shots=shots) for model, shots in pairs],
+        **given,
+    )
+    return evaluation_service_pb2.CreateEvaluationRequest(
+        parent=parent, evaluation=made, request_id=options.get("request_id") or str(uuid.uuid4())
+    )
+
+
+def evaluation(parent: str, id_or_name: str) -> str:
+    """Resource name of an evaluation."""
+    return id_or_name if "/" in id_or_name else f"{parent}/evaluations/{id_or_name}"
 
 
 def _chosen(field: str, kinds: Mapping[str, Callable[..., Any]], name: str, values: Mapping[str, Any]) -> Any:
