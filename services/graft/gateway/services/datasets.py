@@ -7,7 +7,7 @@ from google.protobuf import empty_pb2
 
 from graft.api.v1 import dataset_pb2, dataset_report_pb2, dataset_service_pb2, dataset_service_pb2_grpc
 from graft.domain.errors import FieldViolation, InvalidArgument
-from graft.gateway import convert
+from graft.gateway import convert, convert_jobs
 from graft.gateway.core import Core
 from graft.gateway.services.names import parent_project, split
 
@@ -63,7 +63,7 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
         project, dataset_id = split(request.name, "datasets")
         held_out_id = None
         if request.validation_dataset:
-            held_out_id = convert.dataset_id(project, request.validation_dataset, "validation_dataset")
+            held_out_id = convert_jobs.dataset_id(project, request.validation_dataset, "validation_dataset")
         report = await self._core.validate_dataset(
             project,
             dataset_id,
