@@ -142,10 +142,20 @@ def test_calls_of_tools_are_learned_after_the_prompt_that_is_served(tokenizer: A
 
 
 def test_a_template_that_leaves_out_tools_or_calls_is_refused(tokenizer: Any) -> None:
-    for row, what in ((TOOL_CHAT, "`tools`"), ({**TOOL_CHAT, "tools": []}, "`tool_calls`")):
-        with pytest.raises(InvalidArgument, match=what) as caught:
-            render(canonical(row, Format.MESSAGES), tokenizer)
-        assert caught.value.reason == "CHAT_TEMPLATE_WITHOUT_TOOLS"
+    no_answers = TOOL_TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}")
+    before = tokenizer.chat_template
+    for template, row, what in (
+        (before, TOOL_CHAT, "`tools`"),
+        (before, {**TOOL_CHAT, "tools": []}, "`tool_calls`"),
+        (no_answers, TOOL_CHAT, "the answers of tools"),
+    ):
+        tokenizer.chat_template = template
+        try:
+            with pytest.raises(InvalidArgument, match=what) as caught:
+                render(canonical(row, Format.MESSAGES), tokenizer)
+            assert caught.value.reason == "CHAT_TEMPLATE_WITHOUT_TOOLS"
+        finally:
+            tokenizer.chat_template = before
 
 
 def test_a_template_that_raises_is_told_with_its_own_words(tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """`graft datasets validate`: checks a file here, without a gateway, and shows what a job would find in it."""
 
+import os
 import time
 from dataclasses import asdict
 from itertools import dropwhile
@@ -50,7 +51,7 @@ def datasets_validate(
 
     with failures(as_json=as_json), _Bar(Console(stderr=True)) as bar:
         checked = _validate(file, format, bar)
-        other = None if held_out is None else (held_out, _validate(held_out, checked.format.value, bar))
+        other = None if held_out is None else (held_out, _validate_held_out(held_out, format, checked, bar))
         base, note = _base(base_model, context_tokens)
         rows = checked.row_count + (other[1].row_count if other else 0)
         bar.begin("Measuring", rows)
@@ -68,6 +69,16 @@ def datasets_validate(
         print_json({**told, "notes": [*report.notes, *filter(None, [note])]})
     else:
         _show(report, note)
+
+
+def _validate_held_out(path: Path, format: str, training: "FileReport", bar: "_Bar") -> "FileReport":
+    """Its own format, or the training file's where it may have several."""
+    try:
+        return _validate(path, format, bar)
+    except InvalidArgument as error:
+        if error.reason != "AMBIGUOUS_DATASET":
+            raise
+        return _validate(path, training.format.value, bar)
 
 
 def _validate(path: Path, format: str, bar: "_Bar") -> "FileReport":
@@ -108,9 +119,12 @@ def _base(asked: str, context_tokens: int | None) -> "tuple[Base | None, str]":
         return None, (
             f"No tokens were counted: {base_id} is not converted yet. `graft up` converts it once; then ask again."
         )
+    from graft import offline
     from graft.data.analysis import Base
     from graft.data.tokenizers import import_tokenizers, load_tokenizer
 
+    offline.stay()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torch is missing, which is not missed here
     try:
         import_tokenizers()
         tokenizer = load_tokenizer(found.path)

@@ -19,7 +19,7 @@ from graft.data.canonical import Canonical, Chat, GradedPrompt, Messages, Pair, 
 from graft.data.formats import FileReport
 from graft.data.reading import read_rows
 from graft.data.rendering import Tokenizer, prompt_ids, render
-from graft.domain.errors import InvalidArgument
+from graft.domain.errors import FailedPrecondition, InvalidArgument
 from graft.domain.reports import DatasetReport, FoundRows, LabelCount, LengthBin, TrainingEstimate
 from graft.domain.resources import DatasetFormat
 
@@ -316,16 +316,14 @@ def _histogram(lengths: Mapping[int, int]) -> tuple[LengthBin, ...]:
 
 
 def _duplicates(whole: Sequence[int]) -> FoundRows:
-    import numpy as np
-
+    np = _numpy()
     hashes = np.asarray(whole, dtype=np.uint64)
     order = np.argsort(hashes, kind="stable")  # equal rows stay in their order: the first is none of them
     return _numbers(order[1:][hashes[order][1:] == hashes[order][:-1]])
 
 
 def _conflicts(inputs: Sequence[int], answers: Sequence[int]) -> FoundRows:
-    import numpy as np
-
+    np = _numpy()
     asked = np.asarray(inputs, dtype=np.uint64)
     given = np.asarray(answers, dtype=np.uint64)
     _, first, group = np.unique(asked, return_index=True, return_inverse=True)
@@ -335,11 +333,21 @@ def _conflicts(inputs: Sequence[int], answers: Sequence[int]) -> FoundRows:
 
 
 def _leaked(inputs: Sequence[int], held_out: Sequence[int]) -> FoundRows:
-    import numpy as np
-
+    np = _numpy()
     trained = np.asarray(inputs, dtype=np.uint64)
     held = np.asarray(held_out, dtype=np.uint64)
     return _numbers(np.flatnonzero(np.isin(held, trained)))
+
+
+def _numpy() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        raise FailedPrecondition(
+            "Comparing rows needs numpy, which is not installed. Install it with `pip install numpy`.",
+            reason="NUMPY_MISSING",
+        ) from None
+    return numpy
 
 
 def _numbers(indices: Any) -> FoundRows:

@@ -30,9 +30,10 @@ def row_faults(row: Row, format: DatasetFormat, *, declared: bool = False) -> li
     if not (declared or layout.open):
         faults += ((shown(key), "is not a known key; remove it") for key in row if key not in layout.keys)
     own = [*((key, "is missing") for key in layout.required if key not in row), *_CHECKS[format](row)]
-    # In the order of the format's keys: the first is the one that is told.
-    order = {key: place for place, key in enumerate(layout.required + layout.optional)}
-    faults += sorted(own, key=lambda fault: order.get(_ROOT.split(fault[0])[0], len(order)))
+    if own:
+        # In the order of the format's keys: the first is the one that is told.
+        order = {key: place for place, key in enumerate(layout.required + layout.optional)}
+        faults += sorted(own, key=lambda fault: order.get(_ROOT.split(fault[0])[0], len(order)))
     return faults
 
 
