@@ -22,6 +22,7 @@ NAMES = ("review", "context", "labels")
         ("{{ context | default('?') }}{{ review | replace('f', 'm') | tojson }}", '?"mine"'),
         ("{% raw %}{{ review }}{% endraw %}{# a comment #}", "{{ review }}"),
         ("{% if review %}\nblock\n{% endif %}\nend\n", "block\nend"),
+        ("a{% if review %}b{% endif +%}\nc", "ab\nc"),
     ],
 )  # fmt: skip
 def test_text_fields_filters_conditions_and_a_loop_over_labels_are_rendered(source: str, text: str) -> None:

@@ -16,16 +16,21 @@ from graft.data.tasks.definition import TaskDefinition, load
 from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labels_of
 from graft.domain.errors import FieldViolation, InvalidArgument, NotFound
 from graft.domain.jobs import JobSpec, Method
-from graft.domain.resources import Dataset, DatasetFormat
+from graft.domain.resources import AdapterVersion, Dataset, DatasetFormat
 
 LABEL_ROWS = 10_000
 """Rows whose labels are collected: a label that is rarer has too few examples to be learned from."""
 
 
 async def with_task(
-    spec: JobSpec, training: Dataset | None, validation: Dataset | None
+    spec: JobSpec, training: Dataset | None, validation: Dataset | None, start: AdapterVersion | None
 ) -> tuple[JobSpec, list[FieldViolation]]:
-    """The specification with the task's whole definition in it, and what is wrong with the task."""
+    """The specification with the task's whole definition in it, and what is wrong with the task.
+
+    Rows of fields without a task are of the task of the version that training goes on from, if that has one.
+    """
+    if not (spec.task or spec.task_definition) and start and training and training.format is DatasetFormat.FIELDS:
+        spec = replace(spec, task_definition=start.task_definition)
     if not spec.task and not spec.task_definition:
         return spec, []
     try:

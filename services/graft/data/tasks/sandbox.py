@@ -138,6 +138,7 @@ FILTERS = tuple(_FILTERS)
 _LOOP = ("index", "index0", "first", "last", "length")
 _FAILURES = (_TooMuch, jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
 
+# Blocks leave no lines of their own, as in Hugging Face's chat templates; `+%}` keeps the line break after one.
 _environment = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, cache_size=0
 )
