@@ -96,6 +96,7 @@ def test_everything_else_is_refused_with_its_line_before_it_is_compiled(source: 
         "{% for label in labels %}{% if review | lower == 'x' %}{% endif %}{% endfor %}",
         "{% for label in labels %}{% if label in review %}x{% endif %}{% endfor %}",
         "{% if review | upper == 'x' %}{% endif %}" * 300,
+        "{{ review" + " in review" * 100 + " }}",
     ],
 )
 def test_a_rendering_that_grows_or_works_too_much_is_refused(source: str) -> None:
