@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from graft.domain.errors import FieldViolation, GraftError, InvalidArgument, NotFound
 from graft.domain.evaluations import Contestant, EvaluationSpec
+from graft.domain.grading import check_grader
 from graft.domain.names import parse_model
 from graft.domain.resources import Dataset
 from graft.store.protocol import Store
@@ -129,6 +130,8 @@ def _check_metrics(spec: EvaluationSpec, dataset: Dataset | None) -> Iterator[Fi
     graded = measured_from(dataset) == "grades"
     if graded and spec.grader is None:
         yield FieldViolation("grader", "is required: it judges the answers to these prompts")
+    if graded and spec.grader is not None:
+        yield from check_grader(spec.grader)
     if not graded and (spec.grader is not None or spec.samples > 1):
         yield FieldViolation("grader" if spec.grader else "samples", f"says nothing about {dataset.format} rows")
     if dataset.format.value == "fields" and not (spec.task or spec.task_definition):

@@ -1,19 +1,21 @@
 """Domain types to protobuf and back, for the gRPC edge. The only module that knows both."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2
+from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, dataset_report_pb2
 from graft.data.tasks.catalog import name_of
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.names import dataset_name, job_name, resource
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.internal.v1 import engine_pb2
 
 _FORMATS = {format: dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.name}") for format in DatasetFormat}
-_DECLARED = {number: format for format, number in _FORMATS.items()}
+_DECLARED: dict[int, DatasetFormat] = {number: format for format, number in _FORMATS.items()}
 
 
 def timestamp(time: datetime | None) -> Timestamp | None:
@@ -39,6 +41,11 @@ def dataset(found: Dataset) -> dataset_pb2.Dataset:
         digest=found.digest,
         create_time=timestamp(found.create_time),
     )
+
+
+def dataset_report(found: DatasetReport) -> dataset_report_pb2.DatasetReport:
+    """What a check found: the same fields."""
+    return dataset_report_pb2.DatasetReport(**{**asdict(found), "format": _FORMATS[DatasetFormat(found.format)]})
 
 
 def declared_format(number: int) -> DatasetFormat | None:
