@@ -34,7 +34,7 @@ async def with_task(
     if not spec.task and not spec.task_definition:
         return spec, []
     try:
-        task = _definition(spec)
+        task = definition_of(spec.task, spec.task_definition)
     except InvalidArgument as error:
         return spec, list(error.violations)
     wrong = [
@@ -51,12 +51,15 @@ async def with_task(
     return replace(spec, task=task.name, task_definition=task.to_text()), []
 
 
-def _definition(spec: JobSpec) -> TaskDefinition:
-    """Raises InvalidArgument with the faults as fields of the job."""
-    if spec.task and spec.task_definition:
+def definition_of(name: str, text: str) -> TaskDefinition:
+    """The built-in task `name`, or the one that `text` defines.
+
+    Raises InvalidArgument with the faults as the fields `task` and `task_definition`.
+    """
+    if name and text:
         raise _refused("task", "names a built-in task, and task_definition is given too; give one of them")
     try:
-        return load(spec.task_definition) if spec.task_definition else catalog.builtin(spec.task)
+        return load(text) if text else catalog.builtin(name)
     except NotFound as error:
         raise _refused("task", error.message) from None
     except InvalidArgument as error:
