@@ -229,6 +229,16 @@ async def test_labels_are_taken_from_the_data_where_the_task_says_so(tmp_path: P
         assert "more than 256 different values" in fields_of(error)["task"]
 
 
+async def test_training_goes_on_with_the_task_of_the_version_that_it_starts_from(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        dataset = await uploaded(it, [{"review": "x", "verdict": "yes"}])
+        await trained_with(it.store, RAW)
+        job = await created(it, dataset, from_adapter=REVIEWS)
+        assert (job.task, load(job.task_definition)) == ("raw", load(RAW))
+        error = await refused(created(it, dataset, from_adapter=f"{REVIEWS}@1"))
+        assert "name a task" in fields_of(error)["training_dataset"]
+
+
 async def test_a_task_that_cannot_be_used_is_refused_when_the_job_is_created(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         dataset = await uploaded(it, [{"text": "x", "mood": "good"}])

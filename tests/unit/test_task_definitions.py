@@ -15,6 +15,7 @@ from graft.data.tasks.rows import to_prompt, to_training_row, trained_as
 from graft.data.tasks.templates import render_choices, render_prompt
 from graft.domain.errors import InvalidArgument, NotFound
 from graft.domain.resources import DatasetFormat
+from graft.evaluation import figures
 
 PLAIN: dict[str, Any] = {
     "name": "films",
@@ -207,7 +208,6 @@ def test_missing_and_unknown_inputs_are_told_together() -> None:
 
 
 def test_metric_names_are_those_that_evaluations_know() -> None:
-    figures = pytest.importorskip("graft.evaluation.figures")
     assert set(METRICS) == set(figures.METRICS)
 
 

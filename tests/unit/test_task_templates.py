@@ -22,6 +22,7 @@ NAMES = ("review", "context", "labels")
         ("{{ context | default('?') }}{{ review | replace('f', 'm') | tojson }}", '?"mine"'),
         ("{% raw %}{{ review }}{% endraw %}{# a comment #}", "{{ review }}"),
         ("{% if review %}\nblock\n{% endif %}\nend\n", "block\nend"),
+        ("a{% if review %}b{% endif +%}\nc", "ab\nc"),
     ],
 )  # fmt: skip
 def test_text_fields_filters_conditions_and_a_loop_over_labels_are_rendered(source: str, text: str) -> None:
@@ -95,6 +96,7 @@ def test_everything_else_is_refused_with_its_line_before_it_is_compiled(source: 
         "{% for label in labels %}{% if review | lower == 'x' %}{% endif %}{% endfor %}",
         "{% for label in labels %}{% if label in review %}x{% endif %}{% endfor %}",
         "{% if review | upper == 'x' %}{% endif %}" * 300,
+        "{{ review" + " in review" * 100 + " }}",
     ],
 )
 def test_a_rendering_that_grows_or_works_too_much_is_refused(source: str) -> None:

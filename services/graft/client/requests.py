@@ -363,7 +363,7 @@ def generate(
     """Exactly one of `prompt` (raw text), `messages` (role and content) and `inputs` (the texts of a task's fields).
     Raises InvalidArgument otherwise, and for a value that does not fit its field."""
     if sum(given is not None for given in (prompt, messages, inputs)) != 1:
-        raise InvalidArgument("Give either a prompt, messages or inputs.", reason="INVALID_INPUT")
+        raise InvalidArgument("Give either a prompt or messages, or the inputs of a task.", reason="INVALID_INPUT")
     request = generation_service_pb2.GenerateRequest(parent=parent, model=model)
     if prompt is not None:
         request.prompt = prompt

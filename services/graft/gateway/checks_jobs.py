@@ -76,8 +76,10 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
     validation = None
     if spec.validation_dataset is not None:
         validation = await _found(store.get_dataset(project, spec.validation_dataset), "validation_dataset", missing)
-    spec, wrong = await with_task(spec, training, validation)
+    wrong: list[FieldViolation] = []
     start = await _start(store, project, spec, wrong, missing)
+    spec, unfit = await with_task(spec, training, validation, start)
+    wrong += unfit
     if spec.method is None:
         known = METHOD_OF_FORMAT.get(training.format.value) if training else None
         spec = replace(spec, method=known or Method.SUPERVISED)

@@ -16,20 +16,25 @@ from graft.data.tasks.definition import TaskDefinition, load
 from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labels_of
 from graft.domain.errors import FieldViolation, InvalidArgument, NotFound
 from graft.domain.jobs import JobSpec, Method
-from graft.domain.resources import Dataset, DatasetFormat
+from graft.domain.resources import AdapterVersion, Dataset, DatasetFormat
 
 LABEL_ROWS = 10_000
 """Rows whose labels are collected: a label that is rarer has too few examples to be learned from."""
 
 
 async def with_task(
-    spec: JobSpec, training: Dataset | None, validation: Dataset | None
+    spec: JobSpec, training: Dataset | None, validation: Dataset | None, start: AdapterVersion | None
 ) -> tuple[JobSpec, list[FieldViolation]]:
-    """The specification with the task's whole definition in it, and what is wrong with the task."""
+    """The specification with the task's whole definition in it, and what is wrong with the task.
+
+    Rows of fields without a task are of the task of the version that training goes on from, if that has one.
+    """
+    if not (spec.task or spec.task_definition) and start and training and training.format is DatasetFormat.FIELDS:
+        spec = replace(spec, task_definition=start.task_definition)
     if not spec.task and not spec.task_definition:
         return spec, []
     try:
-        task = _definition(spec)
+        task = definition_of(spec.task, spec.task_definition)
     except InvalidArgument as error:
         return spec, list(error.violations)
     wrong = [
@@ -46,12 +51,15 @@ async def with_task(
     return replace(spec, task=task.name, task_definition=task.to_text()), []
 
 
-def _definition(spec: JobSpec) -> TaskDefinition:
-    """Raises InvalidArgument with the faults as fields of the job."""
-    if spec.task and spec.task_definition:
+def definition_of(name: str, text: str) -> TaskDefinition:
+    """The built-in task `name`, or the one that `text` defines.
+
+    Raises InvalidArgument with the faults as the fields `task` and `task_definition`.
+    """
+    if name and text:
         raise _refused("task", "names a built-in task, and task_definition is given too; give one of them")
     try:
-        return load(spec.task_definition) if spec.task_definition else catalog.builtin(spec.task)
+        return load(text) if text else catalog.builtin(name)
     except NotFound as error:
         raise _refused("task", error.message) from None
     except InvalidArgument as error:

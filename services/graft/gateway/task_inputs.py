@@ -26,9 +26,9 @@ def rendered(
 
     Raises InvalidArgument for inputs that do not fit the task, and for a model or an endpoint that has no use for them.
     """
-    if INPUTS not in body:
+    inputs = body.get(INPUTS)
+    if inputs is None:
         return endpoint, body
-    inputs = body[INPUTS]
     if not isinstance(inputs, dict):
         raise _refused('is not an object of texts, such as {"review": "..."}')
     if given := [name for name in _OTHER_INPUTS if body.get(name)]:

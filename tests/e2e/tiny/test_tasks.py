@@ -24,7 +24,7 @@ fields:
   film: What it is called.
   year: {description: When it was made., optional: true}
 completion: {field: verdict, template: " {{ verdict }}"}
-prompt: "Film: {{ film }}{% if year %} ({{ year }}){% endif %}\\nVerdict:"
+prompt: "Film: {{ film }}{% if year %} ({{ year }}){% endif +%}\\nVerdict:"
 decoding: {max_tokens: 6}
 """
 REVIEW = 'Film 3, and "more" of it.'

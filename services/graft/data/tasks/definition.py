@@ -142,7 +142,7 @@ def _invalid(faults: list[FieldViolation]) -> InvalidArgument:
 
 
 def _task(reader: Reader) -> TaskDefinition:
-    fields = tuple(Field(name, *rest) for name, *rest in reader.fields())
+    fields = tuple(Field(*described) for described in reader.fields())
     decoding = reader.section("decoding", ("max_tokens", "temperature", "stop", "choices"))
     choices = decoding.get("choices", ())
     labels = reader.labels(FROM_DATA)

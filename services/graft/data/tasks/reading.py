@@ -61,8 +61,8 @@ class _Loader(yaml.BaseLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read here", event.start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # without types in types-pyyaml
+            raise yaml.composer.ComposerError(None, None, "anchors and aliases are not read here", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -143,13 +143,15 @@ class Reader:
         self, key: str, least: int, most: int, *, default: int, within: tuple[Mapping[str, Any], str] | None = None
     ) -> int:
         """A whole number from `least` to `most`."""
-        return self._number(int, key, least, most, default, within)
+        value: int = self._number(int, key, least, most, default, within)
+        return value
 
     def number(
         self, key: str, least: float, most: float, *, default: float, within: tuple[Mapping[str, Any], str]
     ) -> float:
         """A number from `least` to `most`."""
-        return self._number(float, key, least, most, default, within)
+        value: float = self._number(float, key, least, most, default, within)
+        return value
 
     def texts(
         self, key: str, *, within: tuple[Mapping[str, Any], str] | None = None, most: int = MAX_TEXTS

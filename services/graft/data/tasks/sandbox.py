@@ -21,8 +21,9 @@ from graft.domain.errors import InvalidArgument
 MAX_TEMPLATE_BYTES = 16 * 1024
 MAX_TEXT_CHARACTERS = 1024 * 1024
 """Of all that is put in, of a filter's result, and of what comes out: as long as a row of a data set may be."""
-MAX_WORK_CHARACTERS = 64 * 1024 * 1024
-"""Filters, comparisons and slices of a rendering, times the characters put in: some tenths of a second."""
+MAX_WORK_CHARACTERS = 16 * 1024 * 1024
+"""Filters, comparisons and slices of a rendering, times the characters put in: at most some tenths of a second, and
+thousands of them for a text of a few pages."""
 MAX_DEPTH = 20
 """Of expressions and blocks in each other. Python compiles no more than 100 blocks, and people read fewer."""
 LABELS = "labels"
@@ -138,6 +139,7 @@ FILTERS = tuple(_FILTERS)
 _LOOP = ("index", "index0", "first", "last", "length")
 _FAILURES = (_TooMuch, jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
 
+# Blocks leave no lines of their own, as in Hugging Face's chat templates; `+%}` keeps the line break after one.
 _environment = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, cache_size=0
 )
@@ -207,8 +209,9 @@ class _Reader:
             yield from self._for(node, depth, repeated)
             return
         if isinstance(node, self._TEXT_WORK) and any(name.name not in variables for name in node.find_all(nodes.Name)):
-            self.work += not repeated
-            self.repeated_work += repeated
+            operations = len(node.ops) if isinstance(node, nodes.Compare) else 1
+            self.work += 0 if repeated else operations
+            self.repeated_work += operations if repeated else 0
         if fault := self._fault(node, variables):
             yield f"line {node.lineno}: {fault}"
             return

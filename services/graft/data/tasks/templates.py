@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from graft.data.tasks import sandbox
 from graft.data.tasks.definition import TaskDefinition
-from graft.data.tasks.sandbox import LABELS
+from graft.data.tasks.sandbox import LABELS, Values
 from graft.domain.errors import FieldViolation, InvalidArgument
 
 Message = dict[str, str]
@@ -21,7 +21,7 @@ def render_prompt(task: TaskDefinition, inputs: Mapping[str, str]) -> list[Messa
     Raises InvalidArgument naming every input that is missing, unknown or no text (INVALID_INPUTS), or as
     `graft.data.tasks.sandbox.render`.
     """
-    values = {**_checked(task, inputs), LABELS: task.labels}
+    values: Values = {**_checked(task, inputs), LABELS: task.labels}
     if not task.is_chat:
         return sandbox.render(task.prompt, values)
     system = sandbox.render(task.system, values) if task.system else ""
@@ -34,7 +34,7 @@ def render_completion(task: TaskDefinition, inputs: Mapping[str, str], answer: s
     """The text that is learned for an answer. Raises as `render_prompt`."""
     if not task.completion.template:
         return answer
-    values = {**_checked(task, inputs), task.completion.field: answer, LABELS: task.labels}
+    values: Values = {**_checked(task, inputs), task.completion.field: answer, LABELS: task.labels}
     return sandbox.render(task.completion.template, values)
 
 
