@@ -18,7 +18,7 @@ from benchmarks.common import Round
 from graft.data.prepare import Example, prepare
 from graft.domain.jobs import Lora, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
-from graft.registry.base_models import LINEAR
+from graft.registry.facts import LINEAR
 from graft.training import worker
 from graft.training.batching import batches
 from graft.training.objectives.objective import Group

@@ -90,7 +90,7 @@ async def _with_task(spec: EvaluationSpec, dataset: Dataset | None) -> tuple[Eva
     job = JobSpec("", spec.dataset, task=spec.task, task_definition=spec.task_definition)
     if dataset is not None and measured_from(dataset) == "grades":
         job = replace(job, method=Method.REINFORCEMENT)
-    job, faults = await with_task(job, dataset, None)
+    job, faults = await with_task(job, dataset, None, None)
     renamed = [replace(fault, field=fault.field.replace("training_dataset", "dataset")) for fault in faults]
     return replace(spec, task=job.task, task_definition=job.task_definition), renamed
 
