@@ -33,6 +33,7 @@ class StartFrom:
     tracking_uri: str
     cache: str
     """Where pulled versions are kept, by content."""
+    served_as: ServedAs = ServedAs.ADAPTER
 
 
 @dataclass(frozen=True)
