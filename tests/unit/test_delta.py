@@ -63,7 +63,7 @@ def test_a_change_of_rank_four_is_exact_at_rank_eight(model: Any, base_folder: P
 
 def test_the_retained_fraction_is_that_of_the_whole_decomposition(model: Any, base_folder: Path) -> None:
     _change(model, "", None)
-    before = {name: parameter for name, parameter in _load(base_folder).named_parameters()}
+    before = dict(_load(base_folder).named_parameters())
     total = kept = 0.0
     worst = 1.0
     for name, parameter in model.named_parameters():
@@ -92,7 +92,7 @@ def test_what_no_adapter_carries_lowers_the_retained_fraction_and_is_the_bases_w
     _change(model, "q_proj", 2)
     _change(model, "norm", None)
     delta = _extract(model, base_folder, 8)
-    before = {name: parameter for name, parameter in _load(base_folder).named_parameters()}
+    before = dict(_load(base_folder).named_parameters())
     sizes = {name: float((value - before[name]).detach().square().sum()) for name, value in model.named_parameters()}
     carried = sum(size for name, size in sizes.items() if "q_proj" in name)
     assert delta.retained_fraction == pytest.approx(carried / sum(sizes.values()), rel=1e-4)

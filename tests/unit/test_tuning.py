@@ -21,7 +21,7 @@ from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED
 from graft.training.results import Yardstick, save_result
 from graft.training.saving import save_checkpoint
-from graft.training.spec import RunSpec
+from graft.training.spec import RunSpec, StartFrom
 from graft.training.tuning import load_base, reference, tune
 from tests.support.tiny_llama import make_tiny_llama
 
@@ -286,3 +286,68 @@ def test_a_whole_model_has_no_reference(spec: RunSpec) -> None:
     mine = replace(spec, **CHOICES["full"])
     with pytest.raises(FailedPrecondition, match="before the first step"), reference(tune(mine, load_base(mine, CPU))):
         pass
+
+
+@pytest.fixture
+def start(spec: RunSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Any, RunSpec]:
+    """The model of a first run, and the specification of one that goes on from its adapter."""
+    first = replace(spec, output_dir=str(tmp_path / "first"), lora=replace(PLAIN, rank=3, use_rslora=True))
+    model = _train(first)
+    save_result(first, model, _yardstick(), _silent)
+    monkeypatch.setattr("graft.training.tuning._pull", lambda _: tmp_path / "first" / "adapter")
+    return model, replace(
+        spec, start_from=StartFrom("tiny:a@1", "default--tiny--a", 1, "sha256:a", "nowhere", "nowhere")
+    )
+
+
+def test_lora_goes_on_from_an_adapter_whose_frozen_copy_is_the_reference(start: tuple[Any, RunSpec]) -> None:
+    from peft import PeftModel
+
+    first, mine = start
+    mine = replace(mine, lora=replace(PLAIN, rank=3))
+    model = tune(mine, load_base(mine, CPU))
+    expected = _logits(first)
+    assert (_logits(model) - expected).abs().max() < EXACT
+    loop.train(model, Supervised(_examples()), STEPS, lambda _: None)
+    assert (_logits(model) - expected).abs().max() > 0.1
+    trained = _trained_names(model)
+    assert all(".default." in name for name in trained)
+    model.train()
+    loss = model(TOKENS, labels=TOKENS).loss
+    with reference(model), torch.no_grad():
+        assert (model(TOKENS).logits - expected).abs().max() < EXACT
+    assert _trained_names(model) == trained
+    loss.backward()
+    logits = _logits(model)
+    save_result(mine, model, _yardstick(), _silent)
+    adapter = Path(mine.output_dir) / "adapter"
+    assert sorted(path.name for path in adapter.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "graft.json",
+    ]
+    assert (_logits(PeftModel.from_pretrained(_plain(mine.base_model_path), adapter)) - logits).abs().max() < EXACT
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["use_rslora"]) == (3, True)
+
+
+@pytest.mark.parametrize("choice", ["full", "last"])
+def test_weights_of_the_base_go_on_from_the_adapter_merged_into_them(choice: str, start: tuple[Any, RunSpec]) -> None:
+    first, mine = start
+    mine = replace(mine, **CHOICES[choice])
+    model = tune(mine, load_base(mine, CPU))
+    assert (_logits(model) - _logits(first)).abs().max() < EXACT
+    assert _trained_names(model) == _trained_names(
+        tune(replace(mine, start_from=None), load_base(replace(mine, start_from=None), CPU))
+    )
+
+
+def test_full_tuning_goes_on_from_a_model_of_its_own(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = replace(spec, **{**CHOICES["full"], "served_as": ServedAs.MERGED_MODEL})
+    model = _train(mine)
+    logits = _logits(model)
+    save_result(mine, model, _yardstick(), _silent)
+    monkeypatch.setattr("graft.training.tuning._pull", lambda _: Path(mine.output_dir) / "model")
+    start = StartFrom("tiny:a@1", "default--tiny--a", 1, "sha256:a", "nowhere", "nowhere", ServedAs.MERGED_MODEL)
+    again = replace(mine, start_from=start)
+    assert (_logits(tune(again, load_base(again, CPU))) - logits).abs().max() < EXACT
