@@ -21,7 +21,7 @@ from graft.training.imports import LoraConfig
 POWER_ITERATIONS = 4
 """With twice the rank as width, of `torch.svd_lowrank`. For 576 by 1536 at rank 64 it keeps less than the best rank-64
 factors by 1% of what they keep where the spectrum is flat (noise, the worst case) and by 1e-7 where it decays; 0.06 s a
-matrix on one core, where the whole decomposition takes 0.25 s."""
+matrix on one core, where the whole decomposition takes 0.25 s, and 13 s for all of a 135M llama's."""
 BLOCK = re.compile(r"\.(\d+)\.")
 
 
@@ -33,7 +33,7 @@ class BaseWeights:
 
         self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(str(path), framework="pt")
+            file: Any = safe_open(str(path), framework="pt")
             self._files |= dict.fromkeys(file.keys(), file)
         embedding = model.get_input_embeddings().weight
         self._embedding = next(name for name, parameter in model.named_parameters() if parameter is embedding)
@@ -82,7 +82,7 @@ def factor(change_O_I: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
     return a_R_I, b_O_R
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator] # torch is untyped to mypy here
 def extract(model: Any, base: BaseWeights, rank: int) -> Delta:
     """The change of a model, in float32 and without adapters, against its base."""
     linear = dict(_linear(model))
@@ -122,7 +122,7 @@ def extract(model: Any, base: BaseWeights, rank: int) -> Delta:
     )
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator] # torch is untyped to mypy here
 def become(model: Any, base: BaseWeights, delta: Delta) -> None:
     """Makes `model` what is served with the adapter: the base's weights plus the delta, and nothing else of it."""
     for name, parameter in model.named_parameters():
