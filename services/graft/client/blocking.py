@@ -16,6 +16,7 @@ from graft.api.v1 import (
     base_model_service_pb2,
     base_model_service_pb2_grpc,
     dataset_pb2,
+    dataset_report_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
     fine_tuning_job_pb2,
@@ -86,10 +87,14 @@ class Graft:
 
     # Data sets
 
-    def upload_dataset(self, path: str | Path, display_name: str = "") -> dataset_pb2.Dataset:
-        """Streams a JSONL file up. Raises InvalidArgument with the first 20 bad lines as violations."""
-        parts = requests.upload(self.connection.parent, Path(path), display_name)
-        result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
+    def upload_dataset(self, path: str | Path, display_name: str = "", *, format: str = "") -> dataset_pb2.Dataset:
+        """Streams a JSONL, CSV or Parquet file up, or what an fsspec URL names.
+
+        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. Raises
+        InvalidArgument with the first 20 bad rows as violations, or the formats that the file may have.
+        """
+        with requests.Upload(self.connection.parent, path, display_name, format) as parts:
+            result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
         return result
 
     def dataset(self, dataset: str) -> dataset_pb2.Dataset:
@@ -102,6 +107,23 @@ class Graft:
         """All data sets, newest first."""
         request = dataset_service_pb2.ListDatasetsRequest(parent=self.connection.parent)
         return list(self._pages(self._datasets.ListDatasets, request, "datasets"))
+
+    def validate_dataset(
+        self,
+        dataset: str,
+        base_model: str = "",
+        *,
+        validation_dataset: str = "",
+        context_tokens: int = 0,
+        epochs: float = 0.0,
+    ) -> dataset_report_pb2.DatasetReport:
+        """Measures a data set for a base model, the served one when empty. Raises Unavailable (CHECK_RUNNING) when it
+        takes longer than a minute: ask again."""
+        request = requests.validate_dataset(
+            self.connection.parent, dataset, base_model, validation_dataset, context_tokens, epochs
+        )
+        result: dataset_report_pb2.DatasetReport = self._call(self._datasets.ValidateDataset, request)
+        return result
 
     def delete_dataset(self, dataset: str) -> None:
         """Raises FailedPrecondition while a live job uses it."""

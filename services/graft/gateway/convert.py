@@ -1,19 +1,20 @@
 """Domain types to protobuf and back, for the gRPC edge. The only module that knows both."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, fine_tuning_job_pb2
+from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, dataset_report_pb2, fine_tuning_job_pb2
+from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.names import dataset_name, job_name, resource
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.internal.v1 import engine_pb2
 
-_FORMATS = {
-    DatasetFormat.MESSAGES: dataset_pb2.DATASET_FORMAT_MESSAGES,
-    DatasetFormat.PROMPT_COMPLETION: dataset_pb2.DATASET_FORMAT_PROMPT_COMPLETION,
-}
+_FORMATS = {format: dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.name}") for format in DatasetFormat}
+_DECLARED: dict[int, DatasetFormat] = {number: format for format, number in _FORMATS.items()}
 
 
 def timestamp(time: datetime | None) -> Timestamp | None:
@@ -39,6 +40,25 @@ def dataset(found: Dataset) -> dataset_pb2.Dataset:
         digest=found.digest,
         create_time=timestamp(found.create_time),
     )
+
+
+def dataset_report(found: DatasetReport) -> dataset_report_pb2.DatasetReport:
+    """What a check found: the same fields."""
+    return dataset_report_pb2.DatasetReport(**{**asdict(found), "format": _FORMATS[DatasetFormat(found.format)]})
+
+
+def declared_format(number: int) -> DatasetFormat | None:
+    """The format that an upload declares; None when it is to be recognised. Raises InvalidArgument."""
+    if number == dataset_pb2.DATASET_FORMAT_UNSPECIFIED:
+        return None
+    if number not in _DECLARED:
+        field = "header.format"
+        raise InvalidArgument(
+            f"{field}: {number} is not a format that this version knows; it knows {', '.join(DatasetFormat)}.",
+            reason="INVALID_FORMAT",
+            violations=(FieldViolation(field, f"{number} is not a format"),),
+        )
+    return _DECLARED[number]
 
 
 def base_model(project: str, found: BaseModel) -> base_model_pb2.BaseModel:

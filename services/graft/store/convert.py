@@ -28,8 +28,9 @@ from graft.domain.jobs import (
     ServedAs,
     Tuning,
 )
+from graft.domain.reports import report_from_json
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
-from graft.store.protocol import AliasWish
+from graft.store.protocol import AliasWish, DatasetCheck
 
 Row = RowMapping
 
@@ -123,3 +124,10 @@ def alias_wish(row: Row) -> AliasWish:
     """A row of `alias_wishes`."""
     values = {field.name: row[field.name] for field in fields(AliasWish)}
     return AliasWish(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+
+
+def dataset_check(row: Row) -> DatasetCheck:
+    """A row of `dataset_checks`."""
+    values = {field.name: row[field.name] for field in fields(DatasetCheck)}
+    values["report"] = None if row["report"] is None else report_from_json(row["report"])
+    return DatasetCheck(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})

@@ -1,7 +1,7 @@
 """What the gateway and the orchestrator ask of the store. `graft.store.sql` is the one implementation.
 
 All methods are coroutines; times are timezone-aware UTC. Who may write what: the gateway creates data sets, jobs and
-wishes (`request_cancel`, `request_alias`); everything else is the orchestrator's.
+wishes (`request_cancel`, `request_alias`, `request_dataset_check`); everything else is the orchestrator's.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 
 from graft.domain.evaluations import ContestantResult, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
 T = TypeVar("T")
@@ -35,6 +36,22 @@ class AliasWish:
     alias: str
     version: int
     done: bool = False
+    error: JobError | None = None
+
+
+@dataclass(frozen=True)
+class DatasetCheck:
+    """A client's wish to have a data set measured, until the orchestrator has done it."""
+
+    id: str
+    project: str
+    dataset_id: str
+    base_model: str
+    held_out_id: str | None
+    context_tokens: int | None
+    epochs: float
+    done: bool = False
+    report: DatasetReport | None = None
     error: JobError | None = None
 
 
@@ -181,6 +198,17 @@ class Store(Protocol):
     async def get_alias_wish(self, wish_id: str) -> AliasWish: ...
     async def pending_alias_wishes(self) -> tuple[AliasWish, ...]: ...
     async def finish_alias_wish(self, wish_id: str, error: JobError | None) -> None: ...
+
+    # Checks of data sets: asked for by the gateway, made by the orchestrator
+    async def request_dataset_check(self, check: DatasetCheck) -> DatasetCheck:
+        """Stores a check to be made; one of this id that is there is returned as it is, unless it failed."""
+        ...
+
+    async def get_dataset_check(self, check_id: str) -> DatasetCheck: ...
+    async def pending_dataset_checks(self) -> tuple[DatasetCheck, ...]: ...
+    async def finish_dataset_check(
+        self, check_id: str, report: DatasetReport | None, error: JobError | None
+    ) -> None: ...
 
     # API keys, stored as SHA-256 of the secret
     async def add_key(self, key_hash: str, project: str, label: str) -> None: ...

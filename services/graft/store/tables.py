@@ -12,6 +12,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Dialect,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -208,6 +209,22 @@ alias_wishes = Table(
     Column("alias", String(63), nullable=False),
     Column("version", Integer, nullable=False),
     Column("done", Boolean, nullable=False, index=True),
+    Column("error", JSON(none_as_null=True)),
+    Column("create_time", UtcTime, nullable=False),
+)
+
+dataset_checks = Table(
+    "dataset_checks",
+    metadata,
+    Column("id", String(80), primary_key=True),
+    Column("project", String(63), nullable=False),
+    Column("dataset_id", String(63), nullable=False),
+    Column("base_model", String(63), nullable=False),
+    Column("held_out_id", String(63)),
+    Column("context_tokens", Integer),
+    Column("epochs", Float, nullable=False),
+    Column("done", Boolean, nullable=False, index=True),
+    Column("report", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
     Column("create_time", UtcTime, nullable=False),
 )
