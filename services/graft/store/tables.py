@@ -171,6 +171,7 @@ adapter_versions = Table(
     Column("create_time", UtcTime, nullable=False),
     Column("metrics", JSON, nullable=False),
     Column("task_definition", String, nullable=False),
+    Column("served_as", String(32), nullable=False, server_default="adapter"),
 )
 
 evaluations = Table(
