@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from graft.data.prepare import Example
 from graft.data.preference import PreferenceExample
+from graft.data.prepare import Example
 from graft.training import loop
 from graft.training.batching import batches
 from graft.training.objectives.objective import Objective
