@@ -167,7 +167,11 @@ class _Follower:
             if name in told:
                 told[name] = int(told[name])
         progress = replace(before, **told)  # type: ignore[arg-type] # names are Progress's own, values its numbers
-        message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}."
+        message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}"
+        for name in ("reward", "accuracy"):
+            if name in (numbers := _numbers(report.data)):
+                message += f", {name} {numbers[name]:.2f}"
+        message += "."
         await self.context.record(progress=progress, event=(EventLevel.INFO, "metrics", message, self._data(report)))
         self.context.cursor = report.sequence
 
@@ -198,8 +202,9 @@ class _Follower:
             "cancelled": "The run was stopped.",
         }
         data = {**self._data(report), "kind": report.kind}
+        text = str(report.data.get("message") or texts["finished"]) if report.kind == "finished" else texts[report.kind]
         metrics = _numbers(report.data) if report.kind == "finished" else None
-        await self.context.say(_end_key(self.context), texts[report.kind], data, metrics=metrics)
+        await self.context.say(_end_key(self.context), text, data, metrics=metrics)
         self.context.cursor = report.sequence
         return data
 
