@@ -1,6 +1,7 @@
 """The loop against TRL's trainers, the reference: same data, order, seed and schedule."""
 
 import copy
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from graft.data.preference import PreferenceExample
-from graft.data.prepare import Example
+from graft.data.prepare import Example, Prepared, prepare
+from graft.domain.jobs import Method, OverLengthPolicy
+from graft.domain.resources import DatasetFormat
 from graft.training import loop
 from graft.training.batching import batches
 from graft.training.objectives.objective import Objective
@@ -25,6 +27,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 SETTINGS = loop.LoopSettings(
     total_steps=16, batch_size=4, learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.01, max_grad_norm=1.0, seed=5
 )
+CONTEXT_TOKENS = 512
 BETA = 0.3
 Curves = dict[str, list[float]]
 
@@ -76,6 +79,14 @@ def _words(rng: random.Random, most: int) -> str:
     return " ".join(rng.choice(["red", "green", "blue", "one", "two", "three"]) for _ in range(rng.randint(1, most)))
 
 
+def _read(
+    rows: Sequence[dict[str, Any]], format: DatasetFormat, method: Method, tokenizer: Any, folder: Path
+) -> Prepared:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return prepare(path, format, tokenizer, CONTEXT_TOKENS, OverLengthPolicy.FAIL, method=method)
+
+
 def _curves(model: Any, objective: Objective[Any, Any], settings: loop.LoopSettings) -> Curves:
     curves: Curves = {"loss": []} | {name: [] for name in objective.metric_names}
 
@@ -99,7 +110,7 @@ def _options(output_dir: Path, settings: loop.LoopSettings) -> dict[str, Any]:
         "warmup_steps": 0,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "max_length": 512,
+        "max_length": CONTEXT_TOKENS,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -139,7 +150,7 @@ def test_the_supervised_loss_curve_is_that_of_trl_within_one_percent(
     examples = _learnable(32, loss_on_all=loss_on_all)
     losses = _curves(ours, Supervised(examples), SETTINGS)["loss"]
     rows = [
-        {"input_ids": item.token_ids, "completion_mask": [int(learned) for learned in item.loss_mask]}
+        {"input_ids": list(item.token_ids), "completion_mask": [int(learned) for learned in item.loss_mask]}
         for item in examples
     ]
     reference = _sft(theirs, tokenizer, tmp_path, rows, completion_only_loss=True)
@@ -147,6 +158,20 @@ def test_the_supervised_loss_curve_is_that_of_trl_within_one_percent(
     assert losses == pytest.approx(reference, rel=0.01)
     # It moves by far more than the two may differ.
     assert losses[-1] < (0.95 if loss_on_all else 0.8) * losses[0]
+
+
+def test_the_self_supervised_loss_curve_is_that_of_trl_within_one_percent(
+    ours: Any, theirs: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    rng = random.Random(3)
+    rows = [{"text": _words(rng, 30)} for _ in range(32)]
+    documents = _read(rows, DatasetFormat.TEXT, Method.SELF_SUPERVISED, tokenizer, tmp_path).examples
+    losses = _curves(ours, Supervised(documents), SETTINGS)["loss"]
+    ends = [{"text": row["text"] + tokenizer.eos_token} for row in rows]
+    reference = _sft(theirs, tokenizer, tmp_path, ends, packing=False)
+    assert len(reference) == SETTINGS.total_steps
+    assert losses == pytest.approx(reference, rel=0.01)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_curves_of_preference_are_those_of_trl_within_one_percent(
@@ -160,15 +185,7 @@ def test_the_curves_of_preference_are_those_of_trl_within_one_percent(
         {"prompt": _words(rng, 8) + "? ", "chosen": "yes " + _words(rng, 3), "rejected": "no " + _words(rng, 3)}
         for _ in range(32)
     ]
-
-    def example(prompt: str, answer: str) -> Example:
-        asked, told = tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_token_id]
-        return Example(asked + told, [False] * len(asked) + [True] * len(told))
-
-    pairs = [
-        PreferenceExample(example(row["prompt"], row["chosen"]), example(row["prompt"], row["rejected"]))
-        for row in rows
-    ]
+    pairs = _read(rows, DatasetFormat.PREFERENCE, Method.PREFERENCE, tokenizer, tmp_path).pairs
     reference_N_2 = reference_log_probs(ours, pairs, range(len(pairs)))
     curves = _curves(ours, Preference(pairs, reference_N_2, BETA), settings)
 
