@@ -1,6 +1,7 @@
 """What each method reads from its rows. The tiny tokenizer has a token a byte, and one for the end."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 from graft.data.prepare import Example, Prepared, prepare
 from graft.data.split import Split
 from graft.domain.errors import InvalidArgument
-from graft.domain.jobs import LossOn, Method, OverLengthPolicy
-from graft.domain.resources import DatasetFormat
+from graft.domain.jobs import Hyperparameters, Job, JobSpec, JobState, LossOn, Method, OverLengthPolicy
+from graft.domain.resources import Dataset, DatasetFormat
+from graft.orchestrator.preparer import TokenizingPreparer
+from tests.support.adapters import tiny_base
 from tests.support.tiny_llama import make_tiny_llama
 
 CONTEXT_TOKENS = 20
@@ -165,3 +168,20 @@ def test_the_first_of_a_data_set_are_as_many_as_fit_and_at_least_one(read: Any) 
     assert len(prepared.within(9, 30).examples) == 3
     assert len(prepared.within(9, 1).examples) == 1
     assert len(_pairs(read, ("q", "a", "b"), ("q", "c", "d")).within(9, 6).pairs) == 1
+
+
+def test_a_job_is_planned_from_the_rows_that_it_does_not_hold_out(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(40)))
+    dataset = Dataset("ds", "default", "rows", DatasetFormat.TEXT, 40, 1, "sha256:d", str(data), now)
+    asked = Hyperparameters(validation_fraction=0.25, context_tokens=8)
+    spec = JobSpec("tiny", "ds", method=Method.SELF_SUPERVISED, hyperparameters=asked)
+    job = Job("ft-1", "default", spec, JobState.VALIDATING, now, now)
+    base = tiny_base(make_tiny_llama(tmp_path / "base"))
+    found = TokenizingPreparer().prepare(job, base, dataset, None)
+    assert found.validation is not None
+    assert found.training.row_count + found.validation.row_count == 40
+    assert 0 < found.validation.row_count < found.training.row_count < found.training.example_count
+    reasons = {item.name: item.reason for item in found.resolved}
+    assert reasons["over_length_policy"].endswith("are longer than the context and cut into pieces: it does not apply.")

@@ -197,14 +197,13 @@ class _Follower:
 
     async def _end(self, report: Report) -> dict[str, object]:
         texts = {
-            "finished": "The last step is done.",
+            "finished": str(report.data.get("message") or "The last step is done."),
             "failed": "The run has failed.",
             "cancelled": "The run was stopped.",
         }
         data = {**self._data(report), "kind": report.kind}
-        text = str(report.data.get("message") or texts["finished"]) if report.kind == "finished" else texts[report.kind]
         metrics = _numbers(report.data) if report.kind == "finished" else None
-        await self.context.say(_end_key(self.context), text, data, metrics=metrics)
+        await self.context.say(_end_key(self.context), texts[report.kind], data, metrics=metrics)
         self.context.cursor = report.sequence
         return data
 
