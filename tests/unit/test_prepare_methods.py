@@ -173,7 +173,7 @@ def test_the_first_of_a_data_set_are_as_many_as_fit_and_at_least_one(read: Any) 
 def test_a_job_is_planned_from_the_rows_that_it_does_not_hold_out(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(40)))
+    data.write_text("".join(json.dumps({"text": f"a longer text {number}"}) + "\n" for number in range(40)))
     dataset = Dataset("ds", "default", "rows", DatasetFormat.TEXT, 40, 1, "sha256:d", str(data), now)
     asked = Hyperparameters(validation_fraction=0.25, context_tokens=8)
     spec = JobSpec("tiny", "ds", method=Method.SELF_SUPERVISED, hyperparameters=asked)
