@@ -8,7 +8,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct, Value
 
 from graft.api.v1 import fine_tuning_job_pb2
-from graft.domain.errors import KINDS, FieldViolation, GraftError, Internal, InvalidArgument
+from graft.domain.errors import KINDS, FieldViolation, Internal, InvalidArgument
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
@@ -81,8 +81,8 @@ def job_spec(project: str, asked: fine_tuning_job_pb2.FineTuningJob) -> JobSpec:
     method = asked.WhichOneof("method")
     return JobSpec(
         base_model=_base_id(asked.base_model),
-        training_dataset=_dataset_id(project, asked.training_dataset, "training_dataset"),
-        validation_dataset=_dataset_id(project, asked.validation_dataset, "validation_dataset")
+        training_dataset=dataset_id(project, asked.training_dataset, "training_dataset"),
+        validation_dataset=dataset_id(project, asked.validation_dataset, "validation_dataset")
         if asked.validation_dataset
         else None,
         suffix=asked.suffix or None,
@@ -140,7 +140,7 @@ def _base_id(name: str) -> str:
     return name
 
 
-def _dataset_id(project: str, name: str, field: str) -> str:
+def dataset_id(project: str, name: str, field: str) -> str:
     """The id in a resource name; a bare id is taken as one of the project."""
     if not name:
         raise _required(field, "upload a data set first")
@@ -196,7 +196,7 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
         ),
         metadata=spec.metadata,
         state=fine_tuning_job_pb2.FineTuningJob.State.Value(f"STATE_{found.state.value}"),
-        error=to_status(_error(found.error)) if found.error else None,
+        error=status(found.error) if found.error else None,
         create_time=timestamp(found.create_time),
         start_time=timestamp(found.start_time),
         end_time=timestamp(found.end_time),
@@ -261,8 +261,9 @@ def _tuning(spec: JobSpec) -> dict[str, Any]:
     }
 
 
-def _error(error: JobError) -> GraftError:
-    return KINDS.get(error.code, Internal)(error.message, reason=error.reason)
+def status(error: JobError) -> Any:
+    """A stored error as `google.rpc.Status`."""
+    return to_status(KINDS.get(error.code, Internal)(error.message, reason=error.reason))
 
 
 def _resolved(one: Resolved) -> fine_tuning_job_pb2.ResolvedHyperparameter:
