@@ -266,6 +266,7 @@ class Core:
         """Loads a version and returns the replicas after it. Raises what the engine refused it with."""
         version = await self.get_version(project, base, adapter, selector)
         resolving.check_served(base, self.settings.serving.base_model)
+        resolving.check_shared(version)
         response = await self.engine.load(resolving.adapter_ref(version))
         return await self._named(project, list(response.replicas))
 

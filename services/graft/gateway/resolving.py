@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
+from graft.domain.jobs import ServedAs
 from graft.domain.names import parse_model, registered_model
 from graft.domain.resources import AdapterVersion
 from graft.internal.v1 import engine_pb2
@@ -42,11 +43,22 @@ def check_served(base: str, served: str) -> None:
         )
 
 
+def check_shared(version: AdapterVersion) -> None:
+    """Raises FailedPrecondition for a version that the shared engine cannot hold: a model of its own."""
+    if version.served_as is ServedAs.MERGED_MODEL:
+        raise FailedPrecondition(
+            f"{version.model} is a full model and not an adapter: it is served as a deployment of its own. "
+            f"Deploy it with `graft models deploy {version.model}`.",
+            reason="NOT_DEPLOYED",
+            metadata={"model": version.model},
+        )
+
+
 async def resolve(store: Store, project: str, model: str, served: str) -> Resolution:
     """Resolves `base`, `base:adapter`, `base:adapter@3` or `base:adapter@alias`.
 
     Raises InvalidArgument for a malformed name, NotFound naming what exists, FailedPrecondition for a base model
-    that is not `served`.
+    that is not `served` or a version that is a model of its own.
     """
     name = parse_model(model)
     if name.adapter is None or name.base != served:  # else the lookup of the version checks the base model too
@@ -55,6 +67,7 @@ async def resolve(store: Store, project: str, model: str, served: str) -> Resolu
     if name.adapter is None:
         return Resolution(name.base, None)
     version = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
+    check_shared(version)
     return Resolution(version.model, adapter_ref(version))
 
 
