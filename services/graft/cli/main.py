@@ -1,6 +1,6 @@
 """The `graft` command: the local stack, and the groups of commands that talk to a gateway.
 
-Those are in `graft.cli.remote`, `graft.cli.tuning` and `graft.cli.talking`. Settings and stack are imported only by
+Those are in `graft.cli.models`, `graft.cli.remote`, `graft.cli.tuning` and `graft.cli.talking`. Settings and stack are imported only by
 the commands that need them.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from graft.cli import remote, talking, tuning
+from graft.cli import models, remote, talking, tuning
 from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(0 if healthy else 1)
 
 
+app.add_typer(models.models, name="models")
 remote.add_to(app)
 app.add_typer(tuning.tune, name="tune")
 talking.add_to(app)

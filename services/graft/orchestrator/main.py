@@ -19,11 +19,12 @@ import structlog
 from graft import settings as graft_settings
 from graft.domain.errors import GraftError
 from graft.internal.engine_client import EngineClient
+from graft.orchestrator.catalogue import Catalogue
 from graft.orchestrator.loop import Orchestrator
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.preparer import TokenizingPreparer, import_tokenizers
 from graft.orchestrator.threads import call
-from graft.registry.base_models import ensure_base_model, load_catalog
+from graft.registry.base_models import ensure_base_model
 from graft.registry.mlflow_registry import Registry
 from graft.settings import Settings
 from graft.store.sql import open_store
@@ -77,7 +78,8 @@ async def serve(settings: Settings) -> None:
     engine = EngineClient(settings.engine_address)
     try:
         await call(ensure_base_model, settings, settings.serving.base_model)
-        await store.replace_base_models(await call(load_catalog, settings))
+        catalogue = Catalogue(store, settings)
+        await catalogue.refresh()
         orchestrator = Orchestrator(
             Parts(
                 store=store,
@@ -90,6 +92,7 @@ async def serve(settings: Settings) -> None:
             )
         )
         work = asyncio.create_task(orchestrator.run())
+        following = asyncio.create_task(catalogue.run())
         stopping = asyncio.create_task(stop.wait())
         settings.orchestrator_pid_file.parent.mkdir(parents=True, exist_ok=True)
         settings.orchestrator_pid_file.write_text(str(os.getpid()))
@@ -97,6 +100,7 @@ async def serve(settings: Settings) -> None:
         await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("orchestrator_stopping")
         stopping.cancel()
+        following.cancel()
         work.cancel()
         with suppress(asyncio.CancelledError):
             await work
