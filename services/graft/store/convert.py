@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import RowMapping
 
 from graft.domain.grading import GraderSpec
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.jobs import (
     Checkpoint,
     Event,
@@ -122,3 +123,10 @@ def alias_wish(row: Row) -> AliasWish:
     """A row of `alias_wishes`."""
     values = {field.name: row[field.name] for field in fields(AliasWish)}
     return AliasWish(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+
+
+def deployment(row: Row) -> Deployment:
+    """A row of `deployments`."""
+    values = {field.name: row[field.name] for field in fields(Deployment)}
+    error = None if row["error"] is None else JobError(**row["error"])
+    return Deployment(**{**values, "state": DeploymentState(row["state"]), "error": error})

@@ -1,7 +1,7 @@
 """What the gateway and the orchestrator ask of the store. `graft.store.sql` is the one implementation.
 
 All methods are coroutines; times are timezone-aware UTC. Who may write what: the gateway creates data sets, jobs and
-wishes (`request_cancel`, `request_alias`); everything else is the orchestrator's.
+wishes (`request_cancel`, `request_alias`, `create_deployment`, `request_undeploy`); everything else is the orchestrator's.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Generic, Protocol, TypeVar
 
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
@@ -143,6 +144,33 @@ class Store(Protocol):
     async def get_alias_wish(self, wish_id: str) -> AliasWish: ...
     async def pending_alias_wishes(self) -> tuple[AliasWish, ...]: ...
     async def finish_alias_wish(self, wish_id: str, error: JobError | None) -> None: ...
+
+    # Deployments. Wishes (gateway)
+    async def create_deployment(self, wish: Deployment) -> Deployment:
+        """Stores the wish, or returns the deployment that there is; a FAILED one starts anew. Raises AlreadyExists when
+        the id names another model, FailedPrecondition while a deployment of that id is on its way out."""
+        ...
+
+    async def get_deployment(self, project: str, base: str) -> Deployment:
+        """Raises NotFound naming it and what exists in the project."""
+        ...
+
+    async def find_deployment(self, base: str) -> Deployment | None:
+        """The deployment that serves `base`, whoever asked for it."""
+        ...
+
+    async def list_deployments(self, project: str, page_size: int, page_token: str) -> Page[Deployment]: ...
+    async def request_undeploy(self, project: str, base: str) -> Deployment: ...
+
+    # Deployments (orchestrator)
+    async def every_deployment(self) -> tuple[Deployment, ...]: ...
+    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
+        """Tells how far it is. A wish to undeploy that came meanwhile stays."""
+        ...
+
+    async def remove_deployment(self, base: str) -> None:
+        """Forgets one that was STOPPING and has ended."""
+        ...
 
     # API keys, stored as SHA-256 of the secret
     async def add_key(self, key_hash: str, project: str, label: str) -> None: ...

@@ -185,6 +185,18 @@ alias_wishes = Table(
     Column("create_time", UtcTime, nullable=False),
 )
 
+deployments = Table(
+    "deployments",
+    metadata,
+    # Base models are shared by all projects, so their ids are unique without one.
+    Column("base_model", String(63), primary_key=True),
+    Column("project", String(63), nullable=False),
+    Column("source", String, nullable=False),
+    Column("create_time", UtcTime, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("error", JSON(none_as_null=True)),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,
