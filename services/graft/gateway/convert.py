@@ -1,11 +1,12 @@
 """Domain types to protobuf and back, for the gRPC edge. The only module that knows both."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2
+from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, deployment_pb2
+from graft.domain.deployments import Deployment
 from graft.domain.names import dataset_name, job_name, resource
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.internal.v1 import engine_pb2
@@ -41,8 +42,8 @@ def dataset(found: Dataset) -> dataset_pb2.Dataset:
     )
 
 
-def base_model(project: str, found: BaseModel) -> base_model_pb2.BaseModel:
-    """A base model as the project sees it, without where it lies."""
+def base_model(project: str, found: BaseModel, served: Collection[str]) -> base_model_pb2.BaseModel:
+    """A base model as the project sees it, without where it lies. `served` are the ids that engines carry."""
     return base_model_pb2.BaseModel(
         name=resource("projects", project, "baseModels", found.id),
         model=found.id,
@@ -54,6 +55,19 @@ def base_model(project: str, found: BaseModel) -> base_model_pb2.BaseModel:
         target_modules=found.target_modules,
         max_lora_rank=found.max_lora_rank,
         source=found.source,
+        served=found.id in served,
+    )
+
+
+def deployment(found: Deployment) -> deployment_pb2.Deployment:
+    """A deployment, with the reason when it failed."""
+    return deployment_pb2.Deployment(
+        name=resource("projects", found.project, "deployments", found.base_model),
+        model=found.base_model,
+        source=found.source,
+        state=deployment_pb2.Deployment.State.Value(f"STATE_{found.state}"),
+        error=None if found.error is None else to_status(found.error),
+        create_time=timestamp(found.create_time),
     )
 
 

@@ -17,6 +17,7 @@ from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset
 from graft.gateway import generation, resolving
 from graft.gateway.checks import check_page_size, check_request_id
 from graft.gateway.checks_jobs import check_job
+from graft.gateway.deployments import Deployments
 from graft.gateway.generation import Answer
 from graft.gateway.resolving import Resolution
 from graft.gateway.uploads import Upload, dataset_file, remove_dataset_file
@@ -39,6 +40,7 @@ class Core:
         self.store = store
         self.engine = engine
         self.settings = settings
+        self.deployments = Deployments(store, engine, settings)
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -215,20 +217,23 @@ class Core:
     async def load_version(self, project: str, base: str, adapter: str, selector: str) -> list[engine_pb2.Replica]:
         """Loads a version and returns the replicas after it. Raises what the engine refused it with."""
         version = await self.get_version(project, base, adapter, selector)
-        resolving.check_served(base, self.settings.serving.base_model)
-        response = await self.engine.load(resolving.adapter_ref(version))
+        await resolving.check_served(self.store, base, self.settings.serving.base_model)
+        response = await self.engine.of(base).load(resolving.adapter_ref(version))
         return await self._named(project, list(response.replicas))
 
     async def unload_version(self, project: str, base: str, adapter: str, selector: str) -> list[engine_pb2.Replica]:
         """Takes a version out of the engine and returns the replicas after it."""
         version = await self.get_version(project, base, adapter, selector)
-        response = await self.engine.unload(version.digest)
+        await resolving.check_served(self.store, base, self.settings.serving.base_model)
+        response = await self.engine.of(base).unload(version.digest)
         return await self._named(project, list(response.replicas))
 
     async def residency(self, project: str) -> list[engine_pb2.Replica]:
-        """What every replica holds, asked now. A resident of another project keeps its digest but not its name."""
+        """What every replica of every application holds, asked now. A resident of another project keeps its digest but
+        not its name."""
+        others = await self.deployments.residency()
         response = await self.engine.residency()
-        return await self._named(project, list(response.replicas))
+        return await self._named(project, [*response.replicas, *others])
 
     async def _named(self, project: str, replicas: list[engine_pb2.Replica]) -> list[engine_pb2.Replica]:
         for replica in replicas:
@@ -246,13 +251,13 @@ class Core:
     async def generate(self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]) -> Answer:
         """Answers an OpenAI body. OpenAI's own error objects come back in the Answer; all else is raised."""
         resolution = await self.resolve(project, generation.model_of(body))
-        return await generation.generate(self.engine, resolution, endpoint, body)
+        return await generation.generate(self.engine.of(resolution.base), resolution, endpoint, body)
 
     async def stream(
         self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
     ) -> AsyncGenerator[bytes, None]:
         """Answers an OpenAI body as payloads of `data:` lines. Every refusal is raised before the first payload."""
         resolution = await self.resolve(project, generation.model_of(body))
-        async with aclosing(generation.stream(self.engine, resolution, endpoint, body)) as payloads:
+        async with aclosing(generation.stream(self.engine.of(resolution.base), resolution, endpoint, body)) as payloads:
             async for payload in payloads:
                 yield payload

@@ -182,6 +182,7 @@ class EngineClient:
             parameter_count=model.parameter_count,
             size_bytes=model.size_bytes,
             context_tokens=model.context_tokens,
+            target_modules=model.target_modules,
         )
         request = engine_pb2.DeployRequest(model=served)
         await self._call(engine_pb2.DeployResponse, self._stub().Deploy, request, DEPLOY_TIMEOUT_SECONDS)

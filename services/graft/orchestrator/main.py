@@ -75,7 +75,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     store = open_store(settings.store_url)
-    engine = EngineClient(settings.engine_address)
+    engine = EngineClient(settings.engine_address, settings.serving.base_model)
     try:
         await call(ensure_base_model, settings, settings.serving.base_model)
         catalogue = Catalogue(store, settings)

@@ -294,7 +294,7 @@ def _model(served: engine_pb2.ServedModel, settings: ServingSettings) -> BaseMod
         context_tokens=served.context_tokens,
         license="",
         source="",
-        target_modules=(),
+        target_modules=tuple(served.target_modules),
         max_lora_rank=settings.max_lora_rank,
     )
 
