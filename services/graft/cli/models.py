@@ -1,18 +1,28 @@
 """`graft models`: base models. Lists those that a gateway offers; shows, adds, pulls and derives those of this home."""
 
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graft.cli.connect import connect
-from graft.cli.output import Json, failures, print_json, print_table, show, size_text
+from graft.cli.deriving import Deriving
+from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table, show, size_text
 
 if TYPE_CHECKING:
     from graft.settings import Settings
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A base model of the catalogue.")]
+
+
+class Choice(StrEnum):
+    """How `derive` chooses the layers to keep."""
+
+    ANGLE = "angle"
+    EVEN = "even"
+
 
 models = typer.Typer(invoke_without_command=True, help="List base models, and add to them.")
 
@@ -117,6 +127,44 @@ def models_pull(name: Name, as_json: Json = False) -> None:
         print(f"{name} is ready: {told['parameter_count'] / 1e6:.0f}M parameters, {size_text(told['size_bytes'])}, in {told['folder']}.")
 
 
+@models.command("derive")
+def models_derive(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model to cut.")],
+    layers: Annotated[int, typer.Option("--layers", help="Layers to keep.")],
+    name: Annotated[str, typer.Option("--name", help="What the new base model is called.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Text to heal on: .txt, or .jsonl rows with `text`.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=0, help="Most tokens; 0: what the time allows.")] = 0,
+    max_minutes: Annotated[float, typer.Option("--max-minutes", min=0.05, help="Longest healing.")] = 10.0,
+    choose: Annotated[Choice, typer.Option("--choose", help="How the layers to keep are chosen.")] = Choice.ANGLE,
+    as_json: JsonLines = False,
+) -> None:
+    """Make a smaller base model: cut layers out, then heal what is left by training on raw text.
+
+    Runs here, without a stack. Without --data it learns from documentation that every Python carries.
+    """
+    from graft.registry.derive import Request, derive
+    from graft.settings import load
+
+    request = Request(base, name, layers, data, tokens, max_minutes, choose.value)
+    with failures(as_json=as_json):
+        settings = load()
+        if as_json:
+            lineage = derive(settings, request, lambda report: print_json(report, line=True))
+            print_json({"kind": "entered", "model": _described(settings, name)}, line=True)
+            return
+        with Deriving(console) as shown:
+            lineage = derive(settings, request, shown.report)
+        told = _described(settings, name)
+    before, cut, after = lineage["perplexity"].values()
+    print(
+        f"{name} is in the catalogue: {told['parameter_count'] / 1e6:.0f}M parameters, layers "
+        f"{_plain(lineage['layers_kept'])} of {base}. Held-out perplexity {before:.4g} before the cut, {cut:.4g} after "
+        f"it, {after:.4g} after healing with {lineage['tokens_healed']:,} tokens."
+    )
+
+
 def _list_local(*, as_json: bool) -> None:
     from graft.registry.catalog import entries
     from graft.settings import load
@@ -144,6 +192,7 @@ def _list_local(*, as_json: bool) -> None:
 def _described(settings: "Settings", name: str) -> dict[str, Any]:
     """An entry of the local catalogue: what it says, and what is known of its folder if that is there."""
     from graft.domain.errors import GraftError
+    from graft.registry.base_models import known_license
     from graft.registry.catalog import Hub, entry
     from graft.registry.facts import read_facts, read_lineage
     from graft.registry.sources import cache_folder, ready_folder, source_text, unmade
@@ -161,6 +210,7 @@ def _described(settings: "Settings", name: str) -> dict[str, Any]:
     except GraftError as error:
         return told | {"state": "unusable", "error": error.message, "lineage": {}}
     return told | {
+        "license": known_license(one, folder),
         "parameter_count": facts.parameter_count,
         "size_bytes": facts.size_bytes,
         "context_tokens": min(facts.context_tokens, settings.serving.context_tokens),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from graft.domain.errors import GraftError
 from graft.domain.resources import BaseModel
-from graft.registry.catalog import Entry, entries, entry, own_file
-from graft.registry.facts import LINEAR, read_facts
+from graft.registry.catalog import UNKNOWN, Entry, entries, entry, own_file
+from graft.registry.facts import LINEAR, read_facts, read_lineage
 from graft.registry.sources import Progress, cache_folder, made_folder, ready_folder, source_text, unmade
 from graft.settings import Settings
 
@@ -66,6 +66,11 @@ def catalog_stamp(settings: Settings) -> tuple[int, ...]:
     return tuple(stamp)
 
 
+def known_license(one: Entry, folder: Path) -> str:
+    """The entry's licence or, where it tells none, that of the folder's origin."""
+    return one.license if one.license != UNKNOWN else str(read_lineage(folder).get("license") or UNKNOWN)
+
+
 def _describe(settings: Settings, one: Entry, folder: Path) -> BaseModel:
     facts = read_facts(one.base, folder, cache_folder(settings))
     return BaseModel(
@@ -75,7 +80,7 @@ def _describe(settings: Settings, one: Entry, folder: Path) -> BaseModel:
         parameter_count=facts.parameter_count,
         size_bytes=facts.size_bytes,
         context_tokens=min(facts.context_tokens, settings.serving.context_tokens),
-        license=one.license,
+        license=known_license(one, folder),
         source=source_text(one),
         target_modules=LINEAR,
         max_lora_rank=settings.serving.max_lora_rank,

@@ -19,6 +19,8 @@ from graft.domain.errors import AlreadyExists, FieldViolation, GraftError, Inval
 from graft.domain.names import check_id
 from graft.settings import Settings
 
+UNKNOWN = "unknown"
+"""The licence of an entry that tells none."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _KINDS = {
     "folder": {"folder", "license", "derived"},
@@ -67,7 +69,7 @@ class Entry:
     base: str
     source: Source
     license: str
-    """SPDX id, or `unknown`."""
+    """SPDX id, or UNKNOWN."""
 
 
 def own_file(settings: Settings) -> Path:
@@ -135,7 +137,7 @@ def _parse(text: str, file: Path) -> dict[str, Entry]:
         wrong = list(_faults(base, fields))
         faults += [FieldViolation(f"{base}.{key}" if key else str(base), told) for key, told in wrong]
         if not wrong:
-            found[base] = Entry(base, _source(fields, file.parent), str(fields.get("license", "unknown")))
+            found[base] = Entry(base, _source(fields, file.parent), fields.get("license", UNKNOWN))
     if faults:
         told = "; ".join(f"{fault.field}: {fault.description}" for fault in faults)
         raise InvalidArgument(f"{file}: {told}.", reason="INVALID_CATALOG", violations=tuple(faults))
