@@ -39,6 +39,11 @@ class Deployment:
         return parse_model(self.source).adapter is not None
 
 
+def full_model_source(project: str, model: str) -> str:
+    """What the catalogue says of a deployed full model's origin. Names the project: two may have a `base:adapter@3`."""
+    return f"full model {model} of project {project}"
+
+
 def default_deployment_id(base: str, adapter: str, version: int) -> str:
     """`base-adapter-3`: an id, as names with `:` and `@` cannot be one."""
     return f"{base}-{adapter}-{version}"

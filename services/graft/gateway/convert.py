@@ -7,8 +7,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, deployment_pb2
 from graft.domain.deployments import Deployment
+from graft.domain.errors import KINDS, GraftError, Internal
+from graft.domain.jobs import JobError
 from graft.domain.names import dataset_name, job_name, resource
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
+from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2
 
 _FORMATS = {
@@ -24,6 +27,11 @@ def timestamp(time: datetime | None) -> Timestamp | None:
     made = Timestamp()
     made.FromDatetime(time)
     return made
+
+
+def as_error(error: JobError) -> GraftError:
+    """A stored error as the domain error that it was."""
+    return KINDS.get(error.code, Internal)(error.message, reason=error.reason)
 
 
 # Data sets and base models
@@ -66,7 +74,7 @@ def deployment(found: Deployment) -> deployment_pb2.Deployment:
         model=found.base_model,
         source=found.source,
         state=deployment_pb2.Deployment.State.Value(f"STATE_{found.state}"),
-        error=None if found.error is None else to_status(found.error),
+        error=None if found.error is None else to_status(as_error(found.error)),
         create_time=timestamp(found.create_time),
     )
 

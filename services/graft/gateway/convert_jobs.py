@@ -8,14 +8,13 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct, Value
 
 from graft.api.v1 import fine_tuning_job_pb2
-from graft.domain.errors import KINDS, FieldViolation, GraftError, Internal, InvalidArgument
+from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
     Event,
     Hyperparameters,
     Job,
-    JobError,
     JobSpec,
     LastLayers,
     Lora,
@@ -30,7 +29,7 @@ from graft.domain.jobs import (
     Tuning,
 )
 from graft.domain.names import dataset_name, job_name, parse_resource
-from graft.gateway.convert import timestamp
+from graft.gateway.convert import as_error, timestamp
 from graft.internal.status import to_status
 
 T = TypeVar("T")
@@ -196,7 +195,7 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
         ),
         metadata=spec.metadata,
         state=fine_tuning_job_pb2.FineTuningJob.State.Value(f"STATE_{found.state.value}"),
-        error=to_status(_error(found.error)) if found.error else None,
+        error=to_status(as_error(found.error)) if found.error else None,
         create_time=timestamp(found.create_time),
         start_time=timestamp(found.start_time),
         end_time=timestamp(found.end_time),
@@ -259,10 +258,6 @@ def _tuning(spec: JobSpec) -> dict[str, Any]:
             base_quantization=_number(_QUANTIZATIONS, lora.base_quantization),
         )
     }
-
-
-def _error(error: JobError) -> GraftError:
-    return KINDS.get(error.code, Internal)(error.message, reason=error.reason)
 
 
 def _resolved(one: Resolved) -> fine_tuning_job_pb2.ResolvedHyperparameter:

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 from graft.domain.errors import KINDS, Internal, InvalidArgument, NotFound, Unavailable
-from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec
+from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, ServedAs
 from graft.domain.names import check_alias, check_id, parse_model
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset
 from graft.gateway import generation, resolving
@@ -86,10 +86,13 @@ class Core:
     async def create_job(self, project: str, spec: JobSpec, request_id: str | None = None) -> Job:
         """Checks a specification against what exists and what the engine can load, and stores it in VALIDATING.
 
-        Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
+        Raises InvalidArgument with every fault as a field violation, NotFound naming what exists, or what
+        `resolving.check_served` raises when the result could not be proven in the engine of its base.
         """
         check_id(project, "project")
         spec = await check_job(self.store, self.settings, project, spec)
+        if spec.served_as is not ServedAs.MERGED_MODEL:  # else its base's engine is not needed to prove the result
+            await resolving.check_served(self.store, spec.base_model, self.settings.serving.base_model)
         return await self.store.create_job(project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id))
 
     async def get_job(self, project: str, job_id: str) -> Job:

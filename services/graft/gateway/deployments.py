@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Collection
 from datetime import UTC, datetime
 
-from graft.domain.deployments import Deployment, DeploymentState, default_deployment_id
+from graft.domain.deployments import Deployment, DeploymentState, default_deployment_id, full_model_source
 from graft.domain.errors import AlreadyExists, FailedPrecondition, FieldViolation, GraftError, InvalidArgument, NotFound
 from graft.domain.names import check_id, parse_model
 from graft.gateway.checks import check_page_size
@@ -50,7 +50,7 @@ class Deployments:
             base = deployment_id or default_deployment_id(version.base_model, version.adapter, version.version)
             source = version.model
             check_id(base, "deployment_id")
-            await self._check_free(base, version.model)
+            await self._check_free(base, full_model_source(project, version.model))
         if base == self._first:
             raise FailedPrecondition(
                 f"{base!r} is the stack's own base model (GRAFT_SERVING_BASE_MODEL) and always served.",
@@ -106,7 +106,7 @@ class Deployments:
             return
         if found.source != source:
             raise AlreadyExists(
-                f"The catalogue has another base model {base!r} ({found.source}). Give this one another name.",
+                f"The catalogue has another base model {base!r}. Give this one another name.",
                 reason="BASE_MODEL_EXISTS",
                 metadata={"name": base},
             )

@@ -103,9 +103,7 @@ class _Door:
 class EngineClient:
     """Calls the engine. Every method raises domain errors only."""
 
-    def __init__(
-        self, address: str, first: str = "", max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
-    ) -> None:
+    def __init__(self, address: str, first: str = "", max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
         """`first` is the base model that the service starts with. Without it, whichever is there answers."""
         self.address = address
         self.first = first

@@ -1,4 +1,4 @@
-"""A Ray Serve application of one base model: one deployment that answers `graft.internal.v1.Engine` behind Serve's gRPC proxy.
+"""A Ray Serve application of one base model: its deployment answers `graft.internal.v1.Engine` behind Serve's proxy.
 
 A replica's constructor returns at once and the engine starts in the background, so that the door answers early:
 requests get Unavailable with a retry hint, and Residency says `ready: false`. Every error is told inside the response,

@@ -5,7 +5,7 @@ check of memory and what Ray Serve is told; does not know which are wished for (
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import psutil
@@ -43,8 +43,8 @@ def check_memory(model: BaseModel, kv_cache_gib: int, available_bytes: int) -> N
         return
     raise ResourceExhausted(
         f"Serving {model.id} takes {needed / GIB:.1f} GiB ({WEIGHTS_FACTOR} x {model.size_bytes / GIB:.1f} of weights, "
-        f"{kv_cache_gib} of KV cache, {PROCESSES_BYTES / GIB:.0f} of processes), and {available_bytes / GIB:.1f} GiB are "
-        "available. Undeploy another model (`graft models undeploy`), or set GRAFT_SERVING_KV_CACHE_GIB lower.",
+        f"{kv_cache_gib} of KV cache, {PROCESSES_BYTES / GIB:.0f} of processes), and {available_bytes / GIB:.1f} GiB "
+        "are available. Undeploy another model (`graft models undeploy`), or set GRAFT_SERVING_KV_CACHE_GIB lower.",
         reason="NOT_ENOUGH_MEMORY",
         metadata={"needed_bytes": str(needed), "available_bytes": str(available_bytes)},
     )
@@ -59,6 +59,7 @@ class Applications:
         self._build = build
         self._lock = asyncio.Lock()
         """One change at a time: two engines that start at once would both count the same free memory."""
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def deploy(self, model: BaseModel) -> None:
         """Starts an application and returns when its replicas run, or at once when it is there.
@@ -67,15 +68,22 @@ class Applications:
         FailedPrecondition when Ray Serve does not start it.
         """
         self._check_other(model.id)
+        # Shielded: a caller that goes away must not free the lock while Serve is at work in its thread.
+        await asyncio.shield(self._kept(self._deploy(model)))
+
+    async def undeploy(self, base: str) -> None:
+        """Ends an application and returns when its processes have; unknown ones are already gone."""
+        self._check_other(base)
+        await asyncio.shield(self._kept(self._undeploy(base)))
+
+    async def _deploy(self, model: BaseModel) -> None:
         async with self._lock:
             if model.id in {application.base_model for application in await self.all()}:
                 return
             check_memory(model, self._kv_cache_gib, psutil.virtual_memory().available)
             await asyncio.to_thread(self._run, model)
 
-    async def undeploy(self, base: str) -> None:
-        """Ends an application and returns when its processes have; unknown ones are already gone."""
-        self._check_other(base)
+    async def _undeploy(self, base: str) -> None:
         async with self._lock:
             if base in {application.base_model for application in await self.all()}:
                 await asyncio.to_thread(serve.delete, application_name(base, self._first))
@@ -90,6 +98,12 @@ class Applications:
             )
             for name, application in status.applications.items()
         ]
+
+    def _kept(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself holds tasks weakly
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _check_other(self, base: str) -> None:
         if not base or base == self._first:

@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import RowMapping
 
-from graft.domain.grading import GraderSpec
 from graft.domain.deployments import Deployment, DeploymentState
+from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
     Event,

@@ -82,9 +82,7 @@ class DeploymentStore:
         """In order of id. Raises InvalidArgument for a bad token."""
         query = select(deployments).where(deployments.c.project == project)
         async with self._database.read() as connection:
-            page = await by_key(
-                connection, query, [deployments.c.base_model], page_size, page_token, down=False
-            )
+            page = await by_key(connection, query, [deployments.c.base_model], page_size, page_token, down=False)
         return Page(tuple(convert.deployment(row) for row in page.items), page.next_page_token)
 
     async def every_deployment(self) -> tuple[Deployment, ...]:

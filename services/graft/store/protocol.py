@@ -1,7 +1,8 @@
 """What the gateway and the orchestrator ask of the store. `graft.store.sql` is the one implementation.
 
 All methods are coroutines; times are timezone-aware UTC. Who may write what: the gateway creates data sets, jobs and
-wishes (`request_cancel`, `request_alias`, `create_deployment`, `request_undeploy`); everything else is the orchestrator's.
+wishes (`request_cancel`, `request_alias`, `create_deployment`, `request_undeploy`); everything else is the
+orchestrator's.
 """
 
 from collections.abc import Sequence

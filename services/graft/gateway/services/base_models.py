@@ -20,9 +20,7 @@ class BaseModelService(base_model_service_pb2_grpc.BaseModelServiceServicer):
     ) -> base_model_pb2.BaseModel:
         """One base model."""
         project, base = split(request.name, "baseModels")
-        return convert.base_model(
-            project, await self._core.get_base_model(base), await self._core.deployments.served()
-        )
+        return convert.base_model(project, await self._core.get_base_model(base), await self._core.deployments.served())
 
     async def ListBaseModels(
         self, request: base_model_service_pb2.ListBaseModelsRequest, _context: Any
