@@ -38,7 +38,7 @@ def greedy(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def other_folder(stack: WholeStack, graft: Graft, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another tiny llama, in the catalogue of the running stack."""
-    folder = make_tiny_llama(tmp_path_factory.mktemp("other"), seed=7, layers=3)
+    folder = make_tiny_llama(tmp_path_factory.mktemp("other"), seed=7, layers=3, tied=False)
     catalogue = stack.home / "base_models.yaml"
     entries = yaml.safe_load(catalogue.read_text())
     catalogue.write_text(yaml.safe_dump({**entries, OTHER: {"folder": str(folder), "license": "MIT"}}))
@@ -115,7 +115,7 @@ def test_a_second_base_model_is_deployed_answers_as_itself_and_leaves_nothing_be
 
 
 def test_a_base_model_whose_weights_cannot_be_loaded_fails_with_its_reason_and_is_not_tried_again(
-    stack: WholeStack, graft: Graft, other_folder: Path, tmp_path: Path
+    stack: WholeStack, graft: Graft, tmp_path: Path
 ) -> None:
     broken = make_tiny_llama(tmp_path, layers=2)
     config = json.loads((broken / "config.json").read_text())
