@@ -35,8 +35,8 @@ def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:
 
 
 async def check_served(store: Store, base: str, first: str) -> None:
-    """Raises FailedPrecondition unless an engine carries `base`: the stack's `first` one, or a deployment that is ready;
-    Unavailable while one starts.
+    """Raises FailedPrecondition unless an engine carries `base`: the stack's `first` one, or a deployment that is
+    ready; Unavailable while one starts.
 
     Without it a request for another base of the catalogue would be answered by the wrong weights.
     """

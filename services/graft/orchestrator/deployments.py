@@ -191,8 +191,8 @@ class Deployments:
         log.info("parity", base_model=model.id, probes=len(fitting), max_abs_difference=round(difference, 5))
         if not fitting or difference > limit:
             raise FailedPrecondition(
-                f"The engine does not compute what was trained: over {len(fitting)} of the {len(trained.probes)} probes "
-                f"of {model.id} its log-probabilities differ by up to {difference:.4f} nats a token from the "
+                f"The engine does not compute what was trained: over {len(fitting)} of the {len(trained.probes)} "
+                f"probes of {model.id} its log-probabilities differ by up to {difference:.4f} nats a token from the "
                 f"trainer's, and {limit} is allowed.",
                 reason="PARITY_FAILED",
                 metadata={"max_abs_difference": f"{difference:.6f}"},

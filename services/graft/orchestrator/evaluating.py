@@ -151,7 +151,8 @@ def read_trained(path: Path) -> Trained:
 async def score(engine: Generates, adapter: engine_pb2.AdapterRef, probe: Probe) -> float:
     """The engine's mean log-probability of the probe's completion, in nats a token.
 
-    An `adapter` without a digest is a base model. `prompt_logprobs: 0` is vLLM's extension of the completions API: for each prompt token its own log-probability.
+    An `adapter` without a digest is a base model. `prompt_logprobs: 0` is vLLM's extension of the completions API: for
+    each prompt token its own log-probability.
     Raises Unavailable while the engine cannot answer, FailedPrecondition for an answer without scores.
     """
     body = {
