@@ -16,7 +16,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
     check_memory(MODEL, 2, needed)
     with pytest.raises(ResourceExhausted) as refused:
         check_memory(MODEL, 2, needed - 1)
-    assert "takes 10.0 GiB (2 x 3.0 of weights, 2 of KV cache, 2 of processes), and 10.0 GiB are available" in str(
+    assert "takes 9.5 GiB (2 x 3.0 of weights, 2 of KV cache, 1.5 of processes), and 9.5 GiB are available" in str(
         refused.value
     )
     assert refused.value.metadata == {"needed_bytes": str(needed), "available_bytes": str(needed - 1)}

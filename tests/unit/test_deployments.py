@@ -238,6 +238,7 @@ async def test_a_full_model_becomes_a_base_model_of_the_catalogue_once_it_is_pro
         await on.until("tiny-full-2", DeploymentState.READY)
         assert on.models.pulled == [("default--tiny--full", 2, "sha256:job-2")]
         model = await on.it.store.get_base_model("tiny-full-2")
+        assert model.project == PROJECT
         assert model.source == "full model tiny:full@2 of project default"
         assert Path(model.path) == on.settings.home.path / "base_models" / "tiny-full-2"
         assert model.digest == on.service.there["tiny-full-2"].digest

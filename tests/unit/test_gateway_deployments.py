@@ -11,7 +11,7 @@ from graft.api.v1 import adapter_service_pb2, base_model_service_pb2, deployment
 from graft.api.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from graft.api.v1.base_model_service_pb2_grpc import BaseModelServiceStub
 from graft.api.v1.generation_service_pb2_grpc import GenerationServiceStub
-from graft.domain.deployments import DeploymentState
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.errors import AlreadyExists, FailedPrecondition, GraftError, InvalidArgument, NotFound, Unavailable
 from graft.domain.jobs import JobError, JobSpec, ServedAs, Tuning
 from graft.domain.resources import Adapter, RegistrySnapshot
@@ -171,6 +171,23 @@ async def test_a_wish_that_cannot_be_met_is_refused(
         assert isinstance(error, kind)
         assert told in error.message
         assert await it.store.every_deployment() == ()
+
+
+async def test_a_full_model_is_its_projects_alone(tmp_path: Path) -> None:
+    async with two_bases(tmp_path) as it:
+        mine = replace(base_model(), id="mine", project="theirs")
+        await it.store.replace_base_models([base_model(), mine])
+        await it.store.create_deployment(Deployment("mine", "theirs", f"{BASE}:full@1", NOW, DeploymentState.READY))
+        with pytest.raises(NotFound, match=f"Existing: {BASE}\\."):
+            await it.core.resolve("default", "mine")
+        assert (await it.core.resolve("theirs", "mine")).base == "mine"
+        listed = await BaseModelServiceStub(it.channel).ListBaseModels(
+            base_model_service_pb2.ListBaseModelsRequest(parent="projects/default")
+        )
+        assert [one.model for one in listed.base_models] == [BASE]
+        assert isinstance(await refused(deployed(it, "mine")), NotFound)
+        assert [replica.base_model for replica in await it.core.residency("default")] == [BASE]
+        assert [replica.base_model for replica in await it.core.residency("theirs")] == [BASE, "mine"]
 
 
 async def test_the_stacks_own_base_model_cannot_be_undeployed(tmp_path: Path) -> None:

@@ -152,13 +152,13 @@ class Core:
 
     # Base models and adapters
 
-    async def list_base_models(self) -> tuple[BaseModel, ...]:
+    async def list_base_models(self, project: str) -> tuple[BaseModel, ...]:
         """All, by id."""
-        return await self.store.list_base_models()
+        return await self.store.list_base_models(project)
 
-    async def get_base_model(self, base: str) -> BaseModel:
+    async def get_base_model(self, project: str, base: str) -> BaseModel:
         """Raises NotFound naming it and what exists."""
-        return await self.store.get_base_model(base)
+        return await self.store.get_base_model(base, project)
 
     async def get_adapter(self, project: str, base: str, adapter: str) -> Adapter:
         """Raises NotFound naming it and what exists."""
@@ -169,7 +169,7 @@ class Core:
     ) -> Page[Adapter]:
         """Adapters of one base model, or of all when None."""
         if base is not None:
-            await self.store.get_base_model(base)
+            await self.store.get_base_model(base, project)
         return await self.store.list_adapters(project, base, check_page_size(page_size), page_token)
 
     async def get_version(self, project: str, base: str, adapter: str, selector: str) -> AdapterVersion:
@@ -234,7 +234,7 @@ class Core:
     async def residency(self, project: str) -> list[engine_pb2.Replica]:
         """What every replica of every application holds, asked now. A resident of another project keeps its digest but
         not its name."""
-        others = await self.deployments.residency()
+        others = await self.deployments.residency(project)
         response = await self.engine.residency()
         return await self._named(project, [*response.replicas, *others])
 

@@ -35,7 +35,7 @@ class Deployments:
         name = parse_model(model)
         if name.adapter is None:
             base, source = name.base, name.base
-            await self._store.get_base_model(base)
+            await self._store.get_base_model(base, project)
             if deployment_id not in ("", base):
                 told = f"a base model is served under its own id, {base!r}; leave it out"
                 raise InvalidArgument(
@@ -82,9 +82,13 @@ class Deployments:
         """Ids of the base models that requests are answered for."""
         return {self._first, *await self._ready()}
 
-    async def residency(self) -> list[engine_pb2.Replica]:
-        """Replicas of the deployments that are ready. One that does not answer is told as not ready, without an id."""
-        bases = await self._ready()
+    async def residency(self, project: str) -> list[engine_pb2.Replica]:
+        """Replicas of the deployments that are ready, as far as the project sees their base models.
+
+        One that does not answer is told as not ready, without an id.
+        """
+        visible = {model.id for model in await self._store.list_base_models(project)}
+        bases = [base for base in await self._ready() if base in visible]
         answers = await asyncio.gather(*map(self._residency_of, bases))
         return [replica for replicas in answers for replica in replicas]
 

@@ -74,7 +74,7 @@ async def resolve(store: Store, project: str, model: str, first: str) -> Resolut
     """
     name = parse_model(model)
     if name.adapter is None or name.base != first:  # else the lookup of the version checks the base model too
-        await store.get_base_model(name.base)
+        await store.get_base_model(name.base, project)
     await check_served(store, name.base, first)
     if name.adapter is None:
         return Resolution(name.base, name.base, None)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from graft.domain.deployments import Deployment, DeploymentState, full_model_source
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.errors import FailedPrecondition, GraftError, Internal, Unavailable
 from graft.domain.jobs import JobError
 from graft.domain.names import parse_model, registered_model
@@ -144,8 +144,7 @@ class Deployments:
                 version.version,
                 version.digest,
             )
-            origin = full_model_source(wish.project, wish.source)
-            await call(adopt, self._settings, wish.base_model, origin, trained_from.license, pulled)
+            await call(adopt, self._settings, wish.base_model, wish.project, wish.source, trained_from.license, pulled)
             await self._refresh_catalogue()
         return await self._store.get_base_model(wish.base_model)
 

@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 """The licence of an entry that tells none."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _KINDS = {
-    "folder": {"folder", "license", "derived", "origin"},
+    "folder": {"folder", "license", "derived", "origin", "project"},
     "package": {"package", "file", "license"},
     "hub": {"hub", "revision", "license"},
 }
@@ -42,6 +42,8 @@ class Folder:
     """Blocks that were kept."""
     origin: str = ""
     """Which full model it is, of one that a job made and that was deployed; empty for any other."""
+    project: str = ""
+    """The project whose job that was, which alone may use it; empty for any other."""
 
 
 @dataclass(frozen=True)
@@ -186,4 +188,5 @@ def _source(fields: Mapping[str, Any], home: Path) -> Source:
         derived.get("from", ""),
         derived.get("layers", 0),
         fields.get("origin", ""),
+        fields.get("project", ""),
     )

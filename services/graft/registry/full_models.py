@@ -7,18 +7,20 @@ import os
 import shutil
 from pathlib import Path
 
+from graft.domain.deployments import full_model_source
 from graft.domain.errors import AlreadyExists
 from graft.registry import catalog
 from graft.registry.sources import make_once, source_text
 from graft.settings import Settings
 
 
-def adopt(settings: Settings, base: str, origin: str, license: str, pulled: Path) -> Path:
-    """Makes the model in the folder `pulled` the base model `base`, unless it is already; returns its own folder.
+def adopt(settings: Settings, base: str, project: str, model: str, license: str, pulled: Path) -> Path:
+    """Makes `model` of `project`, whose files are in `pulled`, the project's base model `base`; returns its folder.
 
-    Files are linked where the disk allows it: the cache that a pull fills may be deleted, a base model may not. Raises
+    Does nothing when it is already. Files are linked where the disk allows it: the cache that a pull fills may be deleted, a base model may not. Raises
     AlreadyExists when the catalogue has another base model of that name.
     """
+    origin = full_model_source(project, model)
     known = catalog.entries(settings).get(base)
     if known is not None and source_text(known) != origin:
         raise AlreadyExists(
@@ -28,7 +30,7 @@ def adopt(settings: Settings, base: str, origin: str, license: str, pulled: Path
         )
     folder = make_once(settings.home.path / "base_models" / base, lambda fresh: _fill(fresh, pulled))
     if known is None:
-        content = {"folder": f"base_models/{base}", "license": license, "origin": origin}
+        content = {"folder": f"base_models/{base}", "license": license, "origin": origin, "project": project}
         catalog.put(settings, base, content)
     return folder
 

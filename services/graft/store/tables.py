@@ -140,6 +140,7 @@ base_models = Table(
     Column("source", String, nullable=False),
     Column("target_modules", JSON, nullable=False),
     Column("max_lora_rank", Integer, nullable=False),
+    Column("project", String(63), nullable=False, server_default=""),
 )
 
 adapters = Table(

@@ -20,7 +20,9 @@ class BaseModelService(base_model_service_pb2_grpc.BaseModelServiceServicer):
     ) -> base_model_pb2.BaseModel:
         """One base model."""
         project, base = split(request.name, "baseModels")
-        return convert.base_model(project, await self._core.get_base_model(base), await self._core.deployments.served())
+        return convert.base_model(
+            project, await self._core.get_base_model(project, base), await self._core.deployments.served()
+        )
 
     async def ListBaseModels(
         self, request: base_model_service_pb2.ListBaseModelsRequest, _context: Any
@@ -28,7 +30,7 @@ class BaseModelService(base_model_service_pb2_grpc.BaseModelServiceServicer):
         """A page, by id. The catalogue is a short list in a file, so that a position serves as page token."""
         project = parent_project(request.parent)
         start, size = cursor(request.page_token), check_page_size(request.page_size)
-        models = await self._core.list_base_models()
+        models = await self._core.list_base_models(project)
         served = await self._core.deployments.served()
         return base_model_service_pb2.ListBaseModelsResponse(
             base_models=[convert.base_model(project, one, served) for one in models[start : start + size]],

@@ -1,4 +1,4 @@
-"""Base models that are served beside the first one."""
+"""Base models that are served beside the first one, and base models of one project alone."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,9 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Adds the table."""
+    """Adds both. The orchestrator fills `base_models` anew when it starts."""
+    with op.batch_alter_table("base_models") as batch:
+        batch.add_column(sa.Column("project", sa.String(length=63), nullable=False, server_default=""))
     op.create_table(
         "deployments",
         sa.Column("base_model", sa.String(length=63), nullable=False),
@@ -24,3 +26,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Takes it back."""
     op.drop_table("deployments")
+    with op.batch_alter_table("base_models") as batch:
+        batch.drop_column("project")
