@@ -21,7 +21,7 @@ from graft.domain.resources import DatasetFormat
 from graft.registry.base_models import LINEAR
 from graft.training import worker
 from graft.training.batching import batches
-from graft.training.loop import Group
+from graft.training.objectives.objective import Group
 from graft.training.spec import Clock, RunSpec
 
 Play = Callable[[Round], Round]

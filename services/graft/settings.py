@@ -165,6 +165,10 @@ class Settings(_Section):
         """Holds the orchestrator's pid while it works on jobs."""
         return self.home.path / "run" / "orchestrator.pid"
 
+    def evaluation_dir(self, project: str, evaluation_id: str) -> Path:
+        """Where an evaluation keeps its answers and its report."""
+        return self.home.path / "evaluations" / project / evaluation_id
+
     @property
     def engine_address(self) -> str:
         """`host:port` of the internal gRPC."""

@@ -199,7 +199,7 @@ async def test_a_learning_rate_multiplier_reaches_the_job_and_is_told_as_sent(tm
         ({"hyperparameters": {"bathc_size": 1}}, "hyperparameters.bathc_size", "did you mean 'batch_size'"),
         ({"method": {"type": "distillation"}}, "method.type", "'distillation' is not a method"),
         ({"method": {"type": "dpo", "dpo": {}}}, "training_file", "from which preference cannot learn"),
-        ({"method": {"type": "reinforcement"}}, "method.reinforcement.grader", "is required"),
+        ({"method": {"type": "reinforcement"}}, "training_file", "method.reinforcement.grader: is required"),
         ({"extra_body": {"graft": {"tuning": "some"}}}, "graft.tuning", "lora, last_layers, full"),
         ({"extra_body": {"graft": {"tuning": "full", "served_as": "adapter"}}}, "graft.served_as", "low_rank_delta"),
         ({"extra_body": {"graft": {"served_as": "merged_model"}}}, "graft.served_as", "as it is"),

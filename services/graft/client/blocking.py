@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 
@@ -142,29 +142,10 @@ class Graft:
     # Jobs
 
     def create_job(
-        self,
-        base_model: str,
-        training_dataset: str,
-        *,
-        validation_dataset: str = "",
-        suffix: str = "",
-        lora: Mapping[str, object] | None = None,
-        hyperparameters: Mapping[str, object] | None = None,
-        metadata: Mapping[str, str] | None = None,
-        request_id: str = "",
+        self, base_model: str, training_dataset: str, **options: Unpack[requests.JobOptions]
     ) -> fine_tuning_job_pb2.FineTuningJob:
-        """Asks for a fine-tune; see `graft.client.requests.create_job` for the fields."""
-        request = requests.create_job(
-            self.connection.parent,
-            base_model,
-            training_dataset,
-            validation_dataset=validation_dataset,
-            suffix=suffix,
-            lora=lora,
-            hyperparameters=hyperparameters,
-            metadata=metadata,
-            request_id=request_id,
-        )
+        """Asks for a fine-tune; the options are `graft.client.requests.JobOptions`."""
+        request = requests.create_job(self.connection.parent, base_model, training_dataset, **options)
         result: fine_tuning_job_pb2.FineTuningJob = self._call(self._jobs.CreateFineTuningJob, request)
         return result
 

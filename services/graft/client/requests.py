@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from graft.api.v1 import (
     adapter_service_pb2,
@@ -43,36 +43,107 @@ def upload(parent: str, path: Path, display_name: str) -> Iterator[dataset_servi
     return parts()
 
 
-def create_job(
-    parent: str,
-    base_model: str,
-    training_dataset: str,
-    *,
-    validation_dataset: str = "",
-    suffix: str = "",
-    lora: Mapping[str, Any] | None = None,
-    hyperparameters: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, str] | None = None,
-    request_id: str = "",
-) -> fine_tuning_service_pb2.CreateFineTuningJobRequest:
-    """`lora` and `hyperparameters` have the field names of `LoraTuning` and `Hyperparameters`; both may be partial.
+class JobOptions(TypedDict, total=False):
+    """What a job may say beside its base model and data; everything that is left out is derived.
 
-    Data sets are ids or resource names. Raises InvalidArgument for an unknown field or a value of the wrong type.
+    Mappings have the field names of the contract's message, and may be partial. Enums are their names' last word in
+    lower case: `served_as="merged_model"`.
     """
+
+    validation_dataset: str
+    """Id or resource name."""
+    suffix: str
+    method: str
+    """`supervised`, `self_supervised`, `instruction`, `preference` or `reinforcement`; else as the data says."""
+    method_options: Mapping[str, Any]
+    """Of `SupervisedMethod`, `PreferenceMethod` and so on: `{"beta": 0.1}`. Needs `method`."""
+    tuning: str
+    """`lora`, `last_layers` or `full`; LoRA when left out."""
+    lora: Mapping[str, Any]
+    last_layers: Mapping[str, Any]
+    served_as: str
+    """`adapter`, `low_rank_delta` or `merged_model`."""
+    delta_rank: int
+    task: str
+    task_definition: str
+    """YAML."""
+    from_adapter: str
+    """`base:adapter@version`."""
+    hyperparameters: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    request_id: str
+    """A UUID4; one is made when left out."""
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "supervised": fine_tuning_job_pb2.SupervisedMethod,
+    "self_supervised": fine_tuning_job_pb2.SelfSupervisedMethod,
+    "instruction": fine_tuning_job_pb2.InstructionMethod,
+    "preference": fine_tuning_job_pb2.PreferenceMethod,
+    "reinforcement": fine_tuning_job_pb2.ReinforcementMethod,
+}
+TUNINGS: dict[str, Callable[..., Any]] = {
+    "lora": fine_tuning_job_pb2.LoraTuning,
+    "last_layers": fine_tuning_job_pb2.LastLayersTuning,
+    "full": fine_tuning_job_pb2.FullTuning,
+}
+SERVED_AS = ("adapter", "low_rank_delta", "merged_model")
+
+
+def create_job(
+    parent: str, base_model: str, training_dataset: str, **options: Unpack[JobOptions]
+) -> fine_tuning_service_pb2.CreateFineTuningJobRequest:
+    """Data sets are ids or resource names. Raises InvalidArgument for an unknown field or a value of the wrong type."""
+    unknown = sorted(options.keys() - JobOptions.__annotations__.keys())
+    if unknown:
+        raise _invalid(unknown[0], f"is not an option of a job; use: {', '.join(JobOptions.__annotations__)}")
+    validation = options.get("validation_dataset", "")
     job = fine_tuning_job_pb2.FineTuningJob(
         base_model=base_model,
         training_dataset=dataset(parent, training_dataset),
-        validation_dataset=dataset(parent, validation_dataset) if validation_dataset else "",
-        suffix=suffix,
-        supervised=fine_tuning_job_pb2.SupervisedMethod(),
-        metadata=metadata,
+        validation_dataset=dataset(parent, validation) if validation else "",
+        suffix=options.get("suffix", ""),
+        task=options.get("task", ""),
+        task_definition=options.get("task_definition", ""),
+        from_adapter=options.get("from_adapter", ""),
+        delta_rank=options.get("delta_rank", 0),
+        metadata=options.get("metadata"),
     )
-    job.lora.CopyFrom(_built("lora", fine_tuning_job_pb2.LoraTuning, **(lora or {})))
+    method = options.get("method", "")
+    if method:
+        made = _chosen("method", METHODS, method, options.get("method_options", {}))
+        getattr(job, method).CopyFrom(made)
+    elif options.get("method_options"):
+        raise _invalid("method_options", "say nothing without a method; name one")
+    tuning = options.get("tuning", "lora")
+    own = {"lora": options.get("lora"), "last_layers": options.get("last_layers")}
+    for name, values in own.items():
+        if values and name != tuning:
+            raise _invalid(name, f"says nothing when the tuning is {tuning!r}")
+    getattr(job, tuning if tuning in TUNINGS else "lora").CopyFrom(
+        _chosen("tuning", TUNINGS, tuning, own.get(tuning) or {})
+    )
+    if served_as := options.get("served_as", ""):
+        if served_as not in SERVED_AS:
+            raise _invalid("served_as", f"{served_as!r} is none of: {', '.join(SERVED_AS)}")
+        job.served_as = fine_tuning_job_pb2.ServedAs.Value(f"SERVED_AS_{served_as.upper()}")
     job.hyperparameters.CopyFrom(
-        _built("hyperparameters", fine_tuning_job_pb2.Hyperparameters, **(hyperparameters or {}))
+        _built("hyperparameters", fine_tuning_job_pb2.Hyperparameters, **options.get("hyperparameters", {}))
     )
     return fine_tuning_service_pb2.CreateFineTuningJobRequest(
-        parent=parent, fine_tuning_job=job, request_id=request_id or str(uuid.uuid4())
+        parent=parent, fine_tuning_job=job, request_id=options.get("request_id") or str(uuid.uuid4())
+    )
+
+
+def _chosen(field: str, kinds: Mapping[str, Callable[..., Any]], name: str, values: Mapping[str, Any]) -> Any:
+    if name not in kinds:
+        raise _invalid(field, f"{name!r} is none of: {', '.join(kinds)}")
+    return _built(name, kinds[name], **values)
+
+
+def _invalid(field: str, description: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{field}: {description}.", reason="INVALID_VALUE", violations=(FieldViolation(field, description),)
     )
 
 
@@ -81,11 +152,7 @@ def _built(field: str, message: Callable[..., Any], **values: Any) -> Any:
     try:
         return message(**values)
     except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            f"{field}: {error}",
-            reason="INVALID_VALUE",
-            violations=(FieldViolation(field, str(error)),),
-        ) from None
+        raise _invalid(field, str(error)) from None
 
 
 def dataset(parent: str, id_or_name: str) -> str:

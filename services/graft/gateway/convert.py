@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Iterable
 from datetime import datetime
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, deployment_pb2
 from graft.domain.deployments import Deployment
-from graft.domain.errors import KINDS, GraftError, Internal
+from graft.domain.errors import KINDS, Internal
 from graft.domain.jobs import JobError
 from graft.domain.names import dataset_name, job_name, resource
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
@@ -29,9 +30,9 @@ def timestamp(time: datetime | None) -> Timestamp | None:
     return made
 
 
-def as_error(error: JobError) -> GraftError:
-    """A stored error as the domain error that it was."""
-    return KINDS.get(error.code, Internal)(error.message, reason=error.reason)
+def status(error: JobError) -> Any:
+    """A stored error as `google.rpc.Status`."""
+    return to_status(KINDS.get(error.code, Internal)(error.message, reason=error.reason))
 
 
 # Data sets and base models
@@ -74,7 +75,7 @@ def deployment(found: Deployment) -> deployment_pb2.Deployment:
         model=found.base_model,
         source=found.source,
         state=deployment_pb2.Deployment.State.Value(f"STATE_{found.state}"),
-        error=None if found.error is None else to_status(as_error(found.error)),
+        error=None if found.error is None else status(found.error),
         create_time=timestamp(found.create_time),
     )
 

@@ -29,8 +29,7 @@ from graft.domain.jobs import (
     Tuning,
 )
 from graft.domain.names import dataset_name, job_name, parse_resource
-from graft.gateway.convert import as_error, timestamp
-from graft.internal.status import to_status
+from graft.gateway.convert import status, timestamp
 
 T = TypeVar("T")
 
@@ -80,8 +79,8 @@ def job_spec(project: str, asked: fine_tuning_job_pb2.FineTuningJob) -> JobSpec:
     method = asked.WhichOneof("method")
     return JobSpec(
         base_model=_base_id(asked.base_model),
-        training_dataset=_dataset_id(project, asked.training_dataset, "training_dataset"),
-        validation_dataset=_dataset_id(project, asked.validation_dataset, "validation_dataset")
+        training_dataset=dataset_id(project, asked.training_dataset, "training_dataset"),
+        validation_dataset=dataset_id(project, asked.validation_dataset, "validation_dataset")
         if asked.validation_dataset
         else None,
         suffix=asked.suffix or None,
@@ -139,7 +138,7 @@ def _base_id(name: str) -> str:
     return name
 
 
-def _dataset_id(project: str, name: str, field: str) -> str:
+def dataset_id(project: str, name: str, field: str) -> str:
     """The id in a resource name; a bare id is taken as one of the project."""
     if not name:
         raise _required(field, "upload a data set first")
@@ -195,7 +194,7 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
         ),
         metadata=spec.metadata,
         state=fine_tuning_job_pb2.FineTuningJob.State.Value(f"STATE_{found.state.value}"),
-        error=to_status(as_error(found.error)) if found.error else None,
+        error=status(found.error) if found.error else None,
         create_time=timestamp(found.create_time),
         start_time=timestamp(found.start_time),
         end_time=timestamp(found.end_time),

@@ -10,12 +10,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
-from graft.domain.errors import KINDS, Internal, InvalidArgument, NotFound, Unavailable
+from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
+from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, ServedAs
 from graft.domain.names import check_alias, check_id, parse_model
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset
 from graft.gateway import generation, resolving
 from graft.gateway.checks import check_page_size, check_request_id
+from graft.gateway.checks_evaluations import check_evaluation
 from graft.gateway.checks_jobs import check_job
 from graft.gateway.deployments import Deployments
 from graft.gateway.generation import Answer
@@ -149,6 +151,49 @@ class Core:
                     retry_after_seconds=2.0,
                 )
             await asyncio.sleep(WATCH_POLL_SECONDS)
+
+    # Evaluations
+
+    async def create_evaluation(self, project: str, spec: EvaluationSpec, request_id: str | None = None) -> Evaluation:
+        """Checks a specification against what exists, and stores it in QUEUED.
+
+        Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
+        """
+        check_id(project, "project")
+        spec = await check_evaluation(self.store, project, spec)
+        name = f"ev-{secrets.token_hex(6)}"
+        return await self.store.create_evaluation(project, name, spec, check_request_id(request_id))
+
+    async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Raises NotFound naming it and what exists."""
+        return await self.store.get_evaluation(project, evaluation_id)
+
+    async def list_evaluations(self, project: str, page_size: int = 0, page_token: str = "") -> Page[Evaluation]:
+        """Newest first; 50 when `page_size` is 0, 1000 at most."""
+        return await self.store.list_evaluations(project, check_page_size(page_size), page_token)
+
+    async def cancel_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Writes the wish. Raises FailedPrecondition when it has already SUCCEEDED or FAILED."""
+        return await self.store.cancel_evaluation(project, evaluation_id)
+
+    async def evaluation_report(self, project: str, evaluation_id: str) -> bytes:
+        """One HTML page. Raises NotFound, and FailedPrecondition before the evaluation has succeeded."""
+        found = await self.store.get_evaluation(project, evaluation_id)
+        if found.state is not EvaluationState.SUCCEEDED:
+            raise FailedPrecondition(
+                f"Evaluation {evaluation_id!r} is {found.state}; only one that has succeeded has a report.",
+                reason="NO_REPORT",
+                metadata={"state": found.state.value},
+            )
+        path = self.settings.evaluation_dir(project, evaluation_id) / "report.html"
+        try:
+            return await asyncio.to_thread(path.read_bytes)
+        except FileNotFoundError:
+            raise NotFound(
+                f"The report of evaluation {evaluation_id!r} is no longer on the disk; MLflow run "
+                f"{found.mlflow_run_id} has a copy.",
+                reason="REPORT_MISSING",
+            ) from None
 
     # Base models and adapters
 

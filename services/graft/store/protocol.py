@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Generic, Protocol, TypeVar
 
 from graft.domain.deployments import Deployment, DeploymentState
+from graft.domain.evaluations import ContestantResult, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
@@ -118,6 +119,43 @@ class Store(Protocol):
     ) -> Job:
         """Writes what is given (metrics are merged) and an event `(level, type, message, data)` in one transaction."""
         ...
+
+    # Evaluations: created, read and cancelled by the gateway
+    async def create_evaluation(
+        self, project: str, evaluation_id: str, spec: EvaluationSpec, request_id: str | None
+    ) -> Evaluation:
+        """Stores one in QUEUED; a repeated `request_id` returns the first one's evaluation."""
+        ...
+
+    async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Raises NotFound naming it and what exists."""
+        ...
+
+    async def list_evaluations(self, project: str, page_size: int, page_token: str) -> Page[Evaluation]: ...
+    async def cancel_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Idempotent. Raises FailedPrecondition when it has SUCCEEDED or FAILED."""
+        ...
+
+    # Evaluations (orchestrator). `owner` must hold the lease, else Aborted.
+    async def claim_evaluation(self, owner: str, lease: timedelta) -> Evaluation | None:
+        """Takes the oldest that has not ended and whose lease is free or has run out, and moves it to RUNNING."""
+        ...
+
+    async def renew_evaluation(
+        self, evaluation: Evaluation, owner: str, lease: timedelta, answered_requests: int, total_requests: int
+    ) -> Evaluation: ...
+    async def release_evaluation(self, evaluation: Evaluation, owner: str) -> None: ...
+    async def end_evaluation(
+        self,
+        evaluation: Evaluation,
+        owner: str,
+        state: EvaluationState,
+        *,
+        error: JobError | None = None,
+        results: Sequence[ContestantResult] = (),
+        verdicts: Sequence[str] = (),
+        mlflow_run_id: str | None = None,
+    ) -> Evaluation: ...
 
     # Registry's read model and wishes
     async def replace_base_models(self, models: Sequence[BaseModel]) -> None: ...

@@ -172,6 +172,32 @@ adapter_versions = Table(
     Column("metrics", JSON, nullable=False),
 )
 
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("project", String(63), nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("create_time", UtcTime, nullable=False),
+    Column("update_time", UtcTime, nullable=False),
+    Column("start_time", UtcTime),
+    Column("end_time", UtcTime),
+    Column("error", JSON(none_as_null=True)),
+    Column("answered_requests", Integer, nullable=False),
+    Column("total_requests", Integer, nullable=False),
+    Column("results", JSON, nullable=False),
+    Column("verdicts", JSON, nullable=False),
+    Column("mlflow_run_id", String),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("lease_owner", String),
+    Column("lease_expire_time", UtcTime),
+    Column("request_id", String),
+    UniqueConstraint("project", "request_id"),
+    Index(None, "project", "create_time", "id"),
+    Index(None, "state", "create_time"),
+)
+
 alias_wishes = Table(
     "alias_wishes",
     metadata,

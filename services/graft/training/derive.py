@@ -130,8 +130,7 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
             f"{stats.over_length_count} of {_count(stats.row_count, 'row')} are longer than the context.",
         )
     )
-    if asked.validation_fraction is not None:
-        settle("validation_fraction", asked.validation_fraction, 0.0, "")
+    settle("validation_fraction", asked.validation_fraction, 0.0, "0: no training row is held out.")
     settle("early_stopping_patience", asked.early_stopping_patience, 0, "0: every step is done.")
     settle("eval_steps", asked.eval_steps, 0, "0: the held-out loss is measured after each epoch and the last step.")
     _settle_method(spec, settle)
@@ -162,6 +161,9 @@ def _settle_method(spec: JobSpec, settle: Settle) -> None:
 
 def _settle_lora(spec: JobSpec, base: BaseModel, epochs: float, settle: Settle) -> None:
     lora = spec.lora
+    for name in ("use_rslora", "use_dora", "modules_to_save", "base_quantization"):
+        if value := getattr(lora, name):
+            settle(f"lora.{name}", list(value) if isinstance(value, tuple) else value, None, "")
     rank = settle("lora.rank", lora.rank or None, DEFAULT_RANK, "8 (Hu et al. 2021, arXiv:2106.09685, table 6).")
     settle("lora.alpha", lora.alpha or None, 2.0 * rank, f"Twice the rank of {rank}: the update is scaled by 2.")
     settle("lora.dropout", lora.dropout or None, 0.0, f"0: {epochs:g} epochs hardly overfit a low rank.")

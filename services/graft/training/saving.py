@@ -8,7 +8,7 @@ from typing import Any
 
 from graft.data.prepare import Example
 from graft.training.batching import completion_tokens
-from graft.training.loop import mean_loss
+from graft.training.objectives.supervised import mean_loss
 from graft.training.spec import RunSpec
 
 PROBES = 4
