@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, text
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
-from graft.domain.jobs import JobError, JobSpec, JobState
+from graft.domain.jobs import JobError, JobSpec, JobState, ServedAs
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
 from graft.store.database import Database
 from graft.store.mirror import MirrorStore
@@ -158,6 +158,7 @@ def _version(adapter: str, number: int) -> AdapterVersion:
         "run",
         NOW,
         {"m": 1.0},
+        ServedAs.MERGED_MODEL if number == 3 else ServedAs.ADAPTER,
     )
 
 

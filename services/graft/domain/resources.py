@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from graft.domain.jobs import ServedAs
+
 
 class DatasetFormat(StrEnum):
     """Row layout of a data set."""
@@ -48,7 +50,10 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One immutable version in the registry, as the read model and the registry know it."""
+    """One immutable version in the registry, as the read model and the registry know it.
+
+    Its content, digest and size are those of the adapter that is served, or of the model where that is what is served.
+    """
 
     project: str
     base_model: str
@@ -63,6 +68,7 @@ class AdapterVersion:
     mlflow_run_id: str
     create_time: datetime
     metrics: dict[str, float] = field(default_factory=dict)
+    served_as: ServedAs = ServedAs.ADAPTER
 
     @property
     def model(self) -> str:

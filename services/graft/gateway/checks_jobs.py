@@ -238,6 +238,12 @@ def _check_lora(lora: Lora, base: BaseModel | None, settings: Settings) -> Itera
             "needs a GPU and bitsandbytes on every training node, and this installation does not say that it has them "
             "(GRAFT_TRAINING_QUANTIZED_BASE)",
         )
+    if lora.base_quantization and (lora.use_dora or lora.modules_to_save):
+        yield FieldViolation(
+            "lora.base_quantization",
+            "rounds the base, and what use_dora or modules_to_save trains is served as a change of the base as it is; "
+            "leave one of them out",
+        )
     for index, module in enumerate(lora.modules_to_save):
         if module != HEAD:
             yield FieldViolation(f"lora.modules_to_save[{index}]", f"{module!r} cannot be saved whole; use {HEAD!r}")

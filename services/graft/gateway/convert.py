@@ -6,7 +6,7 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, deployment_pb2
+from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, deployment_pb2, fine_tuning_job_pb2
 from graft.domain.deployments import Deployment
 from graft.domain.errors import KINDS, Internal
 from graft.domain.jobs import JobError
@@ -111,6 +111,7 @@ def version(found: AdapterVersion, aliases: dict[str, int]) -> adapter_pb2.Adapt
         metrics=found.metrics,
         create_time=timestamp(found.create_time),
         mlflow_run_id=found.mlflow_run_id,
+        served_as=fine_tuning_job_pb2.ServedAs.Value(f"SERVED_AS_{found.served_as.name}"),
     )
 
 

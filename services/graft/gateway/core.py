@@ -265,6 +265,7 @@ class Core:
     async def load_version(self, project: str, base: str, adapter: str, selector: str) -> list[engine_pb2.Replica]:
         """Loads a version and returns the replicas after it. Raises what the engine refused it with."""
         version = await self.get_version(project, base, adapter, selector)
+        resolving.check_shared(version)
         await resolving.check_served(self.store, base, self.settings.serving.base_model)
         response = await self.engine.of(base).load(resolving.adapter_ref(version))
         return await self._named(project, list(response.replicas))

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from graft.domain.deployments import Deployment, DeploymentState, default_deployment_id, full_model_source
 from graft.domain.errors import AlreadyExists, FailedPrecondition, FieldViolation, GraftError, InvalidArgument, NotFound
+from graft.domain.jobs import ServedAs
 from graft.domain.names import check_id, parse_model
 from graft.gateway.checks import check_page_size
 from graft.internal.engine_client import EngineClient
@@ -47,6 +48,13 @@ class Deployments:
             version = await self._store.resolve_version(
                 project, name.base, name.adapter, version=name.version, alias=name.alias
             )
+            if version.served_as is ServedAs.ADAPTER:
+                raise FailedPrecondition(
+                    f"{version.model} is an adapter: it is served beside its base, {version.base_model}, and needs no "
+                    "deployment of its own.",
+                    reason="NO_FULL_MODEL",
+                    metadata={"model": version.model},
+                )
             base = deployment_id or default_deployment_id(version.base_model, version.adapter, version.version)
             source = version.model
             check_id(base, "deployment_id")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from graft.domain.deployments import DeploymentState
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from graft.domain.jobs import ServedAs
 from graft.domain.names import parse_model, registered_model
 from graft.domain.resources import AdapterVersion
 from graft.internal.v1 import engine_pb2
@@ -66,6 +67,17 @@ async def check_served(store: Store, base: str, first: str) -> None:
         )
 
 
+def check_shared(version: AdapterVersion) -> None:
+    """Raises FailedPrecondition for a version that the shared engine cannot hold: a model of its own."""
+    if version.served_as is ServedAs.MERGED_MODEL:
+        raise FailedPrecondition(
+            f"{version.model} is a full model and not an adapter: it is served as a deployment of its own. "
+            f"Deploy it with `graft models deploy {version.model}`.",
+            reason="NOT_DEPLOYED",
+            metadata={"model": version.model},
+        )
+
+
 async def resolve(store: Store, project: str, model: str, first: str) -> Resolution:
     """Resolves `base`, `base:adapter`, `base:adapter@3` or `base:adapter@alias`.
 
@@ -79,6 +91,7 @@ async def resolve(store: Store, project: str, model: str, first: str) -> Resolut
     if name.adapter is None:
         return Resolution(name.base, name.base, None)
     version = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
+    check_shared(version)
     return Resolution(version.model, name.base, adapter_ref(version))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from graft.domain.errors import FailedPrecondition, GraftError, Internal, Unavailable
-from graft.domain.jobs import EventLevel, JobState
+from graft.domain.jobs import EventLevel, JobState, ServedAs
 from graft.domain.names import registered_model
 from graft.domain.resources import AdapterVersion
 from graft.internal.v1 import engine_pb2
@@ -56,7 +56,10 @@ class Trained:
 
 
 async def evaluate(context: Context) -> None:
-    """Loads the version, proves parity, applies the gate. Raises FailedPrecondition PARITY_FAILED."""
+    """Loads the version, proves parity, applies the gate. Raises FailedPrecondition PARITY_FAILED.
+
+    A model of its own is not loaded: it does not fit beside the base in the shared engine.
+    """
     job, parts = context.job, context.parts
     said = context.said.get(REGISTERED)
     if said is None:
@@ -64,6 +67,15 @@ async def evaluate(context: Context) -> None:
     version = await parts.store.resolve_version(
         job.project, job.spec.base_model, job.adapter, version=int(str(said["version"])), alias=None
     )
+    if version.served_as is ServedAs.MERGED_MODEL:
+        await context.say(
+            "deploy",
+            f"{version.model} is a full model and is not loaded beside the adapters. Serve it with "
+            f"`graft models deploy {version.model}`.",
+            metrics={"model_bytes": float(version.size_bytes)},
+        )
+        await _finish(context, version, f"{version.model} is trained.")
+        return
     adapter = adapter_ref(version)
     engine = parts.engine.of(version.base_model)
     loaded = await context.patiently("The engine", lambda: engine.load(adapter))
@@ -106,14 +118,17 @@ async def evaluate(context: Context) -> None:
             reason="PARITY_FAILED",
             metadata={"max_abs_difference": f"{difference:.6f}"},
         )
+    await _finish(context, version, f"{version.model} is trained, proven and loaded.")
+
+
+async def _finish(context: Context, version: AdapterVersion, message: str) -> None:
+    """Promotes the version if it is its adapter's first, and ends the job and its MLflow run."""
     if await context.patiently("The registry", lambda: context.mirror.promote_first(version)):
         await context.say("champion", f"{version.model} is its adapter's champion.")
     tracker = context.track(await context.material())
     tracker.log(context.job.metrics, context.job.progress.step if context.job.progress else 0)
     tracker.finish("FINISHED")
-    await context.move(
-        JobState.SUCCEEDED, f"{version.model} is trained, proven and loaded.", fine_tuned_model=version.model
-    )
+    await context.move(JobState.SUCCEEDED, message, fine_tuned_model=version.model)
 
 
 def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:

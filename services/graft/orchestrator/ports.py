@@ -17,7 +17,8 @@ from graft.internal.v1 import engine_pb2
 from graft.registry.mlflow_registry import Publication
 from graft.settings import Settings
 from graft.store.protocol import Store
-from graft.training.spec import RunSpec, RunStatus
+from graft.training.memory import Memory
+from graft.training.spec import RunSpec, RunStatus, StartFrom
 
 
 class Runs(Protocol):
@@ -42,6 +43,7 @@ class RegistryPort(Protocol):
     def publish(self, publication: Publication) -> AdapterVersion: ...
     def set_alias(self, project: str, base: str, adapter: str, alias: str, version: int) -> None: ...
     def snapshot(self) -> RegistrySnapshot: ...
+    def pull(self, registered_model: str, version: int, digest: str) -> Path: ...
 
 
 class Generates(Protocol):
@@ -96,6 +98,8 @@ class PreparedData:
     training: DataStats
     validation: DataStats | None
     resolved: tuple[Resolved, ...]
+    memory: Memory | None = None
+    """What a worker needs; None: not known."""
 
 
 class Preparer(Protocol):
@@ -106,7 +110,13 @@ class Preparer(Protocol):
         ...
 
     def plan(
-        self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
+        self,
+        job: Job,
+        base: BaseModel,
+        dataset: Dataset,
+        validation: Dataset | None,
+        output_dir: Path,
+        start_from: StartFrom | None,
     ) -> RunSpec:
         """The run's specification, every value concrete."""
         ...

@@ -6,6 +6,7 @@ Owns the import of transformers, whose tokenizers are all that this process need
 import importlib
 import sys
 import threading
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from graft.domain.jobs import Job
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
 from graft.training.derive import derive
-from graft.training.spec import RunSpec, run_spec
+from graft.training.memory import Memory, check_blocks, memory_bytes, read_shape
+from graft.training.spec import RunSpec, StartFrom, run_spec, settled
 
 
 class TokenizingPreparer:
@@ -26,13 +28,20 @@ class TokenizingPreparer:
         """Tokenises every row. Raises NotFound for a missing file, InvalidArgument for data that cannot be used."""
         training_stats = self._stats(job, base, dataset)
         validation_stats = self._stats(job, base, validation) if validation is not None else None
-        return PreparedData(training_stats, validation_stats, derive(job.spec, base, training_stats))
+        resolved = derive(job.spec, base, training_stats)
+        return PreparedData(training_stats, validation_stats, resolved, _memory(replace(job, resolved=resolved), base))
 
     def plan(
-        self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
+        self,
+        job: Job,
+        base: BaseModel,
+        dataset: Dataset,
+        validation: Dataset | None,
+        output_dir: Path,
+        start_from: StartFrom | None,
     ) -> RunSpec:
         """The run's specification from the job's resolved hyperparameters."""
-        return run_spec(job, base, dataset, validation, output_dir)
+        return run_spec(job, base, dataset, validation, output_dir, start_from=start_from)
 
     def _stats(self, job: Job, base: BaseModel, dataset: Dataset) -> DataStats:
         path = Path(dataset.uri)
@@ -45,6 +54,14 @@ class TokenizingPreparer:
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
         return prepare(path, dataset.format, _tokenizer(base.path), context_tokens, asked.over_length_policy).stats
+
+
+def _memory(job: Job, base: BaseModel) -> Memory:
+    """What a worker needs. Raises InvalidArgument for more blocks than the base has."""
+    shape = read_shape(Path(base.path))
+    lora, last_layers = settled(job)
+    check_blocks(shape, base.id, last_layers)
+    return memory_bytes(shape, job.spec.tuning, lora, last_layers)
 
 
 def import_tokenizers() -> None:

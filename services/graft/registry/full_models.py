@@ -17,8 +17,8 @@ from graft.settings import Settings
 def adopt(settings: Settings, base: str, project: str, model: str, license: str, pulled: Path) -> Path:
     """Makes `model` of `project`, whose files are in `pulled`, the project's base model `base`; returns its folder.
 
-    Does nothing when it is already. Files are linked where the disk allows it: the cache that a pull fills may be deleted, a base model may not. Raises
-    AlreadyExists when the catalogue has another base model of that name.
+    Does nothing when it is already. Files are linked where the disk allows it: the cache that a pull fills may be
+    deleted, a base model may not. Raises AlreadyExists when the catalogue has another base model of that name.
     """
     origin = full_model_source(project, model)
     known = catalog.entries(settings).get(base)

@@ -116,7 +116,8 @@ def adapter(row: Row) -> Adapter:
 
 def adapter_version(row: Row) -> AdapterVersion:
     """A row of `adapter_versions`."""
-    return AdapterVersion(**{field.name: row[field.name] for field in fields(AdapterVersion)})
+    values = {field.name: row[field.name] for field in fields(AdapterVersion)}
+    return AdapterVersion(**{**values, "served_as": ServedAs(row["served_as"])})
 
 
 def alias_wish(row: Row) -> AliasWish:

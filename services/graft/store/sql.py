@@ -22,9 +22,7 @@ _MIGRATION_LOCK = 0x67726166
 """PostgreSQL advisory lock ("graf" in ASCII), so that two processes that start together migrate once."""
 
 
-class SqlStore(
-    DatasetStore, JobStore, LeaseStore, EvaluationStore, MirrorStore, DeploymentStore, KeyStore
-):
+class SqlStore(DatasetStore, JobStore, LeaseStore, EvaluationStore, MirrorStore, DeploymentStore, KeyStore):
     """`graft.store.protocol.Store` on one database."""
 
     async def close(self) -> None:

@@ -170,6 +170,7 @@ adapter_versions = Table(
     Column("mlflow_run_id", String, nullable=False),
     Column("create_time", UtcTime, nullable=False),
     Column("metrics", JSON, nullable=False),
+    Column("served_as", String(32), nullable=False, server_default="adapter"),
 )
 
 evaluations = Table(
