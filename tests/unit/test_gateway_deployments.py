@@ -20,7 +20,7 @@ from tests.support.gateways import BASE, NOW, Gateway, base_model, gateway, refu
 
 OTHER = "other"
 NAME = f"projects/default/deployments/{OTHER}"
-FULL = f"{BASE}-reviews-3"
+FULL = f"{BASE}-whole-3"
 State = deployment_pb2.Deployment
 
 
@@ -31,8 +31,13 @@ async def two_bases(tmp_path: Path) -> AsyncIterator[Gateway]:
         await it.store.replace_base_models([base_model(), replace(base_model(), id=OTHER, digest="sha256:other")])
         mine = registry()
         its = replace(mine.versions[0], base_model=OTHER, digest="sha256:of-other")
-        adapters = (*mine.adapters, Adapter("default", OTHER, "reviews", {"champion": 1}, 1, NOW))
-        await it.store.replace_registry(RegistrySnapshot(adapters, (*mine.versions, its)))
+        whole = replace(mine.versions[-1], adapter="whole", served_as=ServedAs.MERGED_MODEL, digest="sha256:whole")
+        adapters = (
+            *mine.adapters,
+            Adapter("default", BASE, "whole", {"champion": 3}, 3, NOW),
+            Adapter("default", OTHER, "reviews", {"champion": 1}, 1, NOW),
+        )
+        await it.store.replace_registry(RegistrySnapshot(adapters, (*mine.versions, its, whole)))
         it.engine.others[OTHER] = engine_pb2.Replica(replica="fake-2", base_model=OTHER, capacity=4, ready=True)
         yield it
 
@@ -138,17 +143,17 @@ async def test_base_models_tell_whether_they_are_served(tmp_path: Path) -> None:
 
 async def test_a_full_model_gets_an_id_of_its_own(tmp_path: Path) -> None:
     async with two_bases(tmp_path) as it:
-        made = await deployed(it, f"{BASE}:reviews")
-        assert (made.model, made.source) == (FULL, f"{BASE}:reviews@3")
-        named = await deployed(it, f"{BASE}:reviews@1", "mine")
-        assert (named.model, named.source) == ("mine", f"{BASE}:reviews@1")
+        made = await deployed(it, f"{BASE}:whole")
+        assert (made.model, made.source) == (FULL, f"{BASE}:whole@3")
+        named = await deployed(it, f"{BASE}:whole@3", "mine")
+        assert (named.model, named.source) == ("mine", f"{BASE}:whole@3")
         # Undeployed and asked for again, its id is the catalogue's, and its own.
-        origin = f"full model {BASE}:reviews@3 of project default"
+        origin = f"full model {BASE}:whole@3 of project default"
         await it.store.replace_base_models([base_model(), replace(base_model(), id=FULL, source=origin)])
-        assert (await deployed(it, f"{BASE}:reviews@3")).model == FULL
+        assert (await deployed(it, f"{BASE}:whole@3")).model == FULL
         theirs = replace(base_model(), id="theirs", source=origin.replace("default", "another"))
         await it.store.replace_base_models([base_model(), theirs])
-        error = await refused(deployed(it, f"{BASE}:reviews@3", "theirs"))
+        error = await refused(deployed(it, f"{BASE}:whole@3", "theirs"))
         assert isinstance(error, AlreadyExists)
         assert error.reason == "BASE_MODEL_EXISTS"
 
@@ -158,7 +163,8 @@ async def test_a_full_model_gets_an_id_of_its_own(tmp_path: Path) -> None:
     [
         ("gpt-9", "", NotFound, f"Existing: {OTHER}, {BASE}"),
         (f"{BASE}:reviews@2", "", NotFound, "@3"),
-        (f"{BASE}:reviews@3", "Not a name", InvalidArgument, "deployment_id: 'Not a name' is not a name"),
+        (f"{BASE}:whole@3", "Not a name", InvalidArgument, "deployment_id: 'Not a name' is not a name"),
+        (f"{BASE}:reviews@3", "", FailedPrecondition, "is an adapter"),
         (OTHER, "mine", InvalidArgument, "under its own id"),
         (BASE, "", FailedPrecondition, "always served"),
     ],

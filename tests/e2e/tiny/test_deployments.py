@@ -21,6 +21,7 @@ from tests.support.whole_stack import WholeStack, eventually
 pytestmark = pytest.mark.e2e
 
 OTHER = "tiny-other"
+WHOLE = "tiny-whole-1"
 PROMPT = "Number 5?"
 TOKENS = 12
 
@@ -112,6 +113,34 @@ def test_a_second_base_model_is_deployed_answers_as_itself_and_leaves_nothing_be
         "what the deployment started has ended",
     )
     assert ask(client, trained.sums.fine_tuned_model) == of_adapter
+
+
+def test_a_full_model_that_a_job_made_is_served_as_a_base_model_and_trained_on(
+    stack: WholeStack, graft: Graft, client: openai.OpenAI, trained: Trained
+) -> None:
+    quick = {"max_steps": 5, "batch_size": 4, "learning_rate": 0.005}
+    job = graft.create_job(
+        BASE, trained.data.name, suffix="whole", tuning="full", served_as="merged_model", hyperparameters=quick
+    )
+    *_, last = graft.watch_job(job.name)
+    assert last.fine_tuning_job.fine_tuned_model == "tiny:whole@1", last.fine_tuning_job.error.message
+    with pytest.raises(FailedPrecondition, match="graft models deploy tiny:whole@1"):
+        graft.generate("tiny:whole", prompt=PROMPT)
+
+    deployed = stack.graft("models", "deploy", "tiny:whole", "--json")
+    assert deployed.returncode == 0, deployed.stderr
+    assert json.loads(deployed.stdout)["model"] == WHOLE
+    assert WHOLE in {model.id for model in client.models.list()}
+    assert ask(client, WHOLE) == greedy(stack.home / "base_models" / WHOLE)
+
+    job = graft.create_job(WHOLE, trained.data.name, suffix="more", hyperparameters={**quick, "learning_rate": 0.05})
+    *_, last = graft.watch_job(job.name)
+    assert last.fine_tuning_job.fine_tuned_model == f"{WHOLE}:more@1", last.fine_tuning_job.error.message
+    assert ask(client, f"{WHOLE}:more")
+    (held,) = [replica for replica in graft.residency() if replica.base_model == WHOLE]
+    assert [adapter.model for adapter in held.adapters] == [f"{WHOLE}:more@1"]
+    assert stack.graft("models", "undeploy", WHOLE).returncode == 0
+    assert {one.model: one.served for one in graft.base_models()}[WHOLE] is False  # but still in the catalogue
 
 
 def test_a_base_model_whose_weights_cannot_be_loaded_fails_with_its_reason_and_is_not_tried_again(
