@@ -3,6 +3,7 @@
 import json
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -36,15 +37,20 @@ def greedy(folder: Path) -> str:
     return str(tokenizer.decode(made[0, inputs.shape[1] :], skip_special_tokens=True))
 
 
-@pytest.fixture(scope="module")
-def other_folder(stack: WholeStack, graft: Graft, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another tiny llama, in the catalogue of the running stack."""
-    folder = make_tiny_llama(tmp_path_factory.mktemp("other"), seed=7, layers=3, tied=False)
-    catalogue = stack.home / "base_models.yaml"
+@pytest.fixture(scope="module", autouse=True)
+def catalogue(stack: WholeStack, graft: Graft) -> Iterator[Path]:
+    """The stack's file of base models, which is again what it was when these tests have ended."""
+    file = stack.home / "base_models.yaml"
+    text = file.read_text()
+    yield file
+    file.write_text(text)
+    eventually(lambda: [one.model for one in graft.base_models()], lambda ids: ids == [BASE], 30, "it is as it was")
+
+
+def add(catalogue: Path, graft: Graft, name: str, folder: Path) -> None:
     entries = yaml.safe_load(catalogue.read_text())
-    catalogue.write_text(yaml.safe_dump({**entries, OTHER: {"folder": str(folder), "license": "MIT"}}))
-    eventually(lambda: {one.model for one in graft.base_models()}, lambda ids: OTHER in ids, 30, "it is listed")
-    return folder
+    catalogue.write_text(yaml.safe_dump({**entries, name: {"folder": str(folder), "license": "MIT"}}))
+    eventually(lambda: {one.model for one in graft.base_models()}, lambda ids: name in ids, 30, "it is listed")
 
 
 def ask(client: openai.OpenAI, model: str) -> str:
@@ -64,8 +70,11 @@ def test_a_second_base_model_is_deployed_answers_as_itself_and_leaves_nothing_be
     client: openai.OpenAI,
     trained: Trained,
     base_folder: Path,
-    other_folder: Path,
+    catalogue: Path,
+    tmp_path: Path,
 ) -> None:
+    other_folder = make_tiny_llama(tmp_path, seed=7, layers=3, tied=False)
+    add(catalogue, graft, OTHER, other_folder)
     not_served(graft)
     before = {process.pid for process in stack.left()}
     expected = greedy(other_folder)
@@ -144,15 +153,12 @@ def test_a_full_model_that_a_job_made_is_served_as_a_base_model_and_trained_on(
 
 
 def test_a_base_model_whose_weights_cannot_be_loaded_fails_with_its_reason_and_is_not_tried_again(
-    stack: WholeStack, graft: Graft, tmp_path: Path
+    stack: WholeStack, graft: Graft, catalogue: Path, tmp_path: Path
 ) -> None:
     broken = make_tiny_llama(tmp_path, layers=2)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))  # weights of two are missing
-    catalogue = stack.home / "base_models.yaml"
-    entries = yaml.safe_load(catalogue.read_text())
-    catalogue.write_text(yaml.safe_dump({**entries, "broken": {"folder": str(broken)}}))
-    eventually(lambda: {one.model for one in graft.base_models()}, lambda ids: "broken" in ids, 30, "it is listed")
+    add(catalogue, graft, "broken", broken)
     ended: subprocess.CompletedProcess[str] = stack.graft("models", "deploy", "broken")
     assert ended.returncode == 1
     assert "The engine of broken does not start" in ended.stderr
@@ -162,4 +168,3 @@ def test_a_base_model_whose_weights_cannot_be_loaded_fails_with_its_reason_and_i
         graft.generate("broken", prompt=PROMPT)
     assert [replica.base_model for replica in graft.residency()] == [BASE]
     assert stack.graft("models", "undeploy", "broken").returncode == 0
-    catalogue.write_text(yaml.safe_dump(entries))
