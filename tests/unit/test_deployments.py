@@ -185,6 +185,32 @@ async def test_what_was_there_is_started_again_after_the_inference_service_was_r
         assert on.service.deploys == [BASE, BASE]
 
 
+async def test_a_start_that_ends_while_a_turn_looks_around_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene(tmp_path) as on:
+        deployments = Deployments(on.it.store, on.service, on.models, _nothing, on.settings, 0.01)
+        await on.wish(BASE)
+        await deployments.reconcile()
+        read = on.it.store.every_deployment
+
+        async def slow() -> tuple[Deployment, ...]:
+            rows = await read()
+            await on.until(BASE, DeploymentState.READY)
+            await asyncio.sleep(0.05)
+            return rows
+
+        monkeypatch.setattr(on.it.store, "every_deployment", slow)
+        await deployments.reconcile()
+        await asyncio.sleep(0.1)
+        assert on.service.deploys == [BASE]
+        await on.until(BASE, DeploymentState.READY)
+
+
+async def _nothing() -> None:
+    """A catalogue without news."""
+
+
 async def test_an_orchestrator_that_was_restarted_leaves_a_ready_deployment_alone(tmp_path: Path) -> None:
     async with scene(tmp_path) as on:
         async with on.running():

@@ -72,15 +72,16 @@ class Deployments:
 
     async def reconcile(self) -> None:
         """One turn. Raises what the store or the inference service raise; starts are tasks that outlive the turn."""
+        # Before the rows are read: one whose start ends meanwhile is READY by now, and its row here still STARTING.
+        busy = {base for base, task in self._starting.items() if not task.done()}
         wishes = await self._store.every_deployment()
         if not wishes:
             return
         there = {application.base_model for application in await self._engine.applications()}
         for wish in wishes:
-            task = self._starting.get(wish.base_model)
             if wish.state is DeploymentState.STOPPING:
-                await self._stop(wish, task)
-            elif task is not None and not task.done():
+                await self._stop(wish, self._starting.pop(wish.base_model, None))
+            elif wish.base_model in busy:
                 continue
             elif wish.state is DeploymentState.STARTING or (
                 wish.state is DeploymentState.READY and wish.base_model not in there
@@ -91,7 +92,6 @@ class Deployments:
         if task is not None:
             task.cancel()
             await asyncio.wait({task})
-            del self._starting[wish.base_model]
         await self._engine.undeploy(wish.base_model)
         await to_the_end(self._store.remove_deployment(wish.base_model))
         log.info("undeployed", base_model=wish.base_model)
