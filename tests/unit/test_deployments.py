@@ -269,6 +269,11 @@ async def test_a_full_model_becomes_a_base_model_of_the_catalogue_once_it_is_pro
         assert Path(model.path) == on.settings.home.path / "base_models" / "tiny-full-2"
         assert model.digest == on.service.there["tiny-full-2"].digest
         assert [body["model"] for body in on.it.engine.bodies] == ["tiny-full-2"]
+        await on.it.store.request_undeploy(PROJECT, "tiny-full-2")
+        await on.until("tiny-full-2", None)
+        await on.wish("tiny-full-2", "tiny:full@2")
+        await on.until("tiny-full-2", DeploymentState.READY)
+        assert len(on.models.pulled) == 1  # it is a base model by now, and needs no registry
 
 
 async def test_an_engine_that_computes_something_else_than_was_trained_is_not_left_to_answer(tmp_path: Path) -> None:

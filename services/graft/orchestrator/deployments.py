@@ -12,8 +12,8 @@ from pathlib import Path
 
 import structlog
 
-from graft.domain.deployments import Deployment, DeploymentState
-from graft.domain.errors import FailedPrecondition, GraftError, Internal, Unavailable
+from graft.domain.deployments import Deployment, DeploymentState, full_model_source
+from graft.domain.errors import FailedPrecondition, GraftError, Internal, NotFound, Unavailable
 from graft.domain.jobs import JobError
 from graft.domain.names import parse_model, registered_model
 from graft.domain.resources import BaseModel
@@ -132,7 +132,7 @@ class Deployments:
 
     async def _model(self, wish: Deployment) -> BaseModel:
         """The base model to serve; a full model joins the catalogue first."""
-        if wish.is_version:
+        if wish.is_version and not await self._is_there(wish):
             name = parse_model(wish.source)
             version = await self._store.resolve_version(
                 wish.project, name.base, str(name.adapter), version=name.version, alias=None
@@ -147,6 +147,14 @@ class Deployments:
             await call(adopt, self._settings, wish.base_model, wish.project, wish.source, trained_from.license, pulled)
             await self._refresh_catalogue()
         return await self._store.get_base_model(wish.base_model)
+
+    async def _is_there(self, wish: Deployment) -> bool:
+        """Whether the catalogue has the full model, from an earlier deployment or before a restart."""
+        try:
+            found = await self._store.get_base_model(wish.base_model)
+        except NotFound:
+            return False
+        return found.source == full_model_source(wish.project, wish.source)
 
     async def _ready(self, base: str) -> list[engine_pb2.Replica]:
         """Waits for the engines of its application. Raises FailedPrecondition when one does not start."""
