@@ -71,6 +71,28 @@ async def eventually_ready(client: EngineClient, restarts: int) -> engine_pb2.Re
     raise AssertionError("the engine was not replaced")
 
 
+async def test_no_application_answers_in_the_name_of_one_that_is_not_there(stack: Stack) -> None:
+    # While there is only one, Ray Serve's proxy gives it every request, whichever application it names.
+    connected = EngineClient(stack.settings.engine_address, "tiny")
+    other = connected.of("other")
+    try:
+        for asked in (
+            other.generate(request(None, "hi"), timeout_seconds=60),
+            other.load(stack.adapters["a"]),
+            other.residency(),
+        ):
+            with pytest.raises(Unavailable) as refused:
+                await asked
+            assert refused.value.reason == "ENGINE_STARTING"
+        with pytest.raises(Unavailable):
+            async for _ in other.stream(engine_pb2.StreamRequest(request=request(None, "hi"))):
+                pass
+        (application,) = await connected.applications()
+        assert (application.base_model, application.state) == ("tiny", engine_pb2.Application.STATE_RUNNING)
+    finally:
+        await connected.close()
+
+
 def test_a_request_while_the_engine_starts_is_unavailable_with_a_retry_hint(stack: Stack) -> None:
     assert stack.refused_before_ready
     for error in stack.refused_before_ready:

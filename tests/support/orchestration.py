@@ -246,6 +246,10 @@ class FakeScorer:
         self.bodies: list[dict[str, Any]] = []
         self.dtype = "float32"
 
+    def of(self, base: str) -> "FakeScorer":
+        assert base == BASE
+        return self
+
     async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse:
         del timeout_seconds
         if self.refusal is not None:

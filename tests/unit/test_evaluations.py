@@ -27,6 +27,10 @@ class Answering:
         self.gate.set()
         self.status = 200
 
+    def of(self, base: str) -> "Answering":
+        assert base == BASE
+        return self
+
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
     ) -> engine_pb2.GenerateResponse:

@@ -53,6 +53,8 @@ class BaseModel:
     target_modules: tuple[str, ...]
     """Names of its linear layers, without the LM head, for example `q_proj`."""
     max_lora_rank: int
+    project: str = ""
+    """Whose it is alone: a full model that one project trained. Empty for all others, which every project sees."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
     Raises InvalidArgument with every fault. When the only faults are names that do not exist, raises NotFound.
     """
     missing: list[FieldViolation] = []
-    base = await _found(store.get_base_model(spec.base_model), "base_model", missing)
+    base = await _found(store.get_base_model(spec.base_model, project), "base_model", missing)
     training = await _found(store.get_dataset(project, spec.training_dataset), "training_dataset", missing)
     validation = None
     if spec.validation_dataset is not None:

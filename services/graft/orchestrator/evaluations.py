@@ -143,7 +143,7 @@ class _Work:
         self.total = len(questions.items) * len(asked)
         measured = []
         for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True):
-            seconds = await ask_all(self.parts.engine, one, questions, kept, self._count)
+            seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
             passed = await call(self._grade, questions, kept)
             measured.append(Measured(await self._subject(contestant), _in_order(kept, questions), passed, seconds))
         metrics = spec.metrics or questions.metrics
@@ -176,7 +176,7 @@ class _Work:
     async def _asked(self, contestant: Contestant, questions: Questions, shown: Questions | None) -> Asked:
         spec, store, project = self.evaluation.spec, self.parts.store, self.evaluation.project
         name = parse_model(contestant.model)
-        base = await store.get_base_model(name.base)
+        base = await store.get_base_model(name.base, project)
         adapter = None
         if name.adapter is not None:
             found = await store.resolve_version(
@@ -195,13 +195,13 @@ class _Work:
         )
 
     async def _subject(self, contestant: Contestant) -> Subject:
-        store, name = self.parts.store, parse_model(contestant.model)
-        base = await store.get_base_model(name.base)
+        store, project, name = self.parts.store, self.evaluation.project, parse_model(contestant.model)
+        base = await store.get_base_model(name.base, project)
         if name.adapter is None:
-            return Subject(contestant.label, contestant.model, False, base.parameter_count, base.size_bytes)
-        found = await store.resolve_version(
-            self.evaluation.project, name.base, name.adapter, version=name.version, alias=name.alias
-        )
+            # A project's own base model is a full model that one of its jobs has trained.
+            tuned = bool(base.project)
+            return Subject(contestant.label, contestant.model, tuned, base.parameter_count, base.size_bytes)
+        found = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
         # An adapter's weights are float32: four bytes each.
         return Subject(
             contestant.label,

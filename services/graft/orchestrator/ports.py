@@ -47,14 +47,49 @@ class RegistryPort(Protocol):
     def pull(self, registered_model: str, version: int, digest: str) -> Path: ...
 
 
-class Engine(Protocol):
-    """The inference engine."""
+class Generates(Protocol):
+    """What answers OpenAI bodies."""
 
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
     ) -> engine_pb2.GenerateResponse: ...
+
+
+class Engine(Generates, Protocol):
+    """The inference engine of one base model."""
+
+    def of(self, base: str) -> "Engine":
+        """The one of another."""
+        ...
+
     async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse: ...
     async def unload(self, digest: str) -> engine_pb2.UnloadResponse: ...
+
+
+class ApplicationsPort(Protocol):
+    """The inference service's applications (`graft.internal.engine_client.EngineClient`)."""
+
+    def of(self, base: str) -> "ApplicationEngine": ...
+    async def deploy(self, model: BaseModel) -> None: ...
+    async def undeploy(self, base: str) -> None: ...
+    async def applications(self) -> list[engine_pb2.Application]: ...
+
+
+class ApplicationEngine(Generates, Protocol):
+    """The engine of one of them."""
+
+    async def residency(self) -> engine_pb2.ResidencyResponse: ...
+
+
+class ModelSource(Protocol):
+    """The part of the registry that keeps full models."""
+
+    def pull_model(self, registered_model: str, version: int, digest: str) -> Path:
+        """Downloads a version's full model, a Hugging Face folder, into the cache. Blocks.
+
+        Raises FailedPrecondition for a version that holds none.
+        """
+        ...
 
 
 @dataclass(frozen=True)

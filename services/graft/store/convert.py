@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import RowMapping
 
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
@@ -131,3 +132,10 @@ def dataset_check(row: Row) -> DatasetCheck:
     values = {field.name: row[field.name] for field in fields(DatasetCheck)}
     values["report"] = None if row["report"] is None else report_from_json(row["report"])
     return DatasetCheck(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+
+
+def deployment(row: Row) -> Deployment:
+    """A row of `deployments`."""
+    values = {field.name: row[field.name] for field in fields(Deployment)}
+    error = None if row["error"] is None else JobError(**row["error"])
+    return Deployment(**{**values, "state": DeploymentState(row["state"]), "error": error})
