@@ -1,4 +1,4 @@
-"""Commands about what a gateway keeps: models, datasets, adapters."""
+"""Commands about what a gateway keeps: datasets, adapters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -34,23 +34,9 @@ adapters = typer.Typer(no_args_is_help=True, help="List, name and place adapters
 
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to the main one."""
-    app.command("models")(models)
     datasets.command("validate")(datasets_validate)
     app.add_typer(datasets, name="datasets")
     app.add_typer(adapters, name="adapters")
-
-
-def models(as_json: Json = False) -> None:
-    """List base models: what can be fine-tuned and asked."""
-    with failures(as_json=as_json), connect() as graft:
-        columns: dict[str, Callable[..., object]] = {
-            "MODEL": lambda m: m.model,
-            "PARAMETERS": lambda m: f"{m.parameter_count / 1e6:.0f}M",
-            "SIZE": lambda m: size_text(m.size_bytes),
-            "CONTEXT": lambda m: f"{m.context_tokens} tokens",
-            "LICENCE": lambda m: m.license,
-        }
-        show(graft.base_models(), columns, as_json=as_json, none="No base model is ready yet.")
 
 
 @datasets.command("upload")
@@ -151,6 +137,7 @@ def adapters_get(
         fields = {
             "model": version.model,
             "aliases": ", ".join(version.aliases),
+            "task": version.task,
             "rank": version.rank,
             "size": size_text(version.size_bytes),
             **{name: f"{value:g}" for name, value in sorted(version.metrics.items())},
