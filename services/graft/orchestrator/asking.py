@@ -7,12 +7,11 @@ answer is (`graft.evaluation`), nor whose turn it is (`graft.orchestrator.evalua
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.data.canonical import Tool
 from graft.data.questions import Ask, Grade, Predict, Prompt, Question, Questions, Rank, with_shots
 from graft.data.rendering import Tokenizer, prompt_ids
 from graft.domain.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -94,7 +93,11 @@ def _frozen(value: Any) -> Any:
 async def ask_all(
     engine: Engine, asked: Asked, questions: Questions, answers: Answers, on_answer: Callable[[], None]
 ) -> float:
-    """Asks what `answers` does not hold yet; returns the seconds that it took. Raises the first failure."""
+    """Asks what `answers` does not hold yet. Raises the first failure.
+
+    Returns the seconds that all took, or 0 where some were there: how long those took together nobody knows any more.
+    """
+    resumed = bool(answers.found)
     waiting = [row for row in reversed(range(len(questions.items))) if row not in answers.found]
     started = time.monotonic()
 
@@ -111,7 +114,7 @@ async def ask_all(
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-    return time.monotonic() - started
+    return 0.0 if resumed else time.monotonic() - started
 
 
 async def _answer(engine: Engine, asked: Asked, questions: Questions, row: int) -> Answer:
@@ -119,8 +122,7 @@ async def _answer(engine: Engine, asked: Asked, questions: Questions, row: int) 
     started = time.monotonic()
     if isinstance(item, Ask | Grade):
         prompt = with_shots(item.prompt, asked.shots)
-        tools = item.tools if isinstance(item, Ask) else ()
-        told = await _generate(engine, asked, _body(asked, questions, prompt, tools, row), isinstance(prompt, str))
+        told = await _generate(engine, asked, _body(asked, questions, item, prompt, row), isinstance(prompt, str))
         texts = tuple(_text(choice) for choice in told["choices"])
         tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
         return Answer(row, texts, generated_tokens=tokens, seconds=time.monotonic() - started)
@@ -130,7 +132,7 @@ async def _answer(engine: Engine, asked: Asked, questions: Questions, row: int) 
     return Answer(row, (), tuple(nats), len(pairs[0][1]), 0, time.monotonic() - started)
 
 
-def _body(asked: Asked, questions: Questions, prompt: Prompt, tools: Sequence[Tool], row: int) -> dict[str, Any]:
+def _body(asked: Asked, questions: Questions, item: Ask | Grade, prompt: Prompt, row: int) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": asked.public_model,
         "max_tokens": asked.max_tokens or questions.max_tokens,
@@ -141,12 +143,12 @@ def _body(asked: Asked, questions: Questions, prompt: Prompt, tools: Sequence[To
         body |= {"n": asked.samples, "temperature": questions.temperature or 0.8, "seed": asked.seed + row}
     if questions.stop:
         body["stop"] = list(questions.stop)
-    if questions.labels:
-        body["structured_outputs"] = {"choice": list(questions.labels)}
+    if isinstance(item, Ask) and item.choices:
+        body["structured_outputs"] = {"choice": list(item.choices)}
     if isinstance(prompt, str):
         return {**body, "prompt": prompt}
-    if tools:
-        body |= {"tools": list(tools), "tool_choice": "none"}
+    if isinstance(item, Ask) and item.tools:
+        body |= {"tools": list(item.tools), "tool_choice": "none"}
     return {**body, "messages": [dict(message) for message in prompt]}
 
 
