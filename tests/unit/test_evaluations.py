@@ -31,6 +31,9 @@ class Answering:
         assert base == BASE
         return self
 
+    async def residency(self) -> engine_pb2.ResidencyResponse:
+        return engine_pb2.ResidencyResponse(replicas=[engine_pb2.Replica(memory_bytes=1_500_000_000)])
+
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
     ) -> engine_pb2.GenerateResponse:
@@ -105,6 +108,7 @@ async def test_contestants_are_measured_compared_reported_and_logged(tmp_path: P
         assert found.answered_requests == found.total_requests == 120
         assert adapter.latency_p50_seconds > 0
         assert adapter.tokens_per_second > 0
+        assert adapter.memory_bytes == 1_500_000_000
         assert f"{ADAPTER}" in found.verdicts[0]
         assert "beats" in found.verdicts[0]
 
