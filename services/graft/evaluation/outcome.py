@@ -52,7 +52,7 @@ class Measured:
     passed: Sequence[int]
     """Samples of each question that its grader passed; empty where nothing is graded."""
     elapsed_seconds: float
-    """That asking took; 0 when all answers were there already."""
+    """That asking took; 0 where some answers were there already, so that it tells nothing of speed."""
 
 
 def compare(

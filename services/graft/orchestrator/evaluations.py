@@ -143,10 +143,11 @@ class _Work:
         self.total = len(questions.items) * len(asked)
         measured = []
         for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True):
+            resumed = bool(kept.found)
             seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
             passed = await call(self._grade, questions, kept)
             subject = replace(await self._subject(contestant), memory_bytes=await self._memory_bytes(one.base.id))
-            measured.append(Measured(subject, _in_order(kept, questions), passed, seconds))
+            measured.append(Measured(subject, _in_order(kept, questions), passed, 0.0 if resumed else seconds))
         metrics = spec.metrics or questions.metrics
         comparison = await call(
             compare,
