@@ -23,13 +23,14 @@ import openai
 from graft.api.v1 import fine_tuning_job_pb2
 from graft.client import Graft
 from graft.data.split import Split
-from tests.support.tiny_jobs import BASE, Trained, write_rows
+from tests.support.tiny_jobs import BASE, write_rows
 from tests.support.whole_stack import WholeStack, eventually
 
 QUICK = {"max_steps": 12, "batch_size": 8, "learning_rate": 5e-3, "num_workers": 1}
 VALIDATION_FRACTION = 0.3
 PATIENCE = 2
 STOPPED_STEPS = 60
+OF_TEXTS = {**QUICK, "validation_fraction": 0.3}
 
 TEXTS: list[dict[str, Any]] = [
     {"text": f"{word} is what {word} does. " * 6} for word in ("red", "green", "blue", "one", "two", "three", "four")
@@ -37,9 +38,9 @@ TEXTS: list[dict[str, Any]] = [
 
 
 def letters(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Rows that a tiny model can learn: the answer is in the letter that is asked about."""
+    """Rows that a tiny model can learn: the letter decides whether 0 or 1 is the answer."""
     return [
-        {"prompt": f"{number} {'a' if number % 2 else 'b'}?", "completion": " yes" if number % 2 else " no"}
+        {"prompt": f"{number} {'a' if number % 2 else 'b'}?", "completion": f" {number % 2}"}
         for number in range(first, first + count)
     ]
 
@@ -49,8 +50,8 @@ def preferences(count: int, first: int = 0) -> list[dict[str, Any]]:
     return [
         {
             "input": {"messages": [{"role": "user", "content": f"Shall we, {number}?"}]},
-            "preferred_output": [{"role": "assistant", "content": "yes, of course"}],
-            "non_preferred_output": [{"role": "assistant", "content": "no"}],
+            "preferred_output": [{"role": "assistant", "content": "yes, by all means"}],
+            "non_preferred_output": [{"role": "assistant", "content": "no, not by a mile"}],
         }
         for number in range(first, first + count)
     ]
@@ -110,7 +111,7 @@ class Jobs:
         return self.by_suffix[suffix].fine_tuned_model
 
 
-def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, trained: Trained, folder: Path) -> Jobs:
+def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, folder: Path) -> Jobs:
     """Submits all, and returns when all have succeeded."""
     table = folder / "letters.csv"
     with open(table, "w", newline="") as file:
@@ -126,9 +127,8 @@ def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, trained: T
         "turns": upload("turns", _conversations()),
         "weights": upload("weights", _weighted()),
         "last": str(_id(_told(stack, "datasets", "upload", str(table))["name"])),
-        "onward": _id(trained.data.name),
     }
-    data["full"] = data["last"]
+    data |= {"full": data["last"], "onward": data["texts"]}
     for name, rows in (("all", letters(24)), ("pairs", preferences(24)), ("stopped", _contradicting())):
         file = write_rows(folder / f"{name}.jsonl", rows)
         data[name] = client.files.create(file=file, purpose="fine-tune").id
@@ -140,7 +140,7 @@ def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, trained: T
             suffix="texts",
             method="self_supervised",
             lora={"use_rslora": True, "rank": 4},
-            hyperparameters={**QUICK, "validation_fraction": 0.3},
+            hyperparameters=OF_TEXTS,
         ).name,
         "weights": graft.create_job(
             BASE,
@@ -157,13 +157,6 @@ def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, trained: T
             suffix="full",
             tuning="full",
             hyperparameters={**QUICK, "max_steps": 40, "learning_rate": 2e-3},
-        ).name,
-        "onward": graft.create_job(
-            BASE,
-            data["onward"],
-            suffix="onward",
-            from_adapter=trained.sums.fine_tuned_model,
-            hyperparameters={**QUICK, "batch_size": 40, "warmup_ratio": 0.0},
         ).name,
         "turns": _by_command(
             stack, data["turns"], "turns", "--method=instruction", "--set=lora.modules_to_save=lm_head"
@@ -194,6 +187,21 @@ def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, trained: T
         names[suffix] = client.fine_tuning.jobs.create(
             model=BASE, training_file=data[suffix], suffix=suffix, extra_body=extra
         ).id
+
+    def texts() -> fine_tuning_job_pb2.FineTuningJob:
+        return graft.job(names["texts"])
+
+    # The first job ends while the others wait for their turn, and this one then waits behind them.
+    first = eventually(texts, lambda job: job.HasField("end_time"), 120, "the first job ends")
+    assert first.state == first.STATE_SUCCEEDED, first.error.message
+    names["onward"] = graft.create_job(
+        BASE,
+        data["onward"],
+        suffix="onward",
+        from_adapter=first.fine_tuned_model,
+        lora={"use_rslora": True},
+        hyperparameters=OF_TEXTS,
+    ).name
 
     def ended() -> dict[str, fine_tuning_job_pb2.FineTuningJob]:
         return {suffix: graft.job(name) for suffix, name in names.items()}

@@ -263,6 +263,9 @@ class FakeScorer:
         self.unloaded.append(digest)
         return engine_pb2.UnloadResponse()
 
+    async def residency(self) -> engine_pb2.ResidencyResponse:
+        return engine_pb2.ResidencyResponse(replicas=[engine_pb2.Replica(ready=True, dtype=self.dtype)])
+
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
     ) -> engine_pb2.GenerateResponse:

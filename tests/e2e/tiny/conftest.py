@@ -54,11 +54,5 @@ def trained(
 
 
 @pytest.fixture(scope="package")
-def jobs(
-    stack: WholeStack,
-    graft: Graft,
-    client: openai.OpenAI,
-    trained: Trained,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Jobs:
-    return train_all(stack, graft, client, trained, tmp_path_factory.mktemp("methods"))
+def jobs(stack: WholeStack, graft: Graft, client: openai.OpenAI, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return train_all(stack, graft, client, tmp_path_factory.mktemp("methods"))

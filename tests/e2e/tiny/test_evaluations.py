@@ -64,7 +64,7 @@ def test_the_command_compares_base_few_shot_and_adapters_and_writes_the_report(
     assert {one["baseline"] for one in results[full]["differences"]} == {BASE, f"{BASE}, 4-shot", last}
     assert told["verdicts"]
     page = report.read_text()
-    assert page.startswith("<!doctype html>")
+    assert page.startswith("<!DOCTYPE html>")
     assert full in page
 
     evaluation_id = told["name"].rsplit("/", 1)[-1]
@@ -104,14 +104,16 @@ def test_text_that_was_learned_has_a_lower_perplexity_than_for_the_base(
 
 
 def test_answers_are_graded_by_their_number_and_counted_as_passes(graft: Graft, jobs: Jobs, tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"prompt": f"Number {number}?", "answer": str(number * 7)} for number in range(40)]
+    rows: list[dict[str, object]] = [
+        {"prompt": row["prompt"], "answer": int(row["completion"])} for row in letters(16, first=200)
+    ]
     data = graft.upload_dataset(write_rows(tmp_path / "graded.jsonl", rows), format="graded_prompts")
     results = evaluated(
         graft,
         data.name,
-        [BASE, jobs.model("onward")],
+        [BASE, jobs.model("full")],
         grader={"kind": "numeric", "settings": {"field": "answer"}},
-        max_tokens=6,
+        max_tokens=4,
     )
     base, tuned = values(results, "pass_at_1")
     assert 0 <= base < tuned <= 1
