@@ -46,12 +46,12 @@ def letters(count: int, first: int = 0) -> list[dict[str, Any]]:
 
 
 def preferences(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """OpenAI's form."""
+    """OpenAI's form. The answers are equally long, and the base finds the preferred one a little less likely."""
     return [
         {
             "input": {"messages": [{"role": "user", "content": f"Shall we, {number}?"}]},
-            "preferred_output": [{"role": "assistant", "content": "yes, by all means"}],
-            "non_preferred_output": [{"role": "assistant", "content": "no, not by a mile"}],
+            "preferred_output": [{"role": "assistant", "content": "no, not by a mile"}],
+            "non_preferred_output": [{"role": "assistant", "content": "yes, by all means"}],
         }
         for number in range(first, first + count)
     ]
