@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Material:
-    """Rows of any format. No held-out row, nor another row of its group (a question, a source package), is trained on."""
+    """Rows of any format. No held-out row, nor another of its group (a question, a source package), is trained on."""
 
     name: str
     title: str
@@ -100,9 +100,7 @@ def shuffled(rows: Iterable[RowT], seed: int) -> list[RowT]:
     return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}\n{json.dumps(row)}".encode()).digest())
 
 
-def split(
-    rows: Sequence[RowT], n_train: int, n_heldout: int, seed: int, what: str
-) -> tuple[list[RowT], list[RowT]]:
+def split(rows: Sequence[RowT], n_train: int, n_heldout: int, seed: int, what: str) -> tuple[list[RowT], list[RowT]]:
     """Training and held-out rows; the latter do not depend on how many the former are. Raises InvalidArgument."""
     if n_train < 0 or n_heldout < 0 or n_train + n_heldout > len(rows):
         raise _too_few(n_train, n_heldout, f"{len(rows)} {what}")

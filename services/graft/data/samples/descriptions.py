@@ -26,7 +26,7 @@ def descriptions(n_train: int, n_heldout: int, seed: int = 0, status: Path = STA
     groups: dict[str, list[dict[str, str]]] = {}
     seen: set[str] = set()
     for stanza in _stanzas(status):
-        fields = dict(_FIELDS.findall(stanza))
+        fields: dict[str, str] = dict(_FIELDS.findall(stanza))
         found = _DESCRIPTION.search(stanza)
         if found is None or "Package" not in fields:
             continue
