@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graft.cli import deploying
 from graft.cli.connect import connect
 from graft.cli.deriving import Deriving
 from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table, show, size_text
@@ -25,6 +26,9 @@ class Choice(StrEnum):
 
 
 models = typer.Typer(invoke_without_command=True, help="List base models, and add to them.")
+
+
+deploying.add_to(models)
 
 
 @models.callback()
@@ -51,6 +55,7 @@ def models_list(
             "SIZE": lambda m: size_text(m.size_bytes),
             "CONTEXT": lambda m: f"{m.context_tokens} tokens",
             "LICENCE": lambda m: m.license,
+            "SERVED": lambda m: "yes" if m.served else "no",
         }
         show(graft.base_models(), columns, as_json=as_json, none="No base model is ready yet.")
 

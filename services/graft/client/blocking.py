@@ -19,6 +19,7 @@ from graft.api.v1 import (
     dataset_report_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
+    deployment_pb2,
     evaluation_pb2,
     evaluation_service_pb2,
     evaluation_service_pb2_grpc,
@@ -88,6 +89,36 @@ class Graft:
         """The catalogue, by id."""
         request = base_model_service_pb2.ListBaseModelsRequest(parent=self.connection.parent)
         return list(self._pages(self._models.ListBaseModels, request, "base_models"))
+
+    def deploy_model(self, model: str, deployment_id: str = "") -> deployment_pb2.Deployment:
+        """Asks for a base model, or a full model's version, to be served; `deployment` tells how far it is.
+
+        `deployment_id` is what requests will call a full model; `base-adapter-version` when empty.
+        """
+        request = base_model_service_pb2.DeployModelRequest(
+            parent=self.connection.parent, model=model, deployment_id=deployment_id
+        )
+        result: deployment_pb2.Deployment = self._call(self._models.DeployModel, request)
+        return result
+
+    def undeploy_model(self, deployment: str) -> deployment_pb2.Deployment:
+        """Asks for its end; `deployment` raises NotFound when it has come."""
+        name = requests.deployment(self.connection.parent, deployment)
+        request = base_model_service_pb2.UndeployModelRequest(name=name)
+        result: deployment_pb2.Deployment = self._call(self._models.UndeployModel, request)
+        return result
+
+    def deployment(self, deployment: str) -> deployment_pb2.Deployment:
+        """One deployment, by id or resource name."""
+        name = requests.deployment(self.connection.parent, deployment)
+        request = base_model_service_pb2.GetDeploymentRequest(name=name)
+        result: deployment_pb2.Deployment = self._call(self._models.GetDeployment, request)
+        return result
+
+    def deployments(self) -> list[deployment_pb2.Deployment]:
+        """What is served beside the stack's first base model, by id."""
+        request = base_model_service_pb2.ListDeploymentsRequest(parent=self.connection.parent)
+        return list(self._pages(self._models.ListDeployments, request, "deployments"))
 
     # Data sets
 

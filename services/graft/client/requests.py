@@ -320,6 +320,11 @@ def job(parent: str, id_or_name: str) -> str:
     return id_or_name if "/" in id_or_name else f"{parent}/fineTuningJobs/{id_or_name}"
 
 
+def deployment(parent: str, id_or_name: str) -> str:
+    """Resource name of a deployment."""
+    return id_or_name if "/" in id_or_name else f"{parent}/deployments/{id_or_name}"
+
+
 def adapter(parent: str, model: str) -> str:
     """Resource name of the adapter of a `model`. Raises InvalidArgument for a base model."""
     parsed = names.parse_model(model)

@@ -71,7 +71,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
     Raises InvalidArgument with every fault. When the only faults are names that do not exist, raises NotFound.
     """
     missing: list[FieldViolation] = []
-    base = await _found(store.get_base_model(spec.base_model), "base_model", missing)
+    base = await _found(store.get_base_model(spec.base_model, project), "base_model", missing)
     training = await _found(store.get_dataset(project, spec.training_dataset), "training_dataset", missing)
     validation = None
     if spec.validation_dataset is not None:
@@ -240,6 +240,12 @@ def _check_lora(lora: Lora, base: BaseModel | None, settings: Settings) -> Itera
             "lora.base_quantization",
             "needs a GPU and bitsandbytes on every training node, and this installation does not say that it has them "
             "(GRAFT_TRAINING_QUANTIZED_BASE)",
+        )
+    if lora.base_quantization and (lora.use_dora or lora.modules_to_save):
+        yield FieldViolation(
+            "lora.base_quantization",
+            "rounds the base, and what use_dora or modules_to_save trains is served as a change of the base as it is; "
+            "leave one of them out",
         )
     for index, module in enumerate(lora.modules_to_save):
         if module != HEAD:

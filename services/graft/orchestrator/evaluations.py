@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -143,9 +143,11 @@ class _Work:
         self.total = len(questions.items) * len(asked)
         measured = []
         for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True):
-            seconds = await ask_all(self.parts.engine, one, questions, kept, self._count)
+            resumed = bool(kept.found)
+            seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
             passed = await call(self._grade, questions, kept)
-            measured.append(Measured(await self._subject(contestant), _in_order(kept, questions), passed, seconds))
+            subject = replace(await self._subject(contestant), memory_bytes=await self._memory_bytes(one.base.id))
+            measured.append(Measured(subject, _in_order(kept, questions), passed, 0.0 if resumed else seconds))
         metrics = spec.metrics or questions.metrics
         comparison = await call(
             compare,
@@ -170,13 +172,18 @@ class _Work:
         )
         log.info("evaluation_ended", evaluation=self.evaluation.id, state="SUCCEEDED")
 
+    async def _memory_bytes(self, base: str) -> int | None:
+        """Of the base's largest replica."""
+        held = await self.parts.engine.of(base).residency()
+        return max((replica.memory_bytes for replica in held.replicas), default=0) or None
+
     def _count(self) -> None:
         self.answered += 1
 
     async def _asked(self, contestant: Contestant, questions: Questions, shown: Questions | None) -> Asked:
         spec, store, project = self.evaluation.spec, self.parts.store, self.evaluation.project
         name = parse_model(contestant.model)
-        base = await store.get_base_model(name.base)
+        base = await store.get_base_model(name.base, project)
         adapter = None
         if name.adapter is not None:
             found = await store.resolve_version(
@@ -195,13 +202,13 @@ class _Work:
         )
 
     async def _subject(self, contestant: Contestant) -> Subject:
-        store, name = self.parts.store, parse_model(contestant.model)
-        base = await store.get_base_model(name.base)
+        store, project, name = self.parts.store, self.evaluation.project, parse_model(contestant.model)
+        base = await store.get_base_model(name.base, project)
         if name.adapter is None:
-            return Subject(contestant.label, contestant.model, False, base.parameter_count, base.size_bytes)
-        found = await store.resolve_version(
-            self.evaluation.project, name.base, name.adapter, version=name.version, alias=name.alias
-        )
+            # A project's own base model is a full model that one of its jobs has trained.
+            tuned = bool(base.project)
+            return Subject(contestant.label, contestant.model, tuned, base.parameter_count, base.size_bytes)
+        found = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
         # An adapter's weights are float32: four bytes each.
         return Subject(
             contestant.label,
