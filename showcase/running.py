@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import commit, machine, versions
@@ -24,8 +25,10 @@ from graft.client.requests import EvaluationOptions, JobOptions
 from graft.data import samples
 from graft.domain.errors import FailedPrecondition, NotFound
 from graft.registry import catalog
+from graft.registry.base_models import ensure_base_model
 from graft.registry.derive import Request, derive
 from graft.settings import Settings
+from showcase.counting import count_tokens
 from showcase.plans import LIMIT_SECONDS, TOKENS_PER_SECOND, Plan
 from showcase.progress import Progress
 from showcase.sources import Sources
@@ -61,7 +64,7 @@ class Run:
             self._ensure_base()
         with self._timed("data"):
             train, heldout = self._dataset("train"), self._dataset("heldout")
-            steps = self._steps(train)
+            steps = self._steps()
         job = self._job(train, steps)
         evaluation = self._evaluation(train, heldout, job)
         return self._result(job, evaluation, steps)
@@ -84,11 +87,10 @@ class Run:
             with Deriving(self._console) as shown:
                 derive(self._settings, request, shown.report)
         self._say(f"serving {derived.name}")
-        client: Any = self._graft
-        deployment = client.deploy_model(derived.name)
+        deployment = self._graft.deploy_model(derived.name)
         while deployment.state == deployment.STATE_STARTING:
             time.sleep(POLL_SECONDS)
-            deployment = client.deployment(derived.name)
+            deployment = self._graft.deployment(derived.name)
         if deployment.state != deployment.STATE_READY:
             raise FailedPrecondition(
                 f"{derived.name} is not served: {deployment.error.message}", reason="SHOWCASE_NOT_DEPLOYED"
@@ -105,21 +107,25 @@ class Run:
                 self._progress.forget(side, "job", "job_request", "evaluation", "evaluation_request")
         rows = self._material.train if side == "train" else self._material.heldout
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = samples.write_rows(rows, self._folder / f"{self._name}-{side}.jsonl")
+        path = samples.write_rows(rows, self._rows_path(side))
         found = self._graft.upload_dataset(path, format=self._material.format)
         self._say(f"{self._material.title}: {found.row_count} rows {'to train on' if side == 'train' else 'held out'}")
         return self._progress.keep(side, short_id(found.name))
 
-    def _steps(self, train: str) -> int:
+    def _rows_path(self, side: str) -> Path:
+        return self._folder / f"{self._name}-{side}.jsonl"
+
+    def _steps(self) -> int:
         """As many as the token budget allows. The tokens are counted by the base model's own tokenizer."""
         if known := self._progress.get("steps"):
             return int(known)
-        report = self._graft.validate_dataset(train, self._large)
-        plan = self._plan
-        steps = plan.steps(report.row_count, report.tokens, plan.token_budget)
+        plan, rows = self._plan, len(self._material.train)
+        base = ensure_base_model(self._settings, self._large, self._say)
+        tokens = count_tokens(self._rows_path("train"), self._material.format, plan, base)
+        steps = plan.steps(rows, tokens, plan.token_budget)
         minutes = plan.token_budget / TOKENS_PER_SECOND / 60
         self._say(
-            f"{report.tokens:,} tokens in {report.row_count} rows; {steps} steps of {plan.batch_size} within "
+            f"{tokens:,} tokens in {rows} rows; {steps} steps of {plan.batch_size} within "
             f"{plan.token_budget:,} tokens, {minutes:.0f} minutes at most at {TOKENS_PER_SECOND:.0f} tokens/s"
         )
         return int(self._progress.keep("steps", str(steps)))

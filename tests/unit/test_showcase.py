@@ -13,7 +13,7 @@ from showcase.plans import LIMIT_SECONDS, PLANS, TOKENS_PER_SECOND, Plan, quick
 from showcase.progress import Progress
 from showcase.running import Run
 
-from graft.api.v1 import dataset_pb2, dataset_report_pb2, evaluation_pb2, fine_tuning_job_pb2, fine_tuning_service_pb2
+from graft.api.v1 import dataset_pb2, evaluation_pb2, fine_tuning_job_pb2, fine_tuning_service_pb2
 from graft.data.samples import Material
 from graft.domain.errors import FailedPrecondition, NotFound
 from graft.settings import load
@@ -201,9 +201,6 @@ class Platform:
                 return found
         raise NotFound(f"There is no data set {dataset}.", reason="NO_DATASET")
 
-    def validate_dataset(self, _dataset: str, _base: str) -> dataset_report_pb2.DatasetReport:
-        return dataset_report_pb2.DatasetReport(row_count=8, tokens=80)
-
     def create_job(self, base: str, _train: str, *, request_id: str, suffix: str, **_: Any) -> Job:
         if request_id not in self.jobs:
             self.calls.append("job")
@@ -247,6 +244,9 @@ class Platform:
 def showcase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("GRAFT_HOME", str(tmp_path))
     settings = load()
+    # The base model is another test's: converting it takes half a minute.
+    monkeypatch.setattr("showcase.running.ensure_base_model", lambda *_: None)
+    monkeypatch.setattr("showcase.running.count_tokens", lambda *_: 80)
 
     def make(platform: Platform, **changes: Any) -> Run:
         client: Any = platform

@@ -23,6 +23,7 @@ from graft.cli.output import (
     show_fields,
     show_one,
 )
+from graft.cli.uploading import Format, uploaded
 
 if TYPE_CHECKING:
     from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
@@ -36,8 +37,9 @@ tune = typer.Typer(no_args_is_help=True, help="Create, follow and cancel fine-tu
 @tune.command("create")
 def tune_create(
     model: Annotated[str, typer.Argument(help="Base model, as `graft models` shows it.")],
-    dataset: Annotated[str, typer.Argument(help="Data set to train on, as `graft datasets list` shows it.")],
-    validation: Annotated[str, typer.Option(help="Data set for the held-out loss.")] = "",
+    dataset: Annotated[str, typer.Argument(help="A data set's id, or a file that is uploaded first.")],
+    validation: Annotated[str, typer.Option(help="Data set, or file, for the held-out loss.")] = "",
+    format: Format = "",
     suffix: Annotated[str, typer.Option(help="Name of the adapter; the job's id when not given.")] = "",
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. Derived when not given.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
@@ -76,12 +78,12 @@ def tune_create(
         if rank:
             options["lora"] = {"rank": rank, **options.get("lora", {})}
         options |= {
-            "validation_dataset": validation,
+            "validation_dataset": uploaded(graft, validation, format),
             "suffix": suffix,
             "served_as": served_as,
             "from_adapter": from_adapter,
         }
-        job = graft.create_job(model, dataset, **options)
+        job = graft.create_job(model, uploaded(graft, dataset, format), **options)
         if as_json:
             print_json({"fine_tuning_job": as_dict(job)} if follow else as_dict(job), line=follow)
         else:
