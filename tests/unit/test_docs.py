@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 import typer
 
+from graft.cli.job_options import job_options
 from graft.cli.main import app
-from graft.data.tasks.catalog import names
+from graft.client import requests
+from graft.data.formats import validate_file
+from graft.data.questions import read_questions
+from graft.data.tasks.catalog import builtin, names
+from graft.data.tasks.definition import load
+from graft.domain.resources import DatasetFormat
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,6 +24,7 @@ USAGE_ERROR = typer.BadParameter.__mro__[1]
 """What typer raises for every wrong command line; it has no public name for it."""
 COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/)?graft (.+)$")
 BLOCK = re.compile(r"^```(?:sh|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^cat > (\S+) <<'END'\n(.*?)^END$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:\$ )?graft [^`\n]+)`")
 
 
@@ -42,6 +49,15 @@ def commands(text: str) -> Iterator[tuple[str, bool]]:
     for inline in INLINE.findall(BLOCK.sub("", text)):
         if found := COMMAND.match(inline):
             yield found[1], False
+
+
+def parsed(arguments: list[str]) -> dict[str, Any]:
+    """The values of a command's parameters. Raises what typer does for a wrong one."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    values: dict[str, Any] = command.make_context("graft", arguments).params
+    return values
 
 
 def fault(arguments: list[str], *, whole: bool) -> str:
@@ -80,6 +96,35 @@ def test_a_command_that_does_not_exist_is_found() -> None:
     assert "--loud" in found[0]
     assert found[1]
     assert found[2] == "there is no command 'sing'"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_data_that_a_page_makes_is_what_its_commands_say(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        for name, content in FILE.findall(block):
+            Path(name).write_text(content)
+        for command, _ in commands(f"```\n{block}```\n"):
+            arguments = words(command)
+            if arguments[:2] != ["tune", "create"] and arguments[0] != "compare":
+                continue
+            given = parsed(arguments)
+            method, tuning = given.get("method", ""), given.get("tuning", "lora")
+            options = job_options(
+                given["settings"] or [], method=method, tuning=tuning, task=given["task"], grader=given["grader"]
+            )
+            requests.create_job("projects/default", "base", "ds-1", **options)
+            file = Path(given["dataset"])
+            if not file.exists():
+                assert file.name == "rows.jsonl" or not file.suffix  # the reader's own, or an id
+                continue
+            declared = DatasetFormat(given["format"]) if given["format"] else None
+            found = validate_file(file, declared).format
+            task = builtin(options["task"]) if "task" in options else None
+            task = load(options["task_definition"]) if "task_definition" in options else task
+            read_questions(file, found, task)
 
 
 def test_every_built_in_task_has_a_page() -> None:
