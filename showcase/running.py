@@ -34,6 +34,8 @@ from showcase.progress import Progress
 from showcase.sources import Sources
 
 POLL_SECONDS = 1.0
+RESULTS = ("job", "job_request", "evaluation", "evaluation_request", "evaluated")
+"""What is done again when the data is."""
 Job = fine_tuning_job_pb2.FineTuningJob
 Evaluation = evaluation_pb2.Evaluation
 
@@ -60,13 +62,18 @@ class Run:
         """All steps that are not done yet; the result as JSON. Raises GraftError."""
         if self._progress.seconds:
             self._say("goes on from what an earlier run has finished")
-        with self._timed("base"):
-            self._ensure_base()
         with self._timed("data"):
             train, heldout = self._dataset("train"), self._dataset("heldout")
             steps = self._steps()
+        if not self._progress.get("evaluated"):
+            with self._timed("base"):
+                self._ensure_base()
         job = self._job(train, steps)
         evaluation = self._evaluation(train, heldout, job)
+        if not self._progress.get("evaluated"):
+            self._progress.keep("evaluated", evaluation.name)
+            if self._plan.derived:
+                self._graft.undeploy_model(self._base)  # its engine holds memory
         return self._result(job, evaluation, steps)
 
     def _say(self, text: str) -> None:
@@ -104,7 +111,7 @@ class Run:
             try:
                 return short_id(self._graft.dataset(known).name)
             except NotFound:
-                self._progress.forget(side, "job", "job_request", "evaluation", "evaluation_request")
+                self._progress.forget(side, *RESULTS)
         rows = self._material.train if side == "train" else self._material.heldout
         self._folder.mkdir(parents=True, exist_ok=True)
         path = samples.write_rows(rows, self._rows_path(side))
@@ -134,6 +141,8 @@ class Run:
 
     def _job(self, train: str, steps: int) -> Job:
         """The succeeded job. Raises FailedPrecondition when it ends otherwise; the next run then makes another."""
+        if self._progress.get("evaluated"):
+            return self._graft.job(self._progress.get("job"))
         plan = self._plan
         options: JobOptions = {
             "suffix": self._name,
@@ -169,6 +178,8 @@ class Run:
     def _evaluation(self, train: str, heldout: str, job: Job) -> Evaluation:
         """The succeeded evaluation of the untuned models and the tuned one, on held-out rows. Raises
         FailedPrecondition when it ends otherwise; the next run then makes another."""
+        if known := self._progress.get("evaluated"):
+            return self._graft.evaluation(known)
         plan = self._plan
         contestants: list[tuple[str, int]] = [(self._large, 0)]
         if plan.shots:
@@ -180,7 +191,7 @@ class Run:
             "metrics": plan.metrics,
             "task": plan.task,
             "max_tokens": plan.max_tokens,
-            "display_name": self._material.title,
+            "display_name": plan.title,
             "request_id": self._progress.request_id("evaluation"),
         }
         if plan.shots:
@@ -241,7 +252,7 @@ class Run:
         }
         return {
             "showcase": plan.name,
-            "title": material.title,
+            "title": plan.title,
             "asks": plan.asks,
             "caveat": plan.caveat,
             "quick": self._quick,

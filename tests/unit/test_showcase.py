@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 from showcase import page
-from showcase.plans import LIMIT_SECONDS, PLANS, TOKENS_PER_SECOND, Plan, quick
+from showcase.plans import LIMIT_SECONDS, PLANS, TOKENS_PER_SECOND, Derived, Plan, quick
 from showcase.progress import Progress
 from showcase.running import Run
 
-from graft.api.v1 import dataset_pb2, evaluation_pb2, fine_tuning_job_pb2, fine_tuning_service_pb2
+from graft.api.v1 import dataset_pb2, deployment_pb2, evaluation_pb2, fine_tuning_job_pb2, fine_tuning_service_pb2
 from graft.data.samples import Material
 from graft.domain.errors import FailedPrecondition, NotFound
 from graft.settings import load
@@ -29,7 +29,7 @@ def material(_train: int, _heldout: int, _sources: object) -> Material:
 
 
 def plan(**changes: Any) -> Plan:
-    made = Plan("toy", "Does it?", material, 8, 2, 4_000, ("accuracy",), "supervised", batch_size=4)
+    made = Plan("toy", "A toy", "Does it?", material, 8, 2, 4_000, ("accuracy",), "supervised", batch_size=4)
     return dataclasses.replace(made, **changes)
 
 
@@ -125,7 +125,7 @@ def result(
                 "differences": [difference("base"), difference("base, 8-shot")],
             },
         ],
-        "machine": {"cpu": "a processor", "cores": 2, "memory_gib": 8.0},
+        "machine": {"cpu": "a processor", "cores": 2, "memory_gib": 8.0, "accelerators": "none"},
     }
 
 
@@ -219,7 +219,7 @@ class Platform:
         yield fine_tuning_service_pb2.WatchFineTuningJobResponse(fine_tuning_job=job)
 
     def job(self, name: str) -> Job:
-        return self._known(next(job for job in self.jobs.values() if job.name == name))
+        return self._known(next(job for job in self.jobs.values() if job.name.endswith(name)))
 
     def create_evaluation(
         self, _dataset: str, contestants: list[tuple[str, int]], *, request_id: str, **_: Any
@@ -233,6 +233,16 @@ class Platform:
         if self.interrupt == "evaluation":
             raise KeyboardInterrupt
         return self.evaluations[request_id]
+
+    def evaluation(self, name: str) -> Evaluation:
+        return next(found for found in self.evaluations.values() if found.name == name)
+
+    def deploy_model(self, model: str) -> deployment_pb2.Deployment:
+        self.calls.append(f"deploy {model}")
+        return deployment_pb2.Deployment(model=model, state=deployment_pb2.Deployment.STATE_READY)
+
+    def undeploy_model(self, model: str) -> None:
+        self.calls.append(f"undeploy {model}")
 
     def _known(self, job: Job) -> Job:
         copy = Job()
@@ -289,6 +299,23 @@ def test_data_that_was_deleted_is_uploaded_again_and_trained_on_again(showcase: 
     platform.datasets.clear()
     showcase(platform).do()
     assert [call.split()[0] for call in platform.calls] == ["upload", "upload", "job", "evaluation"] * 2
+
+
+def test_a_smaller_base_is_served_while_it_is_needed_and_compared_with_the_larger_one(
+    showcase: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.registry.catalog.entries", lambda _settings: {"half": None})
+    platform = Platform()
+    changes = {"derived": Derived("half", 15, 1_000, 1.0), "shots": 4}
+    for _ in range(2):  # what is done is told again, and nothing is served for that
+        found = showcase(platform, **changes).do()
+    assert platform.calls[2:] == [
+        "deploy half",
+        "job",
+        "evaluation of [('smollm2-135m', 0), ('smollm2-135m', 4), ('half', 0), ('half:toy@1', 0)]",
+        "undeploy half",
+    ]
+    assert (found["large"], found["base"]) == ("smollm2-135m", "half")
 
 
 def test_another_plan_takes_nothing_over(showcase: Any) -> None:
