@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.common import commit, machine, versions
 from rich.console import Console
 
-from graft.api.v1 import evaluation_pb2, fine_tuning_job_pb2
+from graft.api.v1 import deployment_pb2, evaluation_pb2, fine_tuning_job_pb2
 from graft.cli.deriving import Deriving
 from graft.cli.job_options import what_it_does
 from graft.cli.output import as_dict, short_id
@@ -34,6 +34,8 @@ from showcase.progress import Progress
 from showcase.sources import Sources
 
 POLL_SECONDS = 1.0
+NOTICE_SECONDS = 60.0
+"""The orchestrator looks at the catalogue every few seconds."""
 RESULTS = ("job", "job_request", "evaluation", "evaluation_request", "evaluated")
 """What is done again when the data is."""
 Job = fine_tuning_job_pb2.FineTuningJob
@@ -94,7 +96,7 @@ class Run:
             with Deriving(self._console) as shown:
                 derive(self._settings, request, shown.report)
         self._say(f"serving {derived.name}")
-        deployment = self._graft.deploy_model(derived.name)
+        deployment = self._deployed(derived.name)
         while deployment.state == deployment.STATE_STARTING:
             time.sleep(POLL_SECONDS)
             deployment = self._graft.deployment(derived.name)
@@ -102,6 +104,17 @@ class Run:
             raise FailedPrecondition(
                 f"{derived.name} is not served: {deployment.error.message}", reason="SHOWCASE_NOT_DEPLOYED"
             )
+
+    def _deployed(self, base: str) -> deployment_pb2.Deployment:
+        """Asks for it once the stack has noticed the new base, which takes it some seconds."""
+        give_up = time.monotonic() + NOTICE_SECONDS
+        while True:
+            try:
+                return self._graft.deploy_model(base)
+            except NotFound:
+                if time.monotonic() > give_up:
+                    raise
+            time.sleep(POLL_SECONDS)
 
     # The data
 

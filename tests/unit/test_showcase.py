@@ -239,6 +239,8 @@ class Platform:
 
     def deploy_model(self, model: str) -> deployment_pb2.Deployment:
         self.calls.append(f"deploy {model}")
+        if self.calls.count(f"deploy {model}") == 1:
+            raise NotFound(f"There is no base model {model} yet.", reason="NO_BASE_MODEL")
         return deployment_pb2.Deployment(model=model, state=deployment_pb2.Deployment.STATE_READY)
 
     def undeploy_model(self, model: str) -> None:
@@ -305,11 +307,13 @@ def test_a_smaller_base_is_served_while_it_is_needed_and_compared_with_the_large
     showcase: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graft.registry.catalog.entries", lambda _settings: {"half": None})
+    monkeypatch.setattr("showcase.running.POLL_SECONDS", 0.0)
     platform = Platform()
     changes = {"derived": Derived("half", 15, 1_000, 1.0), "shots": 4}
     for _ in range(2):  # what is done is told again, and nothing is served for that
         found = showcase(platform, **changes).do()
     assert platform.calls[2:] == [
+        "deploy half",
         "deploy half",
         "job",
         "evaluation of [('smollm2-135m', 0), ('smollm2-135m', 4), ('half', 0), ('half:toy@1', 0)]",
