@@ -1,7 +1,7 @@
 """Runs on Ray: a named, detached actor an attempt, which owns the worker group and keeps what it reports.
 
 The actor imports neither torch nor transformers and outlives a restart of whoever started it. Its child actor calls
-Ray Train's `TorchTrainer.fit()`; ending the child ends the worker group, since Ray ends what a dead actor owned.
+Ray Train's `TorchTrainer.fit()`, or Ray Tune's `Tuner.fit()` for a sweep; ending the child ends the worker group, since Ray ends what a dead actor owned.
 Every report is also a line of `reports.jsonl` in the run's folder.
 """
 
@@ -20,6 +20,7 @@ from ray.util import list_named_actors
 from graft.domain.errors import Aborted
 from graft.training.failures import failure
 from graft.training.fit import Fit
+from graft.training.search import OPTIONS, Search
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
@@ -81,7 +82,8 @@ class _Run:
             with self._lock:
                 if self._ended():
                     return
-                self._fit = ray.remote(num_cpus=0, max_restarts=0)(Fit).remote()
+                kind, options = (Fit, {}) if self._spec.search is None else (Search, OPTIONS)
+                self._fit = ray.remote(num_cpus=0, max_restarts=0, **options)(kind).remote()
             ray.get(self._fit.fit.remote(self._spec, me, time.time()))
             self.tell(
                 "failed", {"code": "INTERNAL", "reason": "NO_RESULT", "message": "The run ended without a result."}
