@@ -40,7 +40,9 @@ def check_sweep(spec: JobSpec, highest_rank: int, loads_as_it_is: bool) -> Itera
     if sweep.learning_rates:
         for name in ("learning_rate", "learning_rate_multiplier"):
             if getattr(asked, name) is not None:
-                yield FieldViolation(f"hyperparameters.{name}", "says nothing beside sweep.learning_rates; leave it out")
+                yield FieldViolation(
+                    f"hyperparameters.{name}", "says nothing beside sweep.learning_rates; leave it out"
+                )
     if sweep.ranks and spec.lora.rank:
         yield FieldViolation("lora.rank", "says nothing beside sweep.ranks; leave it out")
     if sweep.ranks and spec.from_adapter is not None:

@@ -17,7 +17,6 @@ from graft.domain.jobs import Job, Resolved
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.threads import call
 
-
 CONCURRENCY = "sweep.max_concurrent_trials"
 
 

@@ -1,7 +1,8 @@
 """Runs on Ray: a named, detached actor an attempt, which owns the worker group and keeps what it reports.
 
 The actor imports neither torch nor transformers and outlives a restart of whoever started it. Its child actor calls
-Ray Train's `TorchTrainer.fit()`, or Ray Tune's `Tuner.fit()` for a sweep; ending the child ends the worker group, since Ray ends what a dead actor owned.
+Ray Train's `TorchTrainer.fit()`, or for a sweep Ray Tune's `Tuner.fit()`; ending the child ends the workers, since Ray
+ends what a dead actor owned.
 Every report is also a line of `reports.jsonl` in the run's folder.
 """
 

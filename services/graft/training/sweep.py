@@ -1,4 +1,4 @@
-"""A search over learning rates and ranks: its grid, and what its trials have come to. Pure: knows neither Ray nor torch.
+"""A search over learning rates and ranks: its grid, and what its trials have come to. Knows neither Ray nor torch.
 
 `graft.training.search` runs the trials and decides, by ASHA, which of them to end early.
 """
@@ -219,7 +219,7 @@ class Ledger:
         return [] if row.ended else self._fail(row, failure)
 
     def winner(self) -> tuple[Trial, str] | None:
-        """The trial with the lowest held-out loss, whichever way it ended, and the folder of its adapter at that step."""
+        """The trial with the lowest held-out loss, whichever way it ended, and the folder of its adapter of then."""
         row = self._best()
         return None if row is None else (row.trial, str(row.best["folder"]))
 
