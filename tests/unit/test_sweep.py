@@ -77,9 +77,7 @@ def test_trials_are_measured_in_quarters_and_none_is_ended_before_the_first() ->
 def test_what_was_chosen_is_told_as_used_and_where_it_is_from() -> None:
     resolved = _resolved(Sweep((1e-4, 5e-4), (4, 16)))
     found = _by_name(choose(resolved, {"learning_rate": 5e-4, "lora.rank": 16.0, "lora.alpha": 32.0}))
-    assert found["learning_rate"] == Resolved(
-        "learning_rate", 5e-4, True, "Chosen by the sweep among 0.0001, 0.0005."
-    )
+    assert found["learning_rate"] == Resolved("learning_rate", 5e-4, True, "Chosen by the sweep among 0.0001, 0.0005.")
     assert found["lora.rank"] == Resolved("lora.rank", 16, True, "Chosen by the sweep among 4, 16.")
     assert isinstance(found["lora.rank"].value, int)
     assert found["lora.alpha"].value == 32.0
