@@ -11,6 +11,7 @@ import re
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ray.util import list_named_actors
 from graft.domain.errors import Aborted
 from graft.training.failures import failure
 from graft.training.fit import Fit
-from graft.training.search import OPTIONS, Search
+from graft.training.search import OPTIONS, Search, free_places
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
@@ -141,16 +142,16 @@ class RayRuns:
         actor = self._find(job_id, attempt)
         if actor is None:
             return
-        try:
+        with suppress(ray.exceptions.RayActorError):  # gone in between, and with it the workers
             ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
-        except ray.exceptions.RayActorError:  # gone in between, and with it the worker group
-            return
+        free_places(run_name(job_id, attempt))
 
     def release(self, job_id: str, attempt: int) -> None:
         """Ends the actor and all that it owns. Its folder stays."""
         actor = self._find(job_id, attempt)
         if actor is not None:
             ray.kill(actor)
+        free_places(run_name(job_id, attempt))
 
     @staticmethod
     def _find(job_id: str, attempt: int) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from graft.training.failures import failure
 from graft.training.fit import WORKER_ENVIRONMENT, free_threads
@@ -59,7 +60,7 @@ class Search:
         me = ray.get_runtime_context().current_actor
         trainable = tune.with_parameters(_trial, spec=spec, search=me, begin_seconds=begin_seconds)
         tune.Tuner(
-            tune.with_resources(trainable, {"cpu": 1}),
+            tune.with_resources(trainable, lambda config: _place(spec, config["trial"])),
             param_space={"trial": tune.grid_search([trial.number for trial in search.trials])},
             tune_config=tune.TuneConfig(
                 scheduler=ASHAScheduler(
@@ -105,6 +106,26 @@ class Search:
     def _tell(self, tells: Tells, trace: str = "") -> None:
         for kind, data in tells:
             self._run.tell.options(concurrency_group="reports").remote(kind, data, trace)
+
+
+def free_places(run: str) -> None:
+    """Gives back what trials of the run of that name have reserved.
+
+    Ray keeps a placement group when the actor that made it dies; Tune removes those of trials that it sees end.
+    """
+    for found in placement_group_table().values():
+        if found["name"].startswith(_place_name(run, "")) and found["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(found["placement_group_id"]))))
+
+
+def _place(spec: RunSpec, number: int) -> Any:
+    from ray import tune
+
+    return tune.PlacementGroupFactory([{"CPU": 1}], name=_place_name(spec.name, number))
+
+
+def _place_name(run: str, trial: int | str) -> str:
+    return f"{run}-trial-{trial}"
 
 
 def trial_spec(spec: RunSpec, trial: Trial) -> RunSpec:
