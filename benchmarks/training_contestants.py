@@ -18,7 +18,7 @@ from benchmarks.common import Round
 from graft.data.prepare import Example, prepare
 from graft.domain.jobs import Lora, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
-from graft.registry.base_models import LINEAR
+from graft.registry.facts import LINEAR
 from graft.training import tuning, worker
 from graft.training.batching import batches
 from graft.training.objectives.objective import Group
@@ -174,7 +174,10 @@ def rows(examples: tuple[Example, ...], steps: int) -> list[dict[str, list[int]]
     """The examples of so many steps, in the order in which Graft's loop takes them."""
     order = [index for batch in batches(len(examples), BATCH_SIZE, steps, SEED) for index in batch]
     return [
-        {"input_ids": examples[index].token_ids, "completion_mask": [int(item) for item in examples[index].loss_mask]}
+        {
+            "input_ids": list(examples[index].token_ids),
+            "completion_mask": [int(item) for item in examples[index].loss_mask],
+        }
         for index in order
     ]
 

@@ -175,12 +175,16 @@ class FakeRegistry:
     def start_run(self, project: str, job_id: str, attempt: int, params: dict[str, str], tags: dict[str, str]) -> str:
         self._answer()
         run_id = f"run-{project}-{job_id}-{attempt}"
-        self.runs.setdefault(run_id, {"params": params, "tags": tags, "metrics": [], "status": "RUNNING"})
+        self.runs.setdefault(run_id, {"params": params, "tags": tags, "metrics": [], "files": [], "status": "RUNNING"})
         return run_id
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
         self._answer()
         self.runs[run_id]["metrics"].append((step, metrics))
+
+    def log_file(self, run_id: str, path: Path) -> None:
+        self._answer()
+        self.runs[run_id]["files"].append(path.name)
 
     def finish_run(self, run_id: str, status: str) -> None:
         self._answer()
@@ -241,6 +245,10 @@ class FakeScorer:
         self.unloaded: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.dtype = "float32"
+
+    def of(self, base: str) -> "FakeScorer":
+        assert base == BASE
+        return self
 
     async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse:
         del timeout_seconds

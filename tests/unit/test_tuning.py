@@ -210,6 +210,11 @@ def test_the_embeddings_stay_tied_in_full_tuning_and_the_last_layers_head_is_unt
     last = _train(mine)
     assert not torch.equal(last.get_output_embeddings().weight, last.get_input_embeddings().weight)
     assert torch.equal(last.get_input_embeddings().weight, load_base(mine, CPU).get_input_embeddings().weight)
+    for model, tied in ((full, True), (last, False)):
+        folder = Path(spec.output_dir) / "checkpoints" / "step-1"
+        save_checkpoint(model, Path(spec.base_model_path), folder)
+        # Not every engine looks whether the file has a head; all read the configuration.
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is tied
 
 
 @pytest.mark.parametrize("choice", ["dora", "head"])
@@ -221,6 +226,7 @@ def test_an_adapter_that_the_engine_does_not_load_is_merged_into_a_model(choice:
     root = Path(mine.output_dir)
     assert sorted(path.name for path in root.iterdir()) == ["model", "trained_adapter"]
     assert (_logits(_plain(root / "model")) - logits).abs().max() < EXACT
+    assert json.loads((root / "model" / "config.json").read_text())["tie_word_embeddings"] is (choice != "head")
     assert set(result) == {"model_bytes"}
 
 

@@ -53,6 +53,8 @@ class BaseModel:
     target_modules: tuple[str, ...]
     """Names of its linear layers, without the LM head, for example `q_proj`."""
     max_lora_rank: int
+    project: str = ""
+    """Whose it is alone: a full model that one project trained. Empty for all others, which every project sees."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class AdapterVersion:
     create_time: datetime
     metrics: dict[str, float] = field(default_factory=dict)
     served_as: ServedAs = ServedAs.ADAPTER
+    task_definition: str = ""
+    """YAML of the task that it was trained with; empty without one."""
 
     @property
     def model(self) -> str:

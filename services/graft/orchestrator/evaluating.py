@@ -20,7 +20,7 @@ from graft.domain.names import registered_model
 from graft.domain.resources import AdapterVersion
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.context import Context
-from graft.orchestrator.ports import Engine
+from graft.orchestrator.ports import Generates
 from graft.orchestrator.registering import REGISTERED
 
 log = structlog.get_logger()
@@ -77,7 +77,8 @@ async def evaluate(context: Context) -> None:
         await _finish(context, version, f"{version.model} is trained.")
         return
     adapter = adapter_ref(version)
-    loaded = await context.patiently("The engine", lambda: parts.engine.load(adapter))
+    engine = parts.engine.of(version.base_model)
+    loaded = await context.patiently("The engine", lambda: engine.load(adapter))
     metrics = {"adapter_bytes": float(version.size_bytes), "load_seconds": loaded.load_seconds}
     if isinstance(started := said.get("publish_start_time_seconds"), int | float):
         metrics["publish_seconds"] = max(time.time() - started, 0.0)
@@ -86,7 +87,7 @@ async def evaluate(context: Context) -> None:
     trained = read_trained(context.output_dir / "adapter" / "graft.json")
     dtypes = {trained.dtype, *(replica.dtype for replica in loaded.replicas)}
     limit = PARITY_NATS if dtypes <= {"float32"} else HALF_PARITY_NATS
-    fitting = [probe for probe in trained.probes if _fits(probe, parts.settings.serving.context_tokens)]
+    fitting = [probe for probe in trained.probes if fits(probe, parts.settings.serving.context_tokens)]
     if not fitting:
         raise FailedPrecondition(
             f"None of the {len(trained.probes)} probes of {version.model} can be scored by the engine, so that nothing "
@@ -95,7 +96,7 @@ async def evaluate(context: Context) -> None:
         )
     difference = 0.0
     for probe in fitting:
-        mean_logprob = await context.patiently("The engine", partial(score, parts.engine, adapter, probe))
+        mean_logprob = await context.patiently("The engine", partial(score, engine, adapter, probe))
         difference = max(difference, abs(mean_logprob - probe.mean_logprob))
     text = f"Parity of {version.model} over {len(fitting)} probes: the engine differs by at most {difference:.4f} nats."
     passed = difference <= limit
@@ -108,7 +109,7 @@ async def evaluate(context: Context) -> None:
     )
     if not passed:
         try:
-            await parts.engine.unload(version.digest)
+            await engine.unload(version.digest)
         except GraftError as error:  # it leaves by itself when others need its place
             log.warning("not_unloaded", model=version.model, error=error.message)
         raise FailedPrecondition(
@@ -162,10 +163,11 @@ def read_trained(path: Path) -> Trained:
         ) from error
 
 
-async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) -> float:
+async def score(engine: Generates, adapter: engine_pb2.AdapterRef, probe: Probe) -> float:
     """The engine's mean log-probability of the probe's completion, in nats a token.
 
-    `prompt_logprobs: 0` is vLLM's extension of the completions API: for each prompt token its own log-probability.
+    An `adapter` without a digest is a base model. `prompt_logprobs: 0` is vLLM's extension of the completions API: for
+    each prompt token its own log-probability.
     Raises Unavailable while the engine cannot answer, FailedPrecondition for an answer without scores.
     """
     body = {
@@ -179,7 +181,7 @@ async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) ->
         engine_pb2.GenerateRequest(
             endpoint=engine_pb2.ENDPOINT_COMPLETIONS,
             body=json.dumps(body).encode(),
-            adapter=adapter,
+            adapter=adapter if adapter.digest else None,
             public_model=adapter.model,
         ),
         GENERATE_TIMEOUT_SECONDS,
@@ -214,7 +216,8 @@ async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) ->
     return mean_logprob
 
 
-def _fits(probe: Probe, context_tokens: int) -> bool:
+def fits(probe: Probe, context_tokens: int) -> bool:
+    """Whether the engine can score it."""
     # The engine must have room for the one token that every request generates.
     return bool(probe.completion_token_ids) and (
         len(probe.prompt_token_ids) + len(probe.completion_token_ids) < context_tokens

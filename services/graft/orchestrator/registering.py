@@ -48,6 +48,7 @@ async def register(context: Context) -> None:
             dataset_digest=material.dataset.digest,
             rank=_rank(job, served_as),
             metrics=job.metrics,
+            task_definition=job.spec.task_definition,
             served_as=served_as,
             tuning=job.spec.tuning,
             model_folder=_there(context.output_dir / "model"),

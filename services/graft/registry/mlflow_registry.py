@@ -36,10 +36,11 @@ from mlflow.exceptions import MlflowException
 ADAPTER_PATH = "adapter"
 MODEL_PATH = "model"
 TRAINED_ADAPTER_PATH = "trained_adapter"
-PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".model")
+PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".yaml", ".model")
 """Never a pickle: only these are kept of a download."""
 RETAINED = "delta_retained_fraction"
 """Name of a job's metric."""
+TASK_TAG = "graft.task"
 PARAM_BATCH = 100
 """MLflow's limit of parameters in one call."""
 
@@ -60,6 +61,7 @@ class Publication:
     dataset_digest: str
     rank: int
     metrics: dict[str, float]
+    task_definition: str = ""
     served_as: ServedAs = ServedAs.ADAPTER
     tuning: Tuning = Tuning.LORA
     model_folder: Path | None = None
@@ -102,6 +104,11 @@ class Registry:
         with self._translated(f"run {run_id}"):
             now_ms = int(datetime.now(UTC).timestamp() * 1000)
             self._client.log_batch(run_id, [Metric(key, value, now_ms, step) for key, value in metrics.items()])
+
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Uploads one file as an artifact of its own name."""
+        with self._translated(f"run {run_id}"):
+            self._client.log_artifact(run_id, str(path))
 
     def finish_run(self, run_id: str, status: str) -> None:
         """`FINISHED`, `FAILED` or `KILLED`."""
@@ -150,6 +157,7 @@ class Registry:
                     "graft.size_bytes": str(sum((served / file).stat().st_size for file in files)),
                     "graft.metrics": json.dumps(publication.metrics),
                     "graft.code_version": code_version(),
+                    **({TASK_TAG: publication.task_definition} if publication.task_definition else {}),
                     "graft.served_as": publication.served_as.value,
                     "graft.tuning": publication.tuning.value,
                     **({} if model is None else {"graft.model_digest": model}),
@@ -366,5 +374,6 @@ def _version(entry: Any) -> AdapterVersion:
         mlflow_run_id=entry.run_id,
         create_time=_time(entry.creation_timestamp),
         metrics=json.loads(tags["graft.metrics"]),
+        task_definition=tags.get(TASK_TAG, ""),
         served_as=ServedAs(tags.get("graft.served_as", ServedAs.ADAPTER)),
     )

@@ -60,7 +60,13 @@ def save_result(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell) -> 
         whole = True
     result: dict[str, float] = {}
     if whole:
-        save_model(model, Path(spec.base_model_path), root / MODEL, describe(spec, model, yardstick.examples))
+        save_model(
+            model,
+            Path(spec.base_model_path),
+            root / MODEL,
+            describe(spec, model, yardstick.examples),
+            spec.task_definition,
+        )
         result["model_bytes"] = _weights_bytes(root / MODEL)
     if spec.served_as is ServedAs.LOW_RANK_DELTA:
         result |= _save_as_delta(spec, model, yardstick, tell)
@@ -74,9 +80,9 @@ def _save_as_adapter(spec: RunSpec, model: Any, probes: Sequence[Example]) -> No
         save_adapter(model, folder)
         plain = replace(spec, lora=Lora(), start_from=None)
         served = PeftModel.from_pretrained(load_base(plain, next(model.parameters()).device), folder)
-        save_adapter(served, folder, describe(spec, served, probes))
+        save_adapter(served, folder, describe(spec, served, probes), spec.task_definition)
     else:
-        save_adapter(model, folder, describe(spec, model, probes))
+        save_adapter(model, folder, describe(spec, model, probes), spec.task_definition)
 
 
 def _save_as_delta(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell) -> dict[str, float]:
@@ -87,7 +93,7 @@ def _save_as_delta(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell) 
     become(model, base, delta)
     served_loss = yardstick.loss(model)
     about = describe(spec, model, yardstick.examples)
-    write_whole(folder, lambda at: write_delta(delta, spec.base_model_path, at), about)
+    write_whole(folder, lambda at: write_delta(delta, spec.base_model_path, at), about, spec.task_definition)
     result = {
         "adapter_bytes": _weights_bytes(folder),
         "delta_retained_fraction": delta.retained_fraction,

@@ -38,31 +38,33 @@ _TOKENIZER_FILES = (
 About = dict[str, Any]
 
 
-def write_whole(folder: Path, write: Callable[[Path], object], about: About | None = None) -> None:
+def write_whole(folder: Path, write: Callable[[Path], object], about: About | None = None, task: str = "") -> None:
     """Lets `write` fill a folder beside `folder` and renames it: a folder of that name is always whole.
 
-    `about` becomes `graft.json`.
+    `about` becomes `graft.json`, and the definition of a `task` becomes `task.yaml`.
     """
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
     if about is not None:
         (temporary / LINEAGE).write_text(json.dumps(about, indent=1))
+    if task:
+        (temporary / "task.yaml").write_text(task, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def save_adapter(model: Any, folder: Path, about: About | None = None) -> None:
+def save_adapter(model: Any, folder: Path, about: About | None = None, task: str = "") -> None:
     """PEFT's own files of the adapter that trains."""
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary, safe_serialization=True, selected_adapters=[TRAINED])
         (temporary / "README.md").unlink(missing_ok=True)  # peft's model card template, empty but for its headings
 
-    write_whole(folder, write, about)
+    write_whole(folder, write, about, task)
 
 
-def save_model(model: Any, base_model: Path, folder: Path, about: About | None = None) -> None:
+def save_model(model: Any, base_model: Path, folder: Path, about: About | None = None, task: str = "") -> None:
     """A folder that plain transformers loads: sharded weights in the model's own type, and the base's tokenizer files.
 
     They are copied byte for byte, so that tokens and chat template are the base's. float32, where it was trained in it,
@@ -75,7 +77,7 @@ def save_model(model: Any, base_model: Path, folder: Path, about: About | None =
             if (base_model / name).is_file():
                 shutil.copyfile(base_model / name, temporary / name)
 
-    write_whole(folder, write, about)
+    write_whole(folder, write, about, task)
 
 
 def save_checkpoint(model: Any, base_model: Path, folder: Path) -> None:
