@@ -53,6 +53,8 @@ def test_a_sweep_of_nothing_named_tries_rates_around_the_derived_one() -> None:
     assert {trial.rank for trial in trials} == {8}
     around = search_spec(_resolved(Sweep(), learning_rate=0.6)).trials
     assert [trial.learning_rate for trial in around] == [0.2, 0.6, 1.0]
+    highest = search_spec(_resolved(Sweep(), learning_rate=1.0)).trials
+    assert [trial.learning_rate for trial in highest] == [0.33, 1.0]
 
 
 def test_of_a_larger_grid_the_seed_draws_as_many_trials_as_are_allowed() -> None:

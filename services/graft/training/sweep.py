@@ -62,11 +62,11 @@ def settle_sweep(sweep: Sweep, resolved: Sequence[Resolved]) -> tuple[Resolved, 
     rate, rank = before["learning_rate"].value, before["lora.rank"].value
     if not isinstance(rate, int | float) or not isinstance(rank, int | float):
         raise TypeError("A learning rate and a rank are numbers.")
-    usual = [float(f"{rate * factor:.2g}") for factor in (1 / FACTOR, 1, FACTOR)]
+    usual = dict.fromkeys(min(float(f"{rate * factor:.2g}"), 1.0) for factor in (1 / FACTOR, 1, FACTOR))
     rates = settle(
         "learning_rates",
         list(sweep.learning_rates),
-        [rate] if sweep.ranks else [min(one, 1.0) for one in usual],
+        [rate] if sweep.ranks else list(usual),
         "Only ranks are swept: 1 value." if sweep.ranks else f"{rate:g}, and {FACTOR:g} times less and more.",
     )
     ranks = settle("ranks", list(sweep.ranks), [int(rank)], "Only learning rates are swept: 1 value.")
