@@ -51,8 +51,8 @@ def test_a_sweep_of_nothing_named_tries_rates_around_the_derived_one() -> None:
     trials = search_spec(_resolved(Sweep())).trials
     assert [trial.learning_rate for trial in trials] == [1.7e-4, 5e-4, 1.5e-3]
     assert {trial.rank for trial in trials} == {8}
-    around = search_spec(_resolved(Sweep(), learning_rate=0.6)).trials
-    assert [trial.learning_rate for trial in around] == [0.2, 0.6, 1.0]
+    around = search_spec(_resolved(Sweep(), learning_rate=0.612)).trials
+    assert [trial.learning_rate for trial in around] == [0.2, 0.612, 1.0]
     highest = search_spec(_resolved(Sweep(), learning_rate=1.0)).trials
     assert [trial.learning_rate for trial in highest] == [0.33, 1.0]
 

@@ -62,7 +62,8 @@ def settle_sweep(sweep: Sweep, resolved: Sequence[Resolved]) -> tuple[Resolved, 
     rate, rank = before["learning_rate"].value, before["lora.rank"].value
     if not isinstance(rate, int | float) or not isinstance(rank, int | float):
         raise TypeError("A learning rate and a rank are numbers.")
-    usual = dict.fromkeys(min(float(f"{rate * factor:.2g}"), 1.0) for factor in (1 / FACTOR, 1, FACTOR))
+    below, above = (float(f"{rate * factor:.2g}") for factor in (1 / FACTOR, FACTOR))
+    usual = dict.fromkeys([below, rate, min(above, 1.0)])
     rates = settle(
         "learning_rates",
         list(sweep.learning_rates),
