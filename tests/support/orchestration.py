@@ -286,6 +286,7 @@ class FakePreparer:
         self.error: GraftError | None = None
         self.workers = 1
         self.memory: Memory | None = None
+        self.also_resolves: tuple[Resolved, ...] = ()
         self.prepared: list[Job] = []
 
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
@@ -307,6 +308,7 @@ class FakePreparer:
             Resolved("num_workers", self.workers, True, "one a CPU"),
             Resolved("lora.rank", job.spec.lora.rank or 8, True, "few rows"),
             Resolved("epochs", 1.0, False, "as asked"),
+            *self.also_resolves,
         )
         return PreparedData(stats, None, resolved, self.memory)
 

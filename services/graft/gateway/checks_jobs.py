@@ -14,6 +14,7 @@ from graft.domain.errors import FieldViolation, GraftError, InvalidArgument, Not
 from graft.domain.jobs import Hyperparameters, JobSpec, Lora, Method, Reinforcement, ServedAs, Tuning
 from graft.domain.names import check_id, parse_model
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
+from graft.gateway.checks_sweep import check_sweep
 from graft.gateway.checks_tasks import with_task
 from graft.settings import Settings
 from graft.store.protocol import Store
@@ -92,6 +93,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         *_check_served_as(spec, base, settings),
         *_check_hyperparameters(spec.hyperparameters, base, validation),
         *_check_data(training, validation),
+        *check_sweep(spec, _highest_rank(base, settings), loads_as_it_is(spec)),
         *_check_metadata(spec.metadata),
     ]
     if wrong or missing:

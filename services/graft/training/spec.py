@@ -18,6 +18,7 @@ from graft.domain.jobs import (
     Tuning,
 )
 from graft.domain.resources import BaseModel, Dataset, DatasetFormat
+from graft.training.sweep import SearchSpec, search_spec
 
 ENDS = frozenset({"finished", "failed", "cancelled"})
 
@@ -82,6 +83,8 @@ class RunSpec:
     engine_address: str = ""
     """The internal gRPC, where reinforcement samples."""
     project: str = ""
+    search: SearchSpec | None = None
+    """The trials of a sweep; None: the run is one training."""
 
     @property
     def name(self) -> str:
@@ -179,6 +182,7 @@ def run_spec(
         start_from=start_from,
         engine_address=engine_address,
         project=job.project,
+        search=None if asked.sweep is None else search_spec(job.resolved),
     )
 
 
