@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import Aborted
-from graft.domain.jobs import Lora, OverLengthPolicy
+from graft.domain.jobs import Lora, Method, OverLengthPolicy, Preference
 from graft.domain.resources import DatasetFormat
 from graft.training.run import RayRuns
 from graft.training.spec import ENDS, Report, RunSpec
@@ -145,6 +145,43 @@ def test_one_worker_and_two_workers_on_two_nodes_follow_the_same_curve(runs: Ray
         logprobs = loaded(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
         scored = [float(logprobs[len(prompt) + n - 1, token]) for n, token in enumerate(completion)]
         assert sum(scored) / len(scored) == pytest.approx(probe["mean_logprob"], abs=1e-3)
+
+
+def test_two_workers_learn_preferences_on_the_curves_of_one_and_stop_together(runs: RayRuns, spec: RunSpec) -> None:
+    pairs = [{"prompt": f"{n}? ", "chosen": "yes, of course" * (n % 3 + 1), "rejected": "no"} for n in range(40)]
+    # Held out is the contrary, so that its loss rises from the first step on.
+    contrary = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs[:8]]
+    files = []
+    for name, rows in (("pairs", pairs), ("contrary", contrary)):
+        files.append(Path(spec.output_dir).parent / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {
+        "dataset_path": str(files[0]),
+        "dataset_format": DatasetFormat.PREFERENCE,
+        "validation_path": str(files[1]),
+        "validation_format": DatasetFormat.PREFERENCE,
+        "method": Method.PREFERENCE,
+        "preference": Preference(0.2),
+        "early_stopping_patience": 7,
+        "eval_steps": 1,
+        "total_steps": 50,
+    }
+    curves, ends = [], []
+    for workers in (1, 2):
+        mine = _named(spec, f"ft-preference-{workers}", num_workers=workers, **changes)
+        runs.start(mine)
+        reports = _wait(runs, mine)
+        assert reports[-1].kind == "finished", reports[-1].data
+        metrics = [report.data for report in reports if report.kind == "metrics"]
+        ends.append(reports[-1].data)
+        curves.append([[item[name] for name in ("loss", "margin", "validation_loss")] for item in metrics])
+        runs.release(mine.job_id, 1)
+    assert len(curves[0]) == 8
+    assert curves[0][-1][0] < 0.5 * curves[0][0][0]
+    for one, two in zip(*curves, strict=True):
+        assert one == pytest.approx(two, rel=1e-2, abs=1e-3)
+    assert [end["best_step"] for end in ends] == [1, 1]
+    assert all(end["message"].startswith("Stopped early at step 8 of 50, best at step 1: ") for end in ends)
 
 
 FOLLOW = """

@@ -6,14 +6,13 @@ from datetime import datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2
+from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.names import dataset_name, job_name, resource
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.internal.v1 import engine_pb2
 
-_FORMATS = {
-    DatasetFormat.MESSAGES: dataset_pb2.DATASET_FORMAT_MESSAGES,
-    DatasetFormat.PROMPT_COMPLETION: dataset_pb2.DATASET_FORMAT_PROMPT_COMPLETION,
-}
+_FORMATS = {format: dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.name}") for format in DatasetFormat}
+_DECLARED = {number: format for format, number in _FORMATS.items()}
 
 
 def timestamp(time: datetime | None) -> Timestamp | None:
@@ -39,6 +38,20 @@ def dataset(found: Dataset) -> dataset_pb2.Dataset:
         digest=found.digest,
         create_time=timestamp(found.create_time),
     )
+
+
+def declared_format(number: int) -> DatasetFormat | None:
+    """The format that an upload declares; None when it is to be recognised. Raises InvalidArgument."""
+    if number == dataset_pb2.DATASET_FORMAT_UNSPECIFIED:
+        return None
+    if number not in _DECLARED:
+        field = "header.format"
+        raise InvalidArgument(
+            f"{field}: {number} is not a format that this version knows; it knows {', '.join(DatasetFormat)}.",
+            reason="INVALID_FORMAT",
+            violations=(FieldViolation(field, f"{number} is not a format"),),
+        )
+    return _DECLARED[number]
 
 
 def base_model(project: str, found: BaseModel) -> base_model_pb2.BaseModel:

@@ -14,7 +14,7 @@ from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgu
 from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec
 from graft.domain.names import check_alias, check_id, parse_model
-from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset
+from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.gateway import generation, resolving
 from graft.gateway.checks import check_page_size, check_request_id
 from graft.gateway.checks_evaluations import check_evaluation
@@ -49,10 +49,15 @@ class Core:
 
     # Data sets
 
-    def begin_upload(self, project: str, display_name: str, request_id: str | None = None) -> Upload:
-        """An upload to be entered with `async with`, fed with `write` and ended with `finish`."""
+    def begin_upload(
+        self, project: str, display_name: str, request_id: str | None = None, format: DatasetFormat | None = None
+    ) -> Upload:
+        """An upload to be entered with `async with`, fed with `write` and ended with `finish`.
+
+        `format` declares what is recognised otherwise.
+        """
         check_id(project, "project")
-        return Upload(self.store, self.settings, project, display_name, check_request_id(request_id))
+        return Upload(self.store, self.settings, project, display_name, check_request_id(request_id), format)
 
     async def get_dataset(self, project: str, dataset_id: str) -> Dataset:
         """Raises NotFound naming it and what exists."""
@@ -73,7 +78,7 @@ class Core:
         """The file of a stored data set. Raises NotFound, also when the file has gone from the disk."""
         dataset = await self.store.get_dataset(project, dataset_id)
         path = dataset_file(self.settings, project, dataset.id)
-        if not path.is_file():
+        if path is None:
             raise NotFound(
                 f"The file of data set {dataset_id!r} is no longer on the disk. Upload it again.",
                 reason="DATASET_FILE_MISSING",

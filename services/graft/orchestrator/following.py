@@ -167,7 +167,11 @@ class _Follower:
             if name in told:
                 told[name] = int(told[name])
         progress = replace(before, **told)  # type: ignore[arg-type] # names are Progress's own, values its numbers
-        message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}."
+        message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}"
+        for name in ("reward", "accuracy"):
+            if name in (numbers := _numbers(report.data)):
+                message += f", {name} {numbers[name]:.2f}"
+        message += "."
         await self.context.record(progress=progress, event=(EventLevel.INFO, "metrics", message, self._data(report)))
         self.context.cursor = report.sequence
 
@@ -193,7 +197,7 @@ class _Follower:
 
     async def _end(self, report: Report) -> dict[str, object]:
         texts = {
-            "finished": "The last step is done.",
+            "finished": str(report.data.get("message") or "The last step is done."),
             "failed": "The run has failed.",
             "cancelled": "The run was stopped.",
         }

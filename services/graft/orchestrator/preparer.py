@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from graft.data.prepare import DataStats, prepare
+from graft.data.split import Split
 from graft.domain.errors import NotFound
-from graft.domain.jobs import Job
+from graft.domain.jobs import Job, Method
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
 from graft.training.derive import derive
@@ -24,8 +25,13 @@ class TokenizingPreparer:
 
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
         """Tokenises every row. Raises NotFound for a missing file, InvalidArgument for data that cannot be used."""
-        training_stats = self._stats(job, base, dataset)
-        validation_stats = self._stats(job, base, validation) if validation is not None else None
+        fraction = job.spec.hyperparameters.validation_fraction
+        if fraction:
+            training_stats = self._stats(job, base, dataset, Split(fraction, held_out=False))
+            validation_stats: DataStats | None = self._stats(job, base, dataset, Split(fraction, held_out=True))
+        else:
+            training_stats = self._stats(job, base, dataset)
+            validation_stats = self._stats(job, base, validation) if validation is not None else None
         return PreparedData(training_stats, validation_stats, derive(job.spec, base, training_stats))
 
     def plan(
@@ -34,7 +40,7 @@ class TokenizingPreparer:
         """The run's specification from the job's resolved hyperparameters."""
         return run_spec(job, base, dataset, validation, output_dir)
 
-    def _stats(self, job: Job, base: BaseModel, dataset: Dataset) -> DataStats:
+    def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:
         path = Path(dataset.uri)
         if not path.is_file():
             raise NotFound(
@@ -44,7 +50,16 @@ class TokenizingPreparer:
             )
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
-        return prepare(path, dataset.format, _tokenizer(base.path), context_tokens, asked.over_length_policy).stats
+        return prepare(
+            path,
+            dataset.format,
+            _tokenizer(base.path),
+            context_tokens,
+            asked.over_length_policy,
+            split,
+            method=job.spec.method or Method.SUPERVISED,
+            loss_on=job.spec.loss_on,
+        ).stats
 
 
 def import_tokenizers() -> None:

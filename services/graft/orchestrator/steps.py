@@ -7,7 +7,7 @@ another orchestrator adopts the job exactly where it is. Cancellation, failure a
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from graft.domain.jobs import EventLevel, JobState, Resolved
+from graft.domain.jobs import EventLevel, JobState, Method, Resolved
 from graft.orchestrator.context import Context
 from graft.orchestrator.evaluating import evaluate
 from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
@@ -81,8 +81,10 @@ async def _tell_data(context: Context, prepared: PreparedData) -> None:
             f"The {name} data: {stats.row_count} rows, {stats.example_count} examples, {stats.tokens} tokens "
             f"({stats.completion_tokens} of completions), the longest example {stats.longest_tokens}."
         )
+        cut = context.job.spec.method is Method.SELF_SUPERVISED
         if stats.over_length_count:
-            text += f" {stats.over_length_count} are longer than the context; policy: {policy.value}."
+            what = "they are cut into pieces" if cut else f"policy: {policy.value}"
+            text += f" {stats.over_length_count} are longer than the context; {what}."
         await context.say(
             f"data-{name}",
             text,
@@ -96,7 +98,7 @@ async def _tell_data(context: Context, prepared: PreparedData) -> None:
                 "over_length_count": stats.over_length_count,
                 "over_length_policy": policy.value,
             },
-            level=EventLevel.WARN if stats.over_length_count else EventLevel.INFO,
+            level=EventLevel.WARN if stats.over_length_count and not cut else EventLevel.INFO,
         )
 
 

@@ -127,7 +127,8 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
             "over_length_policy",
             asked.over_length_policy.value,
             False,
-            f"{stats.over_length_count} of {_count(stats.row_count, 'row')} are longer than the context.",
+            f"{stats.over_length_count} of {_count(stats.row_count, 'row')} are longer than the context"
+            + (" and cut into pieces: it does not apply." if spec.method is Method.SELF_SUPERVISED else "."),
         )
     )
     settle("validation_fraction", asked.validation_fraction, 0.0, "0: no training row is held out.")

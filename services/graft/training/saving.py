@@ -40,8 +40,8 @@ def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> dict[str
         learned = [position >= start for position in range(len(example.token_ids))]
         probes.append(
             {
-                "prompt_token_ids": example.token_ids[:start],
-                "completion_token_ids": example.token_ids[start:],
+                "prompt_token_ids": list(example.token_ids[:start]),
+                "completion_token_ids": list(example.token_ids[start:]),
                 "mean_logprob": -mean_loss(model, [Example(example.token_ids, learned)]),
             }
         )

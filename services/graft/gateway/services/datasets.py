@@ -27,7 +27,8 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
             raise _misplaced("header", "the first message of an upload must be its header")
         header = first.header
         project = parent_project(header.parent, "header.parent")
-        async with self._core.begin_upload(project, header.display_name, header.request_id) as upload:
+        declared = convert.declared_format(header.format)
+        async with self._core.begin_upload(project, header.display_name, header.request_id, declared) as upload:
             async for request in requests:
                 if request.WhichOneof("part") != "chunk":
                     raise _misplaced("chunk", "every message after the header must be a chunk")
