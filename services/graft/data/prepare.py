@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from graft.data.canonical import Preference, canonical
+from graft.data.canonical import GradedPrompt, Preference, canonical
+from graft.data.graded import PromptExample, render_prompt
 from graft.data.preference import PreferenceExample, render_preference
 from graft.data.reading import read_rows
 from graft.data.rendering import Example, Tokenizer, render
@@ -21,7 +22,7 @@ from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.jobs import LossOn, Method, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
 
-__all__ = ["DataStats", "Example", "PreferenceExample", "Prepared", "prepare", "render_row"]
+__all__ = ["DataStats", "Example", "PreferenceExample", "Prepared", "PromptExample", "prepare", "render_row"]
 
 REPORTED_ROWS = 20
 
@@ -47,17 +48,20 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is learned from, in the file's order, and its measurements. `pairs` are those of the preference method,
-    which has no `examples`."""
+    """What is learned from, in the file's order, and its measurements. `pairs` are those of the preference method and
+    `prompts` those of reinforcement, which have no `examples`."""
 
     examples: tuple[Example, ...]
     stats: DataStats
     pairs: tuple[PreferenceExample, ...] = ()
+    prompts: tuple[PromptExample, ...] = ()
 
     @property
     def sequences(self) -> tuple[Example, ...]:
-        """What a model should come to say: the examples, or the chosen answers."""
-        return self.examples or tuple(pair.chosen for pair in self.pairs)
+        """What a model should come to say: the examples, or the chosen answers; of prompts, whose answers are yet to be
+        sampled, the prompts."""
+        prompts = tuple(_all_learned(Example(prompt.token_ids, b"")) for prompt in self.prompts)
+        return self.examples or tuple(pair.chosen for pair in self.pairs) or prompts
 
     def within(self, items: int, tokens: int) -> "Prepared":
         """The first of the examples or pairs, so many or so few that they have at most so many tokens; at least one."""
@@ -83,7 +87,8 @@ def prepare(
     loss_on: LossOn = LossOn.COMPLETION,
 ) -> Prepared:
     """Renders every row, or those on one side of a `split`, and applies the policy to those with more than
-    `context_tokens` tokens. Of a preference both answers must fit; what is cut from the prompt is cut from both.
+    `context_tokens` tokens. Of a preference both answers must fit; what is cut from the prompt is cut from both. Of a
+    prompt that is graded `context_tokens` is what its answer leaves of the context.
 
     The policy does not apply to self-supervised learning: longer documents are cut into pieces, and nothing is lost.
     `loss_on` is supervised learning's choice; the other methods have none.
@@ -92,6 +97,7 @@ def prepare(
     nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.
     """
     kept: list[tuple[Example, ...]] = []
+    graded: list[Mapping[str, Any]] = []
     lengths = array("L")
     over: list[FieldViolation] = []
     over_count = 0
@@ -101,6 +107,7 @@ def prepare(
         sequences = _sequences(row, format, tokenizer, row_number, method)
         length = max(len(sequence.token_ids) for sequence in sequences)
         lengths.append(length)
+        before = len(kept)
         if length > context_tokens:
             over_count += 1
             if len(over) < REPORTED_ROWS:
@@ -111,6 +118,8 @@ def prepare(
             kept.append(sequences)
         elif policy is OverLengthPolicy.TRUNCATE and (cut := _cut_prompt(sequences, length - context_tokens)):
             kept.append(cut)
+        if method is Method.REINFORCEMENT and len(kept) > before:
+            graded.append(row)
     if over and policy is OverLengthPolicy.FAIL and method is not Method.SELF_SUPERVISED:
         raise InvalidArgument(
             f"{over_count} of {len(lengths)} rows are longer than {context_tokens} tokens "
@@ -148,6 +157,9 @@ def prepare(
     )
     if method is Method.PREFERENCE:
         return Prepared((), stats, tuple(PreferenceExample(*answers) for answers in kept))
+    if method is Method.REINFORCEMENT:
+        prompts = tuple(PromptExample(prompt.token_ids, row) for (prompt,), row in zip(kept, graded, strict=True))
+        return Prepared((), stats, prompts=prompts)
     return Prepared(tuple(sequence for sequences in kept for sequence in sequences), stats)
 
 
@@ -160,11 +172,19 @@ def render_row(row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokeniz
 def _sequences(
     row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokenizer, row_number: int, method: Method
 ) -> tuple[Example, ...]:
-    """The example of a row, or the two answers of a preference."""
-    if method is not Method.PREFERENCE:
+    """The example of a row, the two answers of a preference, or the prompt whose answers are graded."""
+    if method not in (Method.PREFERENCE, Method.REINFORCEMENT):
         return (render_row(row, format, tokenizer, row_number),)
     with _naming(row_number):
         found = canonical(row, format)
+        if method is Method.REINFORCEMENT:
+            if not isinstance(found, GradedPrompt):
+                raise InvalidArgument(
+                    f"{format} rows are no prompts to be graded. Use rows of a `prompt`, or of `messages` that end with "
+                    "the user's, and of what the grader judges by.",
+                    reason="NOT_A_GRADED_PROMPT",
+                )
+            return (render_prompt(found, tokenizer),)
         if not isinstance(found, Preference):
             raise InvalidArgument(
                 f"{format} rows have no two answers to choose from. Use `prompt`/`chosen`/`rejected` rows, or the "

@@ -88,6 +88,12 @@ class RunSpec:
         return run_name(self.job_id, self.attempt)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Most tokens of a row: what is left of the context when what is sampled has its own."""
+        sampled = self.reinforcement.max_completion_tokens if self.method is Method.REINFORCEMENT else 0
+        return self.context_tokens - sampled
+
+    @property
     def error_log(self) -> str:
         """The file of a failure's trace, as people are told of it: below Graft's home."""
         return f"runs/{self.job_id}/{self.attempt}/error.log"
@@ -96,6 +102,16 @@ class RunSpec:
 def run_name(job_id: str, attempt: int) -> str:
     """`run-{job_id}-{attempt}`."""
     return f"run-{job_id}-{attempt}"
+
+
+def policy_prefix(base_model: str, job_id: str) -> str:
+    """How the names begin under which the engine holds a job's policies; the number of updates follows."""
+    return f"{base_model}:{job_id}-step-"
+
+
+def policy_folder(output_dir: Path) -> Path:
+    """Where an attempt's policies are while the engine holds them."""
+    return output_dir / "policy"
 
 
 @dataclass(frozen=True)

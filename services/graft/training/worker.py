@@ -18,7 +18,7 @@ from graft.training.heldout import HeldOut
 from graft.training.imports import AutoModelForCausalLM, AutoTokenizer, LoraConfig, get_peft_model
 from graft.training.loop import LoopSettings, StepReport, Stop, train
 from graft.training.lora import fuse
-from graft.training.methods import learned_from, objective_of, read_data
+from graft.training.methods import close, learned_from, objective_of, probe_candidates, read_data
 from graft.training.objectives.objective import Group
 from graft.training.packing import PACKED, check_packing
 from graft.training.saving import describe, save_adapter
@@ -113,17 +113,21 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
     )
     if spec.method is Method.PREFERENCE and group.rank == 0:
         tell("message", {"message": "The model as it is scores the pairs first: it is the reference."})
-    objective = objective_of(spec, model, data, learned_from(spec, data), device, group)
+    objective = objective_of(spec, model, data, learned_from(spec, data), device, group, tell)
     measured = None
     if held_out_data is not None:
-        measured = objective_of(spec, model, held_out_data, range(len(held_out_data.sequences)), device, group)
+        indices = range(len(held_out_data.sequences))
+        measured = objective_of(spec, model, held_out_data, indices, device, group, tell)
     held_out = HeldOut(spec, model, measured, group)
     follow = _Follower(spec, model, held_out, tell, group, threads)
-    train(model, objective, settings, follow.on_step, group)
+    try:
+        train(model, objective, settings, follow.on_step, group)
+    finally:
+        close(objective)
     held_out.restore()
     if group.rank == 0:
         folder = Path(spec.output_dir) / "adapter"
-        save_adapter(model, folder, describe(spec, model, (held_out_data or data).sequences))
+        save_adapter(model, folder, describe(spec, model, probe_candidates(objective, held_out_data or data)))
         adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
         tell("finished", {"message": held_out.summary, **follow.result, "adapter_bytes": adapter_bytes})
     # Nobody leaves before rank 0 has told the end: a worker that is gone is a failure to those that remain.

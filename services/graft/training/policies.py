@@ -1,0 +1,76 @@
+"""The policy on its way to the inference service: after each update a new adapter, and the one before is taken out.
+
+Owns the folders `{output_dir}/policy/step-N` and the names under which the engine holds them. They are in no registry.
+A process that is killed leaves its last one behind; the orchestrator takes it out by `policy_prefix`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graft.domain.errors import GraftError
+from graft.registry.digest import adapter_digest
+from graft.training.objectives.objective import Group
+from graft.training.rollouts import Policy, Sampler
+from graft.training.saving import save_adapter
+from graft.training.spec import RunSpec, policy_folder, policy_prefix
+
+DIGEST_BYTES = 32
+
+
+class Policies:
+    """Publishes `model`'s adapter as training changes it. Every worker has one and calls it alike."""
+
+    def __init__(self, spec: RunSpec, model: Any, sampler: Sampler, group: Group) -> None:
+        self._model = model
+        self._sampler = sampler
+        self._leader = group.rank == 0
+        self._prefix = policy_prefix(spec.base_model, spec.job_id)
+        self._folder = policy_folder(Path(spec.output_dir))
+        self._is_base = spec.start_from is None
+        self._held: list[Policy] = []
+
+    def publish(self, updates: int, group: Group) -> Policy | None:
+        """Makes the engine hold the model as it is after so many updates; returns what prompts must name.
+
+        None, for the base model itself, while nothing has been learned. Rank 0 saves and loads, and nobody goes on
+        before it has. Raises what the engine refuses the adapter with.
+        """
+        if updates == 0 and self._is_base:
+            return None
+        path = self._folder / f"step-{updates}"
+        digest = torch.zeros(DIGEST_BYTES, dtype=torch.float64)
+        if self._leader:
+            policy = self._save(path, updates)
+            self._sampler.load(policy)
+            self._retire()
+            self._held.append(policy)
+            digest += torch.tensor(list(bytes.fromhex(policy.digest.removeprefix("sha256:"))))
+        group.reduce(digest)  # rank 0's, since the others add zeros
+        name = bytes(int(value) for value in digest.tolist()).hex()
+        return Policy(f"{self._prefix}{updates}", f"sha256:{name}", str(path))
+
+    def close(self) -> None:
+        """Takes out what the engine still holds, if it answers, and deletes the folders."""
+        if self._leader:
+            self._retire()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _save(self, path: Path, updates: int) -> Policy:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_adapter(self._model, path)
+        return Policy(f"{self._prefix}{updates}", adapter_digest(path), str(path))
+
+    def _retire(self) -> None:
+        """What cannot be taken out now is tried again at the next call, and keeps its files until then: an engine that
+        is replaced reads again what it held."""
+        held, self._held = self._held, []
+        for policy in held:
+            try:
+                self._sampler.unload(policy)
+            except GraftError:
+                self._held.append(policy)
+            else:
+                shutil.rmtree(policy.path, ignore_errors=True)
