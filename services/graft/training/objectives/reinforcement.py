@@ -4,11 +4,12 @@ Shao et al. 2024 (arXiv:2402.03300), equations 3 and 4, with outcome supervision
 rewards r, and its token t,
 
     A_i  = (r_i - mean(r)) / (std(r) + 1e-4)
-    loss = -w min(ρ A_i, clip(ρ, 1 - ε, 1 + ε) A_i) + β KL,  ρ = π(t) / π_old(t),  KL = π_ref(t)/π(t) - log π_ref(t)/π(t) - 1
+    loss = -w min(ρ A_i, clip(ρ, 1 - ε, 1 + ε) A_i) + β ρ KL,  ρ = π / π_old,  KL = π_ref / π - log(π_ref / π) - 1
 
 Means are over all tokens of a step's answers, so that a token counts alike in long answers and in short ones (Yu et al.
 2025, arXiv:2503.14476, equation 8; the paper itself first means over each answer). Each step makes one update of what it
-sampled, so π_old is π and ρ is 1. What was sampled is of the inference service, whose π_old is not quite the trainer's:
+sampled, so π_old is π and ρ is 1 but for its gradient, which makes that of ρ KL the divergence's own, without bias
+(DeepSeek-AI 2025, arXiv:2512.02556, equation 7). What was sampled is of the inference service, whose π_old is not quite the trainer's:
 w = min(π_old(t) / π_sampler(t), 2) corrects for it (truncated importance sampling, Yao et al. 2025, "Your Efficient RL
 Framework Secretly Brings You Off-Policy RL Training"). Answers that were cut at the limit of tokens count as they are.
 
@@ -186,14 +187,14 @@ class Reinforced:
             at_one_K = log_probs_K if asked.temperature == 1 else _log_probs(logits_K_V, part.packed)
             weights_K = ((at_one_K - part.sampler_K) / asked.temperature).exp()
             truncated_K = weights_K > MOST_WEIGHT
-        old_K = log_probs_K.detach()
-        losses_K, clipped_K = policy_losses(log_probs_K, old_K, part.advantages_K, asked.epsilon)
+        ratios_K = (log_probs_K - log_probs_K.detach()).exp()
+        losses_K, clipped_K = policy_losses(ratios_K, part.advantages_K, asked.epsilon)
         losses_K = losses_K * weights_K.clamp(max=MOST_WEIGHT)
         sums = [weights_K.sum(), truncated_K.sum(), clipped_K.sum()]
         if asked.beta:
             with torch.no_grad(), self._reference(model):
                 reference_K = _log_probs(token_logits(model, part.packed) / asked.temperature, part.packed)
-            kl_K = kl_estimates(log_probs_K, reference_K)
+            kl_K = ratios_K * kl_estimates(log_probs_K, reference_K)
             losses_K = losses_K + asked.beta * kl_K
             sums.append(kl_K.sum())
         return losses_K.sum(), torch.stack([item.detach().float() for item in sums]) * part.share
@@ -247,10 +248,9 @@ def advantages(rewards_G: torch.Tensor) -> torch.Tensor:
 
 
 def policy_losses(
-    log_probs_K: torch.Tensor, old_K: torch.Tensor, advantages_K: torch.Tensor, epsilon: float
+    ratios_K: torch.Tensor, advantages_K: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clipped surrogate of each token, and whether clipping stopped it; both of shape (K,)."""
-    ratios_K = (log_probs_K - old_K).exp()
     losses_K = -torch.min(ratios_K * advantages_K, ratios_K.clamp(1 - epsilon, 1 + epsilon) * advantages_K)
     low_K = (ratios_K < 1 - epsilon) & (advantages_K < 0)
     high_K = (ratios_K > 1 + epsilon) & (advantages_K > 0)
