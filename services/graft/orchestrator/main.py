@@ -84,7 +84,7 @@ async def serve(settings: Settings) -> None:
                 runs=RayRuns(),
                 registry=Registry(settings.tracking_uri, settings.home.cache),
                 engine=engine,
-                preparer=TokenizingPreparer(),
+                preparer=TokenizingPreparer(settings.engine_address, settings.serving.context_tokens),
                 capacity=cluster_cpus,
                 settings=settings,
             )

@@ -6,6 +6,7 @@ Owns the import of transformers, whose tokenizers are all that this process need
 import importlib
 import sys
 import threading
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,22 @@ from graft.domain.errors import NotFound
 from graft.domain.jobs import Job, Method
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
-from graft.training.derive import derive
+from graft.training.derive import DEFAULT_COMPLETION_TOKENS, derive
 from graft.training.spec import RunSpec, run_spec
 
 
 class TokenizingPreparer:
     """The real Preparer."""
 
+    def __init__(self, engine_address: str = "", engine_context_tokens: int | None = None) -> None:
+        """Where reinforcement samples, and the longest prompt with its answer there; None: as long as the base's."""
+        self._engine_address = engine_address
+        self._engine_context_tokens = engine_context_tokens
+
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
         """Tokenises every row. Raises NotFound for a missing file, InvalidArgument for data that cannot be used."""
+        if job.spec.method is Method.REINFORCEMENT and self._engine_context_tokens is not None:
+            base = replace(base, context_tokens=min(base.context_tokens, self._engine_context_tokens))
         fraction = job.spec.hyperparameters.validation_fraction
         if fraction:
             training_stats = self._stats(job, base, dataset, Split(fraction, held_out=False))
@@ -38,7 +46,7 @@ class TokenizingPreparer:
         self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
     ) -> RunSpec:
         """The run's specification from the job's resolved hyperparameters."""
-        return run_spec(job, base, dataset, validation, output_dir)
+        return run_spec(job, base, dataset, validation, output_dir, engine_address=self._engine_address)
 
     def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:
         path = Path(dataset.uri)
@@ -50,6 +58,8 @@ class TokenizingPreparer:
             )
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
+        if job.spec.method is Method.REINFORCEMENT:
+            context_tokens -= job.spec.reinforcement.max_completion_tokens or DEFAULT_COMPLETION_TOKENS
         return prepare(
             path,
             dataset.format,

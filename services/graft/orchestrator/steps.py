@@ -13,6 +13,7 @@ from graft.orchestrator.evaluating import evaluate
 from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
+from graft.orchestrator.sampling import check_engine
 from graft.orchestrator.threads import call, to_the_end
 
 __all__ = ["STEPS"]
@@ -37,6 +38,7 @@ async def validate(context: Context) -> None:
             },
             resolved=prepared.resolved,
         )
+    await check_engine(context)
     context.room.line_up(context.job)
     await context.move(JobState.QUEUED, "The data is valid. Waiting for room to train.")
 

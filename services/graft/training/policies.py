@@ -40,17 +40,14 @@ class Policies:
         """
         if updates == 0 and self._is_base:
             return None
-        path = self._folder / f"step-{updates}"
-        digest = torch.zeros(DIGEST_BYTES, dtype=torch.float64)
+        told = torch.zeros(1 + DIGEST_BYTES, dtype=torch.float64)
         if self._leader:
-            policy = self._save(path, updates)
-            self._sampler.load(policy)
-            self._retire()
-            self._held.append(policy)
-            digest += torch.tensor(list(bytes.fromhex(policy.digest.removeprefix("sha256:"))))
-        group.reduce(digest)  # rank 0's, since the others add zeros
-        name = bytes(int(value) for value in digest.tolist()).hex()
-        return Policy(f"{self._prefix}{updates}", f"sha256:{name}", str(path))
+            policy = self._publish(updates)
+            number = int(policy.path.rpartition("-")[2])
+            told += torch.tensor([number, *bytes.fromhex(policy.digest.removeprefix("sha256:"))])
+        group.reduce(told)  # rank 0's, since the others add zeros
+        number, *digest = (int(value) for value in told.tolist())
+        return self._policy(number, f"sha256:{bytes(digest).hex()}")
 
     def close(self) -> None:
         """Takes out what the engine still holds, if it answers, and deletes the folders."""
@@ -58,10 +55,21 @@ class Policies:
             self._retire()
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _save(self, path: Path, updates: int) -> Policy:
+    def _publish(self, updates: int) -> Policy:
+        path = self._folder / f"step-{updates}"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_adapter(self._model, path)
-        return Policy(f"{self._prefix}{updates}", adapter_digest(path), str(path))
+        policy = self._policy(updates, adapter_digest(path))
+        if self._held and self._held[-1].digest == policy.digest:  # the update changed nothing
+            shutil.rmtree(path)
+            return self._held[-1]
+        self._sampler.load(policy)
+        self._retire()
+        self._held.append(policy)
+        return policy
+
+    def _policy(self, updates: int, digest: str) -> Policy:
+        return Policy(f"{self._prefix}{updates}", digest, str(self._folder / f"step-{updates}"))
 
     def _retire(self) -> None:
         """What cannot be taken out now is tried again at the next call, and keeps its files until then: an engine that
