@@ -221,6 +221,8 @@ class FakeScorer:
         self.refusal: GraftError | None = None
         self.loaded: list[engine_pb2.AdapterRef] = []
         self.unloaded: list[str] = []
+        self.held = engine_pb2.Replica(base_model=BASE, base_model_digest="sha256:base", ready=True)
+        """What the only replica says of itself; `load` does not add to it."""
         self.bodies: list[dict[str, Any]] = []
         self.dtype = "float32"
 
@@ -235,7 +237,13 @@ class FakeScorer:
 
     async def unload(self, digest: str) -> engine_pb2.UnloadResponse:
         self.unloaded.append(digest)
+        staying = [resident for resident in self.held.adapters if resident.digest != digest]
+        del self.held.adapters[:]
+        self.held.adapters.extend(staying)
         return engine_pb2.UnloadResponse()
+
+    async def residency(self) -> engine_pb2.ResidencyResponse:
+        return engine_pb2.ResidencyResponse(replicas=[self.held])
 
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
@@ -305,8 +313,8 @@ class World:
     def capacity(self) -> float:
         return 0.0 if self.gates.closed(JobState.QUEUED) else self.cpus
 
-    async def create_job(self, job_id: str, suffix: str | None = "reviews") -> Job:
-        return await self.store.create_job(PROJECT, job_id, JobSpec(BASE, "ds-1", suffix=suffix), None)
+    async def create_job(self, job_id: str, suffix: str | None = "reviews", **fields: Any) -> Job:
+        return await self.store.create_job(PROJECT, job_id, JobSpec(BASE, "ds-1", suffix=suffix, **fields), None)
 
     async def job(self, job_id: str) -> Job:
         return await self.store.get_job(PROJECT, job_id)

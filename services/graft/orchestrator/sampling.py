@@ -17,9 +17,11 @@ from graft.training.spec import policy_folder, policy_prefix
 
 log = structlog.get_logger()
 
-LOOKS = 3
+LOOKS_AFTER_KILL = 3
 """A killed run's last request to load may reach the engine after the first look; two more find it."""
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.25
+FORGET_SECONDS = 30.0
+"""An engine that takes longer to let go is in trouble of its own, and evicts what nobody uses."""
 
 
 async def check_engine(context: Context) -> None:
@@ -37,25 +39,29 @@ async def check_engine(context: Context) -> None:
             )
 
 
-async def forget_policies(context: Context) -> None:
-    """Takes the job's policies out of the engine and deletes their files. What fails is logged: engines evict what
-    nobody uses, and the job's end must not wait for it."""
+async def forget_policies(context: Context, looks: int = 1) -> None:
+    """Takes the job's policies out of the engine and deletes their files. What fails is logged: the job's end must not
+    wait for it."""
     job = context.job
     if job.spec.method is not Method.REINFORCEMENT:
         return
-    prefix = policy_prefix(job.spec.base_model, job.id)
     try:
-        for look in range(LOOKS):
-            if look:
-                await asyncio.sleep(LOOK_SECONDS)
-            residency = await context.parts.engine.residency()
-            held = {item.digest for replica in residency.replicas for item in replica.adapters if _named(item, prefix)}
-            for digest in held:
-                await context.parts.engine.unload(digest)
-    except GraftError as error:
-        log.warning("policies_not_unloaded", job=job.id, error=error.message)
-        return  # an engine that comes back reads again what it held
+        async with asyncio.timeout(FORGET_SECONDS):
+            for look in range(looks):
+                if look:
+                    await asyncio.sleep(LOOK_SECONDS)
+                await _unload(context, policy_prefix(job.spec.base_model, job.id))
+    except (GraftError, TimeoutError) as error:
+        log.warning("policies_not_unloaded", job=job.id, error=str(error) or "no answer in time")
+        return  # with their files: an engine that comes back reads again what it held
     await call(shutil.rmtree, policy_folder(context.output_dir), ignore_errors=True)
+
+
+async def _unload(context: Context, prefix: str) -> None:
+    replicas = (await context.parts.engine.residency()).replicas
+    held = [resident for replica in replicas for resident in replica.adapters if resident.model.startswith(prefix)]
+    for digest in {resident.digest for resident in held}:
+        await context.parts.engine.unload(digest)
 
 
 async def _ready(context: Context) -> list[engine_pb2.Replica]:
@@ -63,7 +69,3 @@ async def _ready(context: Context) -> list[engine_pb2.Replica]:
     if not replicas or not all(replica.ready for replica in replicas):
         raise Unavailable("It is starting.", reason="ENGINE_STARTING")
     return replicas
-
-
-def _named(resident: engine_pb2.Resident, prefix: str) -> bool:
-    return resident.model.startswith(prefix)

@@ -5,6 +5,7 @@ A process that is killed leaves its last one behind; the orchestrator takes it o
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,11 @@ class Policies:
         return self._policy(number, f"sha256:{bytes(digest).hex()}")
 
     def close(self) -> None:
-        """Takes out what the engine still holds, if it answers, and deletes the folders."""
+        """Takes out what the engine still holds, if it answers, and deletes the folders of what it no longer holds."""
         if self._leader:
-            self._retire()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._retire(self._held)
+            if not self._held:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _publish(self, updates: int) -> Policy:
         path = self._folder / f"step-{updates}"
@@ -63,22 +65,21 @@ class Policies:
         if self._held and self._held[-1].digest == policy.digest:  # the update changed nothing
             shutil.rmtree(path)
             return self._held[-1]
+        self._held.append(policy)  # first: whatever becomes of loading it, it is taken out
         self._sampler.load(policy)
-        self._retire()
-        self._held.append(policy)
+        self._retire(self._held[:-1])
         return policy
 
     def _policy(self, updates: int, digest: str) -> Policy:
         return Policy(f"{self._prefix}{updates}", digest, str(self._folder / f"step-{updates}"))
 
-    def _retire(self) -> None:
+    def _retire(self, policies: Sequence[Policy]) -> None:
         """What cannot be taken out now is tried again at the next call, and keeps its files until then: an engine that
         is replaced reads again what it held."""
-        held, self._held = self._held, []
-        for policy in held:
+        for policy in tuple(policies):
             try:
                 self._sampler.unload(policy)
             except GraftError:
-                self._held.append(policy)
-            else:
-                shutil.rmtree(policy.path, ignore_errors=True)
+                continue
+            self._held.remove(policy)
+            shutil.rmtree(policy.path, ignore_errors=True)
