@@ -128,7 +128,7 @@ def test_a_run_that_fails_leaves_no_policy_in_the_engine(spec: RunSpec, stack: S
     Path(spec.dataset_path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     held: list[list[str]] = []
 
-    def tell(kind: str, data: dict[str, Any]) -> None:
+    def tell(_kind: str, _data: dict[str, Any]) -> None:
         held.append(policies(stack))
 
     asked = replace(spec.reinforcement, grader=grader)

@@ -41,6 +41,7 @@ class Recorded:
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], policy: Policy | None
     ) -> list[list[Completion]]:
+        del seeds, policy
         return [self.answers[tuple(prompt)] for prompt in prompts]
 
     def load(self, policy: Policy) -> None: ...
@@ -74,7 +75,7 @@ def _trainer(model: Any, folder: Path, output_dir: Path, beta: float, temperatur
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    def reward(completions: list[Any], **_: Any) -> list[float]:
+    def reward(**_: Any) -> list[float]:
         return [value for rewards in REWARDS for value in rewards]
 
     trainer = GRPOTrainer(
@@ -151,7 +152,7 @@ def test_loss_advantages_and_gradient_are_those_of_trl(
 
     recorded: Any = Recorded({tuple(prompt.token_ids): group for prompt, group in zip(prompts, answers, strict=True)})
     asked = Reinforcement(None, GROUP, MOST_TOKENS, temperature, beta, 0.2)
-    patience = Patience(lambda kind, data: None)
+    patience = Patience(lambda *_: None)
     objective = Reinforced(prompts, asked, 0, recorded, recorded, recorded, patience)
     ours.train()
     batch = objective.gather(1, range(len(prompts)), ALONE)

@@ -54,7 +54,9 @@ class LocalSampler:
             rows = [Example([*prompt, *answers[i], 0], [0] * (len(prompt) + len(answers[i])) + [1]) for i in going]
             with torch.no_grad():
                 log_probs = torch.log_softmax(token_logits(self.model, pack(rows)), dim=-1)
-            for index, token in zip(going, torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0], strict=True):
+            for index, token in zip(
+                going, torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0], strict=True
+            ):
                 answers[index].append(int(token))
                 scores[index].append(float(log_probs[going.index(index), token]))
         return [

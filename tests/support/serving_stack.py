@@ -173,7 +173,8 @@ def serving_stack(
 ) -> Iterator[Stack]:
     """Starts Ray and the service with `folder` for its files, waits until it is ready, and ends all of it.
 
-    `base_folder` holds the base model; None: a tiny llama as it is usual. `more` are `GRAFT_*` variables beside or instead of those below.
+    `base_folder` holds the base model; None: the usual tiny llama. `more` are `GRAFT_*` variables beside or instead of
+    those below.
     """
     base = tiny_base(base_folder or make_tiny_llama(folder / "base"))
     adapters = {

@@ -80,7 +80,7 @@ def objective_of(
 ) -> tuple[Reinforced, LocalSampler]:
     sampler = LocalSampler(model, tokenizer, asked.group_size, asked.max_completion_tokens)
     policies = Policies(spec_of(folder), model, sampler, group)
-    patience = Patience(lambda kind, data: None)
+    patience = Patience(silent)
     return Reinforced(prompts_of(tokenizer, count), asked, 0, sampler, policies, grader, patience), sampler
 
 
@@ -92,6 +92,10 @@ def run(model: Any, objective: Reinforced, steps: int = 10) -> list[dict[str, fl
 
     train(model, objective, LoopSettings(steps, 8, 1e-2, 0.0, 0.0, 1.0, 0), on_step)
     return told
+
+
+def silent(_kind: str, _data: dict[str, Any]) -> None:
+    """For those who do not listen."""
 
 
 class AlwaysOne:
@@ -208,13 +212,13 @@ def test_the_estimate_of_the_divergence_is_zero_at_the_reference_and_never_negat
 
 async def test_patience_tells_once_that_it_waits_and_once_that_it_is_over() -> None:
     told: list[str] = []
-    patience = Patience(lambda kind, data: told.append(data["message"]))
+    patience = Patience(lambda _, data: told.append(data["message"]))
     await patience.ask("The engine", failing(2))
     assert told == [
         "The engine is not available: It is starting. Trying again for up to 600 s.",
         "The engine is available.",
     ]
-    impatient = Patience(lambda kind, data: None, limit_seconds=0.0)
+    impatient = Patience(silent, limit_seconds=0.0)
     with pytest.raises(Unavailable, match=r"The engine has been unavailable for 0 s: It is starting\."):
         await impatient.ask("The engine", failing(1))
 

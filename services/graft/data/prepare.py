@@ -180,8 +180,8 @@ def _sequences(
         if method is Method.REINFORCEMENT:
             if not isinstance(found, GradedPrompt):
                 raise InvalidArgument(
-                    f"{format} rows are no prompts to be graded. Use rows of a `prompt`, or of `messages` that end with "
-                    "the user's, and of what the grader judges by.",
+                    f"{format} rows are no prompts to be graded. Use rows of a `prompt`, or of `messages` that end "
+                    "with the user's, and of what the grader judges by.",
                     reason="NOT_A_GRADED_PROMPT",
                 )
             return (render_prompt(found, tokenizer),)

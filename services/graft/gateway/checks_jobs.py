@@ -217,11 +217,11 @@ def _check_sampling(spec: JobSpec, base: BaseModel | None, settings: Settings) -
             f"{asked.context_tokens} is more than the {longest} tokens that the inference service samples within "
             "(GRAFT_SERVING_CONTEXT_TOKENS)",
         )
-    if spec.reinforcement.max_completion_tokens >= (asked.context_tokens or longest):
+    context_tokens = asked.context_tokens or longest
+    if spec.reinforcement.max_completion_tokens >= context_tokens:
         yield FieldViolation(
             "reinforcement.max_completion_tokens",
-            f"{spec.reinforcement.max_completion_tokens} leaves no room for a prompt in {asked.context_tokens or longest} "
-            "tokens of context",
+            f"{spec.reinforcement.max_completion_tokens} leaves no room for a prompt in {context_tokens} tokens of context",
         )
     for field, given in (
         ("validation_dataset", spec.validation_dataset),

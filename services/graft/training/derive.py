@@ -158,7 +158,10 @@ def _settle_method(spec: JobSpec, settle: Settle) -> None:
         )
         most = DEFAULT_COMPLETION_TOKENS
         settle(
-            "reinforcement.max_completion_tokens", asked.max_completion_tokens or None, most, f"{most}, for short answers."
+            "reinforcement.max_completion_tokens",
+            asked.max_completion_tokens or None,
+            most,
+            f"{most}, for short answers.",
         )
         settle("reinforcement.temperature", asked.temperature or None, 1.0, "1: samples what the policy is.")
         settle("reinforcement.epsilon", asked.epsilon or None, 0.2, "0.2 (Schulman et al. 2017, arXiv:1707.06347).")

@@ -21,7 +21,7 @@ T = TypeVar("T")
 Tell = Callable[[str, dict[str, Any]], None]
 
 UNAVAILABLE_SECONDS = 600.0
-"""How long the engine may be away before the run fails: a cold start takes two minutes, and nothing is lost meanwhile."""
+"""How long the engine may be away before the run fails: a cold start takes two minutes, and nothing is lost."""
 RETRY_SECONDS = 2.0
 ANSWER_SECONDS = 600.0
 """For all completions of one prompt, which wait for those of the other prompts."""
@@ -72,7 +72,7 @@ class Sampler(Protocol):
 
 
 class Patience:
-    """Asks again while the answer is Unavailable; tells when the waiting begins and when it ends, once for all callers."""
+    """Asks again while the answer is Unavailable; tells when the waiting begins and ends, once for all callers."""
 
     def __init__(self, tell: Tell, limit_seconds: float = UNAVAILABLE_SECONDS) -> None:
         self._tell = tell

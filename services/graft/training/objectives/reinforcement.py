@@ -7,10 +7,10 @@ rewards r, and its token t,
     loss = -w min(ρ A_i, clip(ρ, 1 - ε, 1 + ε) A_i) + β ρ KL,  ρ = π / π_old,  KL = π_ref / π - log(π_ref / π) - 1
 
 Means are over all tokens of a step's answers, so that a token counts alike in long answers and in short ones (Yu et al.
-2025, arXiv:2503.14476, equation 8; the paper itself first means over each answer). Each step makes one update of what it
-sampled, so π_old is π and ρ is 1 but for its gradient, which makes that of ρ KL the divergence's own, without bias
-(DeepSeek-AI 2025, arXiv:2512.02556, equation 7). What was sampled is of the inference service, whose π_old is not quite the trainer's:
-w = min(π_old(t) / π_sampler(t), 2) corrects for it (truncated importance sampling, Yao et al. 2025, "Your Efficient RL
+2025, arXiv:2503.14476, section 3.3; Shao et al. first take the mean of each answer). Each step makes one update of what
+it sampled: π_old is π and ρ is 1 but for its gradient, which makes that of ρ KL the divergence's own, without bias
+(DeepSeek-AI 2025, arXiv:2512.02556). What was sampled is the inference service's, whose π_old is not quite the trainer's:
+w = min(π_old / π_sampler, 2) corrects for it (truncated importance sampling, Yao et al. 2025, "Your Efficient RL
 Framework Secretly Brings You Off-Policy RL Training"). Answers that were cut at the limit of tokens count as they are.
 
 These are the choices of TRL 1.16 (`loss_type="dapo"`, `scale_rewards="group"`, `mask_truncated_completions=False`) but
@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from graft.data.graded import PromptExample
 from graft.data.rendering import Example, compact
 from graft.domain.jobs import Reinforcement
-from graft.grading.items import Grade, GradeItem, Grader
+from graft.grading.items import GradeItem, Grader
 from graft.training.batching import Packed, pack, rows, shared
 from graft.training.objectives.objective import Batch, Group
 from graft.training.packing import token_logits
@@ -208,9 +208,7 @@ class Reinforced:
         """The same for whichever worker samples it."""
         return int.from_bytes(hashlib.sha256(f"{self._seed}/{step}/{index}".encode()).digest()[:6])
 
-    def _grade(
-        self, prompts: Sequence[PromptExample], sampled: Sequence[Sequence[Completion]]
-    ) -> "list[_Graded]":
+    def _grade(self, prompts: Sequence[PromptExample], sampled: Sequence[Sequence[Completion]]) -> "list[_Graded]":
         pairs = list(zip(prompts, sampled, strict=True))
         items = [GradeItem(prompt.row, answer.text) for prompt, answers in pairs for answer in answers]
         ask = self._patience.ask("The grader", lambda: asyncio.to_thread(self._grader.grade, items))
