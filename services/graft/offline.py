@@ -1,5 +1,7 @@
 """Graft calls nobody: what every library that would is told not to, in each process, before it is imported.
 
+The hub is the exception, when somebody asks for a base model from it (`graft models pull`).
+
 Owns the variables. They hold in child processes too, Ray's workers among them.
 """
 
@@ -19,3 +21,8 @@ ENVIRONMENT = {
 def stay() -> None:
     """Sets the variables in this process, whatever they were: a self-hosted platform does not report on its users."""
     os.environ.update(ENVIRONMENT)
+
+
+def stay_but_for_the_hub() -> None:
+    """The same, and leaves HF_HUB_OFFLINE as the user has set it: for `graft models pull` alone."""
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name != "HF_HUB_OFFLINE"})

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import Aborted
-from graft.domain.jobs import Lora, Method, OverLengthPolicy, Preference
+from graft.domain.jobs import Lora, Method, OverLengthPolicy, Preference, ServedAs, Tuning
 from graft.domain.resources import DatasetFormat
 from graft.training.run import RayRuns
 from graft.training.spec import ENDS, Report, RunSpec
@@ -182,6 +182,34 @@ def test_two_workers_learn_preferences_on_the_curves_of_one_and_stop_together(ru
         assert one == pytest.approx(two, rel=1e-2, abs=1e-3)
     assert [end["best_step"] for end in ends] == [1, 1]
     assert all(end["message"].startswith("Stopped early at step 8 of 50, best at step 1: ") for end in ends)
+
+
+def test_every_weight_and_dora_train_and_leave_an_adapter_and_what_was_trained(runs: RayRuns, spec: RunSpec) -> None:
+    full = _named(spec, "ft-full", tuning=Tuning.FULL, lora=Lora(), learning_rate=1e-3, delta_rank=8)
+    dora = _named(spec, "ft-dora", lora=replace(spec.lora, use_dora=True), delta_rank=8, validation_path=None)
+    for mine in (full, dora):
+        runs.start(replace(mine, served_as=ServedAs.LOW_RANK_DELTA))
+    for mine, kept in ((full, "model"), (dora, "trained_adapter")):
+        reports = _wait(runs, mine)
+        assert reports[-1].kind == "finished", reports[-1].data
+        losses = _losses(reports)
+        assert losses[-1] < losses[0] - 0.2
+        result = reports[-1].data
+        assert 0 < result["delta_retained_fraction"] <= 1
+        assert abs(result["delta_loss_change"]) < losses[0] - losses[-1]
+        (told,) = [report.data["message"] for report in reports if report.kind == "message"]
+        assert ("the validation data's" if mine is full else "the training data's") in told
+        assert ("validation_loss" in result) == (mine is full)
+        root = Path(mine.output_dir)
+        assert (root / "adapter" / "adapter_model.safetensors").is_file()
+        assert (root / kept / ("config.json" if mine is full else "adapter_config.json")).is_file()
+        runs.release(mine.job_id, 1)
+
+    from transformers import AutoModelForCausalLM
+
+    checkpoints = Path(full.output_dir) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-10", "step-5"]
+    AutoModelForCausalLM.from_pretrained(checkpoints / "step-10")
 
 
 FOLLOW = """

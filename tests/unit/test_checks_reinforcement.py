@@ -48,7 +48,7 @@ async def test_prompts_with_a_grader_become_a_reinforcement_job(tmp_path: Path) 
         (
             {"reinforcement": {"grader": GRADER, "max_completion_tokens": 512}},
             "reinforcement.max_completion_tokens",
-            "512 leaves no room for a prompt in 512 tokens of context",
+            "512 leaves no room for a prompt in a context of 512",
         ),
         ({"hyperparameters": {"validation_fraction": 0.1}}, "hyperparameters.validation_fraction", "no held-out loss"),
     ],

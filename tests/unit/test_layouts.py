@@ -159,6 +159,12 @@ def test_a_prompt_with_nothing_to_judge_it_by_is_allowed_beside_others_and_when_
         ({"messages": [USER, RESULT, ANSWER]}, None, "messages[1].tool_call_id", "no id of a call"),
         ({"messages": [{**USER, "tool_calls": []}, ANSWER]}, None, "messages[0].tool_calls", "only assistant"),
         ({"messages": [USER, ANSWER], "tools": [{}]}, None, "tools[0]", "not an object"),
+        (
+            {"messages": [USER, ANSWER], "tools": [{"function": {"name": "f", "description": "\ud800"}}]},
+            None,
+            "tools[0].function",
+            "surrogate",
+        ),
     ],
 )
 def test_a_bad_row_of_any_format_is_told_with_its_field(

@@ -11,7 +11,7 @@ import pytest
 
 from graft.data.split import Split
 from graft.domain.errors import InvalidArgument
-from graft.domain.jobs import Lora, LossOn, Method, OverLengthPolicy, Preference
+from graft.domain.jobs import LastLayers, Lora, LossOn, Method, OverLengthPolicy, Preference, ServedAs, Tuning
 from graft.domain.resources import DatasetFormat
 from graft.training.objectives.objective import ALONE
 from graft.training.spec import Clock, RunSpec
@@ -101,6 +101,30 @@ def test_each_method_lowers_its_loss_on_rows_that_it_has_not_seen(run: Run, meth
     assert (kind, result["message"]) == ("finished", "The last step is done.")
     assert result["validation_loss"] == metrics[-1]["validation_loss"]
     assert result["train_loss"] == metrics[-1]["loss"]
+
+
+@pytest.mark.parametrize("tuning", [Tuning.FULL, Tuning.LAST_LAYERS])
+@pytest.mark.parametrize("method", list(ROWS))
+def test_each_method_trains_weights_of_the_base_itself_and_is_served_as_a_delta(
+    run: Run, tmp_path: Path, method: Method, tuning: Tuning
+) -> None:
+    held_out = method is not Method.SUPERVISED  # without: what the delta costs is told on the training data
+    told = run(
+        method,
+        tuning=tuning,
+        lora=Lora(),
+        last_layers=LastLayers(1),
+        served_as=ServedAs.LOW_RANK_DELTA,
+        delta_rank=8,
+        validation_fraction=0.3 if held_out else 0.0,
+        learning_rate=1e-3,
+    )
+    metrics, result = _metrics(told), told[-1][1]
+    assert metrics[-1]["loss"] < 0.97 * metrics[0]["loss"]
+    assert 0 < result["delta_retained_fraction"] <= 1
+    assert abs(result["delta_loss_change"]) < metrics[0]["loss"]
+    assert result.get("validation_loss") == (pytest.approx(metrics[-1]["validation_loss"]) if held_out else None)
+    assert len(_about(tmp_path / "run")["probes"]) > 0
 
 
 def test_self_supervised_learning_tells_the_perplexity_of_held_out_text(run: Run) -> None:

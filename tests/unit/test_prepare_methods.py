@@ -174,7 +174,7 @@ def test_the_first_of_a_data_set_are_as_many_as_fit_and_at_least_one(read: Any) 
 def test_a_job_is_planned_from_the_rows_that_it_does_not_hold_out(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"text": f"text {number}"}) + "\n" for number in range(40)))
+    data.write_text("".join(json.dumps({"text": f"a longer text {number}"}) + "\n" for number in range(40)))
     dataset = Dataset("ds", "default", "rows", DatasetFormat.TEXT, 40, 1, "sha256:d", str(data), now)
     asked = Hyperparameters(validation_fraction=0.25, context_tokens=8)
     spec = JobSpec("tiny", "ds", method=Method.SELF_SUPERVISED, hyperparameters=asked)
@@ -224,7 +224,7 @@ def test_a_prompt_leaves_room_for_its_answer_in_the_engines_context(tmp_path: Pa
     preparer = TokenizingPreparer("127.0.0.1:9000", engine_context_tokens=64)
     found = preparer.prepare(job, base, dataset, None)
     assert (found.training.example_count, found.training.over_length_count) == (2, 1)
-    planned = preparer.plan(replace(job, resolved=found.resolved), base, dataset, None, tmp_path)
+    planned = preparer.plan(replace(job, resolved=found.resolved), base, dataset, None, tmp_path, None)
     assert (planned.context_tokens, planned.prompt_tokens) == (64, 40)
     assert planned.engine_address == "127.0.0.1:9000"
     assert (planned.reinforcement.group_size, planned.reinforcement.temperature) == (8, 1.0)

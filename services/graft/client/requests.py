@@ -1,46 +1,152 @@
 """Builds the contract's requests from plain arguments: shared by both clients, so that each stays a list of calls."""
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypedDict, Unpack
 
 from graft.api.v1 import (
     adapter_service_pb2,
+    dataset_pb2,
     dataset_service_pb2,
+    evaluation_pb2,
+    evaluation_service_pb2,
     fine_tuning_job_pb2,
     fine_tuning_service_pb2,
     generation_pb2,
     generation_service_pb2,
 )
 from graft.domain import names
-from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.domain.errors import FailedPrecondition, FieldViolation, InvalidArgument
 
 CHUNK_BYTES = 256 * 1024
 """Well under gRPC's 4 MiB message limit, large enough that overhead does not show."""
 
 
-def upload(parent: str, path: Path, display_name: str) -> Iterator[dataset_service_pb2.UploadDatasetRequest]:
-    """Header and chunks of a file. Raises InvalidArgument, before anything is sent, when it cannot be read."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the generator below
-    except OSError as error:
-        raise InvalidArgument(
-            f"{path} cannot be read: {error.strerror}.",
-            reason="UNREADABLE_FILE",
-            violations=(FieldViolation("path", str(path)),),
-        ) from None
-    header = dataset_service_pb2.UploadDatasetRequest.Header(
-        parent=parent, display_name=display_name or path.name, request_id=str(uuid.uuid4())
+class Upload:
+    """Header and chunks of a file, or of what an fsspec URL names (`s3://`, `https://`, `memory://` and so on).
+
+    An iterator and a context manager. gRPC reads requests in a thread of its own, where an exception is lost: what
+    went wrong with the file meanwhile is kept in `failure`.
+    """
+
+    def __init__(self, parent: str, source: str | Path, display_name: str, format: str = "") -> None:
+        """`format` declares the rows' layout, for example `alpaca`; empty: it is recognised.
+
+        Raises InvalidArgument, before anything is sent, when the file cannot be read or the format is none.
+        """
+        self.failure: InvalidArgument | None = None
+        self._name = str(source)
+        number = dataset_format(format)
+        is_url = "://" in self._name
+        self._file = _open_url(self._name) if is_url else _open_file(Path(source))
+        plain = self._name.split("?")[0] if is_url else self._name
+        self._header: dataset_service_pb2.UploadDatasetRequest.Header | None
+        self._header = dataset_service_pb2.UploadDatasetRequest.Header(
+            parent=parent,
+            display_name=display_name or plain.rstrip("/").rsplit("/", 1)[-1],
+            request_id=str(uuid.uuid4()),
+            format=number,
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dataset_service_pb2.UploadDatasetRequest:
+        if self._header is not None:
+            header, self._header = self._header, None
+            return dataset_service_pb2.UploadDatasetRequest(header=header)
+        if self._file.closed:  # the gateway has refused it already
+            raise StopIteration
+        try:
+            chunk = self._file.read(CHUNK_BYTES)
+        except Exception as error:  # each file system has exceptions of its own
+            self.failure = _unreadable(self._name, str(error) or type(error).__name__)
+            raise
+        if not chunk:
+            raise StopIteration
+        return dataset_service_pb2.UploadDatasetRequest(chunk=chunk)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the file. Raises `failure` in the place of what the gateway made of it."""
+        self._file.close()
+        if error is not None and self.failure is not None:
+            raise self.failure from None
+
+
+def validate_dataset(
+    parent: str, name: str, base_model: str, validation_dataset: str, context_tokens: int, epochs: float
+) -> dataset_service_pb2.ValidateDatasetRequest:
+    """Data sets are ids or resource names. Raises InvalidArgument for a value that does not fit its field."""
+    request: dataset_service_pb2.ValidateDatasetRequest = _built(
+        "validate",
+        dataset_service_pb2.ValidateDatasetRequest,
+        name=dataset(parent, name),
+        base_model=base_model,
+        validation_dataset=dataset(parent, validation_dataset) if validation_dataset else "",
+        context_tokens=context_tokens,
+        epochs=epochs,
     )
+    return request
 
-    def parts() -> Iterator[dataset_service_pb2.UploadDatasetRequest]:
-        with file:
-            yield dataset_service_pb2.UploadDatasetRequest(header=header)
-            while chunk := file.read(CHUNK_BYTES):
-                yield dataset_service_pb2.UploadDatasetRequest(chunk=chunk)
 
-    return parts()
+def dataset_format(name: str) -> dataset_pb2.DatasetFormat.ValueType:
+    """The number of a format's name; of an empty one, unspecified. Raises InvalidArgument."""
+    try:
+        return dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{name.upper() or 'UNSPECIFIED'}")
+    except ValueError:
+        known = [format_name(number) for number in dataset_pb2.DatasetFormat.values() if number]
+        raise InvalidArgument(
+            f"{name!r} is not a format; use one of {', '.join(known)}.",
+            reason="INVALID_FORMAT",
+            violations=(FieldViolation("format", f"{name!r} is not a format"),),
+        ) from None
+
+
+def format_name(number: dataset_pb2.DatasetFormat.ValueType) -> str:
+    """`question_answer` for DATASET_FORMAT_QUESTION_ANSWER."""
+    return dataset_pb2.DatasetFormat.Name(number).removeprefix("DATASET_FORMAT_").lower()
+
+
+def _open_file(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise _unreadable(str(path), error.strerror or str(error)) from None
+
+
+def _open_url(url: str) -> BinaryIO:
+    try:
+        import fsspec
+    except ImportError:
+        raise FailedPrecondition(
+            f"{url} needs fsspec, which is not installed. Install it with `pip install fsspec`.",
+            reason="FSSPEC_MISSING",
+        ) from None
+    try:
+        file: BinaryIO = fsspec.open(url, "rb").open()
+    except ImportError as error:  # fsspec says which package, for example s3fs
+        raise FailedPrecondition(
+            f"{url} cannot be opened: {error}", reason="FILE_SYSTEM_MISSING", metadata={"url": url}
+        ) from None
+    except Exception as error:  # noqa: BLE001 - each file system has exceptions of its own
+        raise _unreadable(url, str(error) or type(error).__name__) from None
+    return file
+
+
+def _unreadable(path: str, why: str) -> InvalidArgument:
+    """A file that cannot be opened or read."""
+    return InvalidArgument(
+        f"{path} cannot be read: {why.rstrip('.')}.",
+        reason="UNREADABLE_FILE",
+        violations=(FieldViolation("path", path),),
+    )
 
 
 class JobOptions(TypedDict, total=False):
@@ -135,6 +241,55 @@ def create_job(
     )
 
 
+class EvaluationOptions(TypedDict, total=False):
+    """What an evaluation may say beside its data and contestants. Data sets are ids or resource names."""
+
+    metrics: Sequence[str]
+    task: str
+    task_definition: str
+    """YAML."""
+    grader: Mapping[str, Any]
+    """`{"kind": …, "settings": {…}}`."""
+    shots_dataset: str
+    max_rows: int
+    samples: int
+    max_tokens: int
+    display_name: str
+    request_id: str
+
+
+def create_evaluation(
+    parent: str,
+    dataset_name: str,
+    contestants: Sequence[str | tuple[str, int]],
+    **options: Unpack[EvaluationOptions],
+) -> evaluation_service_pb2.CreateEvaluationRequest:
+    """Raises InvalidArgument for an unknown option or a value of the wrong type."""
+    unknown = sorted(options.keys() - EvaluationOptions.__annotations__.keys())
+    if unknown:
+        known = ", ".join(EvaluationOptions.__annotations__)
+        raise _invalid(unknown[0], f"is not an option of an evaluation; use: {known}")
+    given = {name: value for name, value in options.items() if name not in ("request_id", "shots_dataset")}
+    if shots := options.get("shots_dataset", ""):
+        given["shots_dataset"] = dataset(parent, shots)
+    pairs = [(one, 0) if isinstance(one, str) else one for one in contestants]
+    made = _built(
+        "evaluation",
+        evaluation_pb2.Evaluation,
+        dataset=dataset(parent, dataset_name),
+        contestants=[evaluation_pb2.Contestant(model=model, shots=shots) for model, shots in pairs],
+        **given,
+    )
+    return evaluation_service_pb2.CreateEvaluationRequest(
+        parent=parent, evaluation=made, request_id=options.get("request_id") or str(uuid.uuid4())
+    )
+
+
+def evaluation(parent: str, id_or_name: str) -> str:
+    """Resource name of an evaluation."""
+    return id_or_name if "/" in id_or_name else f"{parent}/evaluations/{id_or_name}"
+
+
 def _chosen(field: str, kinds: Mapping[str, Callable[..., Any]], name: str, values: Mapping[str, Any]) -> Any:
     if name not in kinds:
         raise _invalid(field, f"{name!r} is none of: {', '.join(kinds)}")
@@ -163,6 +318,11 @@ def dataset(parent: str, id_or_name: str) -> str:
 def job(parent: str, id_or_name: str) -> str:
     """Resource name of a job."""
     return id_or_name if "/" in id_or_name else f"{parent}/fineTuningJobs/{id_or_name}"
+
+
+def deployment(parent: str, id_or_name: str) -> str:
+    """Resource name of a deployment."""
+    return id_or_name if "/" in id_or_name else f"{parent}/deployments/{id_or_name}"
 
 
 def adapter(parent: str, model: str) -> str:
@@ -197,6 +357,7 @@ def generate(
     *,
     prompt: str | None = None,
     messages: Sequence[Mapping[str, str]] | None = None,
+    inputs: Mapping[str, str] | None = None,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -204,13 +365,15 @@ def generate(
     stop: Sequence[str] = (),
     choices: Sequence[str] = (),
 ) -> generation_service_pb2.GenerateRequest:
-    """Exactly one of `prompt` (raw text) and `messages` (role and content). Raises InvalidArgument otherwise, and for a
-    number that does not fit its field."""
-    if (prompt is None) == (messages is None):
-        raise InvalidArgument("Give either a prompt or messages.", reason="INVALID_INPUT")
+    """Exactly one of `prompt` (raw text), `messages` (role and content) and `inputs` (the texts of a task's fields).
+    Raises InvalidArgument otherwise, and for a value that does not fit its field."""
+    if sum(given is not None for given in (prompt, messages, inputs)) != 1:
+        raise InvalidArgument("Give either a prompt or messages, or the inputs of a task.", reason="INVALID_INPUT")
     request = generation_service_pb2.GenerateRequest(parent=parent, model=model)
     if prompt is not None:
         request.prompt = prompt
+    elif inputs is not None:
+        request.inputs.CopyFrom(_built("inputs", generation_pb2.TaskInputs, values=inputs))
     else:
         for message in messages or ():
             request.chat.messages.append(generation_pb2.ChatMessage(role=message["role"], content=message["content"]))

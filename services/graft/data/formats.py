@@ -178,6 +178,8 @@ class _Rows:
             if not layout.open and len(self.ignored) < REPORTED_KEYS:
                 self.ignored |= {shown(key): None for key in row if key not in layout.keys}
             return row_faults(row, self._declared, declared=True)
+        if self._format is not None and LAYOUTS[self._format].fits(row):
+            return row_faults(row, self._format)  # as nearly all rows are: looking for other formats takes longer
         found = candidates(row)
         own = next((one for one in found if one.format is self._format), None)
         if self._format is None:

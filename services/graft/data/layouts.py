@@ -6,6 +6,7 @@ declared: guessing wrong would train on the wrong text, quietly. What good value
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from graft.domain.resources import DatasetFormat
@@ -28,10 +29,14 @@ class Layout:
     open: bool = False
     """Takes further keys, which a template or grader reads."""
 
-    @property
+    @cached_property
     def keys(self) -> frozenset[str]:
         """All that it reads by name."""
         return frozenset(self.required + self.optional)
+
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has these keys and no other, so that it is of no other format."""
+        return not self.open and row.keys() <= self.keys and all(key in row for key in self.required)
 
 
 LAYOUTS = {

@@ -12,12 +12,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from graft.data.canonical import GradedPrompt, Preference, canonical
-from graft.data.graded import PromptExample, render_prompt
+from graft.data.canonical import Preference, canonical
+from graft.data.graded import PromptExample, graded_prompt, render_prompt
 from graft.data.preference import PreferenceExample, render_preference
 from graft.data.reading import read_rows
 from graft.data.rendering import Example, Tokenizer, render
 from graft.data.split import Split
+from graft.data.tasks.definition import TaskDefinition
+from graft.data.tasks.rows import trained_as
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.jobs import LossOn, Method, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
@@ -85,10 +87,12 @@ def prepare(
     *,
     method: Method = Method.SUPERVISED,
     loss_on: LossOn = LossOn.COMPLETION,
+    task: TaskDefinition | None = None,
 ) -> Prepared:
     """Renders every row, or those on one side of a `split`, and applies the policy to those with more than
     `context_tokens` tokens. Of a preference both answers must fit; what is cut from the prompt is cut from both. Of a
-    prompt that is graded `context_tokens` is what its answer leaves of the context.
+    prompt that is graded `context_tokens` is what its answer leaves of the context. Rows of fields are rendered through
+    the `task`.
 
     The policy does not apply to self-supervised learning: longer documents are cut into pieces, and nothing is lost.
     `loss_on` is supervised learning's choice; the other methods have none.
@@ -104,7 +108,7 @@ def prepare(
     for row_number, row in enumerate(read_rows(path), start=1):
         if split is not None and not split.takes(row):
             continue
-        sequences = _sequences(row, format, tokenizer, row_number, method)
+        sequences = _sequences(row, format, tokenizer, row_number, method, task)
         length = max(len(sequence.token_ids) for sequence in sequences)
         lengths.append(length)
         before = len(kept)
@@ -163,28 +167,33 @@ def prepare(
     return Prepared(tuple(sequence for sequences in kept for sequence in sequences), stats)
 
 
-def render_row(row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokenizer, row_number: int) -> Example:
+def render_row(
+    row: Mapping[str, Any],
+    format: DatasetFormat,
+    tokenizer: Tokenizer,
+    row_number: int,
+    task: TaskDefinition | None = None,
+) -> Example:
     """The example of a file's row. A refusal names the row, counted from 1."""
     with _naming(row_number):
-        return render(canonical(row, format), tokenizer)
+        return render(canonical(*trained_as(task, row, format)), tokenizer)
 
 
 def _sequences(
-    row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokenizer, row_number: int, method: Method
+    row: Mapping[str, Any],
+    format: DatasetFormat,
+    tokenizer: Tokenizer,
+    row_number: int,
+    method: Method,
+    task: TaskDefinition | None,
 ) -> tuple[Example, ...]:
     """The example of a row, the two answers of a preference, or the prompt whose answers are graded."""
     if method not in (Method.PREFERENCE, Method.REINFORCEMENT):
-        return (render_row(row, format, tokenizer, row_number),)
+        return (render_row(row, format, tokenizer, row_number, task),)
     with _naming(row_number):
-        found = canonical(row, format)
         if method is Method.REINFORCEMENT:
-            if not isinstance(found, GradedPrompt):
-                raise InvalidArgument(
-                    f"{format} rows are no prompts to be graded. Use rows of a `prompt`, or of `messages` that end "
-                    "with the user's, and of what the grader judges by.",
-                    reason="NOT_A_GRADED_PROMPT",
-                )
-            return (render_prompt(found, tokenizer),)
+            return (render_prompt(graded_prompt(row, format, task), tokenizer),)
+        found = canonical(row, format)
         if not isinstance(found, Preference):
             raise InvalidArgument(
                 f"{format} rows have no two answers to choose from. Use `prompt`/`chosen`/`rejected` rows, or the "

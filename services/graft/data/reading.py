@@ -20,11 +20,6 @@ HEAD_BYTES = 4096
 """So many first bytes tell what a file is, whatever comes later."""
 BATCH_ROWS = 64
 """Rows of a Parquet file that become Python objects at a time."""
-NESTED_COLUMNS = frozenset(
-    {"messages", "conversations", "tools", "prompt", "chosen", "rejected"}
-    | {"input", "preferred_output", "non_preferred_output"}
-)
-"""A CSV cell of these may hold JSON: a list of objects, or an object, which no text to learn from begins as."""
 _BINARY = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 """Control characters that no text holds and every archive or picture does."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -169,15 +164,25 @@ def _csv_row(header: list[str], cells: list[str]) -> Record:
     for name, cell in zip(header, cells, strict=True):
         if not cell.isascii() and _SURROGATE.search(cell):
             return shown(name), "is not UTF-8"
-        if name in NESTED_COLUMNS and (cell.startswith(("[{", "{"))):
-            try:
-                row[name] = json.loads(cell)
-                continue
-            except (ValueError, RecursionError):
-                pass  # then it is a text
+        if cell.startswith(("[{", '{"messages"')) and (nested := _nested(cell)) is not None:
+            row[name] = nested
+            continue
         if cell or name not in ("context", "input", "tools"):
             row[name] = cell
     return row
+
+
+def _nested(cell: str) -> Any:
+    """What a cell holds as JSON: messages, turns, tools, or the object around OpenAI's messages. None for any other
+    text, JSON to learn from included."""
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        return value if isinstance(value.get("messages"), list) else None
+    marks = ("role", "from", "function")
+    return value if all(isinstance(item, dict) and any(mark in item for mark in marks) for item in value) else None
 
 
 # Parquet

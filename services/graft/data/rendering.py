@@ -139,6 +139,9 @@ class _Template:
         silent = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in self._turns]
         if called and self._apply(self._turns, self._tools) == self._apply(silent, self._tools):
             raise _left_out("`tool_calls`")
+        mute = [{**turn, "content": ""} if turn["role"] == "tool" else turn for turn in self._turns]
+        if mute != self._turns and self._apply(self._turns, self._tools) == self._apply(mute, self._tools):
+            raise _left_out("the answers of tools")
 
     def text(self, turns: int, *, answer_next: bool) -> str:
         """Of the first `turns` messages, and with `answer_next` of what comes before the assistant's answer."""

@@ -1,6 +1,7 @@
 """What a good row of each format is: every fault of a row, each with its field. Knows neither files nor tokenizers."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
 }
 """`from` of a ShareGPT turn, and the role that it is."""
+_ROOT = re.compile(r"[.\[]")
 _NOTHING = "is empty: there is nothing to learn"
 
 
@@ -27,8 +29,11 @@ def row_faults(row: Row, format: DatasetFormat, *, declared: bool = False) -> li
     faults: list[Fault] = []
     if not (declared or layout.open):
         faults += ((shown(key), "is not a known key; remove it") for key in row if key not in layout.keys)
-    faults += ((key, "is missing") for key in layout.required if key not in row)
-    faults += _CHECKS[format](row)
+    own = [*((key, "is missing") for key in layout.required if key not in row), *_CHECKS[format](row)]
+    if own:
+        # In the order of the format's keys: the first is the one that is told.
+        order = {key: place for place, key in enumerate(layout.required + layout.optional)}
+        faults += sorted(own, key=lambda fault: order.get(_ROOT.split(fault[0])[0], len(order)))
     return faults
 
 
@@ -41,6 +46,12 @@ def text_fault(text: Any) -> str | None:
     except UnicodeEncodeError as error:
         return f"has half a surrogate pair (character {error.start}), which is no text"
     return None
+
+
+def _nested_fault(value: Any) -> str | None:
+    """What keeps any text inside a value from being one."""
+    fault = text_fault(json.dumps(value, ensure_ascii=False, default=str))
+    return fault and "has half a surrogate pair, which is no text"
 
 
 def _texts(row: Row, *keys: str) -> Iterator[Fault]:
@@ -256,6 +267,8 @@ def _call_faults(called: Any, field: str, calls: set[str]) -> Iterator[Fault]:
             calls.add(call["id"])
         if fault := text_fault(function.get("name")):
             yield f"{where}.function.name", fault
+        elif fault := _nested_fault(function):
+            yield f"{where}.function", fault
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
@@ -276,6 +289,8 @@ def _tool_faults(tools: Any, field: str) -> Iterator[Fault]:
             yield f"{field}[{index}]", 'is not an object such as {"type": "function", "function": {"name", …}}'
         elif fault := text_fault(function.get("name")):
             yield f"{field}[{index}].function.name", fault
+        elif fault := _nested_fault(function):
+            yield f"{field}[{index}].function", fault
 
 
 def _unknown(value: dict[str, Any], known: tuple[str, ...], field: str) -> Iterator[Fault]:

@@ -6,8 +6,8 @@ from graft.api.v1 import evaluation_pb2
 from graft.domain.evaluations import Contestant, ContestantResult, Evaluation, EvaluationSpec, Figure
 from graft.domain.grading import GraderSpec
 from graft.domain.names import dataset_name, resource
-from graft.gateway.convert import timestamp
-from graft.gateway.convert_jobs import dataset_id, status
+from graft.gateway.convert import status, timestamp
+from graft.gateway.convert_jobs import dataset_id
 
 
 def evaluation_spec(project: str, asked: evaluation_pb2.Evaluation) -> EvaluationSpec:

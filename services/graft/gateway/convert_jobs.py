@@ -8,14 +8,13 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct, Value
 
 from graft.api.v1 import fine_tuning_job_pb2
-from graft.domain.errors import KINDS, FieldViolation, Internal, InvalidArgument
+from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
     Event,
     Hyperparameters,
     Job,
-    JobError,
     JobSpec,
     LastLayers,
     Lora,
@@ -30,8 +29,7 @@ from graft.domain.jobs import (
     Tuning,
 )
 from graft.domain.names import dataset_name, job_name, parse_resource
-from graft.gateway.convert import timestamp
-from graft.internal.status import to_status
+from graft.gateway.convert import status, timestamp
 
 T = TypeVar("T")
 
@@ -259,11 +257,6 @@ def _tuning(spec: JobSpec) -> dict[str, Any]:
             base_quantization=_number(_QUANTIZATIONS, lora.base_quantization),
         )
     }
-
-
-def status(error: JobError) -> Any:
-    """A stored error as `google.rpc.Status`."""
-    return to_status(KINDS.get(error.code, Internal)(error.message, reason=error.reason))
 
 
 def _resolved(one: Resolved) -> fine_tuning_job_pb2.ResolvedHyperparameter:

@@ -16,7 +16,9 @@ import structlog
 
 from graft.domain.errors import Aborted, GraftError, Internal, Unavailable
 from graft.domain.jobs import FINAL, LIVE, Job, JobState
+from graft.orchestrator.checking import Checker
 from graft.orchestrator.context import Context, job_error
+from graft.orchestrator.evaluations import Evaluations
 from graft.orchestrator.following import stop_run
 from graft.orchestrator.mirror import Mirror
 from graft.orchestrator.ports import Parts
@@ -53,6 +55,7 @@ class Orchestrator:
         self.parts = parts
         self.owner = owner or owner_name()
         self.mirror = Mirror(parts.store, parts.registry, orchestrator.registry_poll_seconds, orchestrator.poll_seconds)
+        self._checker = Checker(parts.store, orchestrator.poll_seconds)
         self._room = Room(parts)
         self._lease = timedelta(seconds=orchestrator.lease_seconds)
         self._poll_seconds = orchestrator.poll_seconds
@@ -64,6 +67,8 @@ class Orchestrator:
     async def run(self) -> None:
         """Until cancelled; then leaves every job where it is and frees its leases."""
         mirror = asyncio.create_task(self.mirror.run())
+        evaluations = asyncio.create_task(Evaluations(self.parts, self.owner).run())
+        checks = asyncio.create_task(self._checker.run())
         try:
             while True:
                 try:
@@ -76,7 +81,10 @@ class Orchestrator:
                 await asyncio.sleep(self._poll_seconds)
         finally:
             mirror.cancel()
+            evaluations.cancel()
+            checks.cancel()
             await self._leave()
+            await asyncio.wait({evaluations}, timeout=self.parts.limits.stop_seconds)  # it frees its lease
 
     async def _turn(self) -> None:
         store = self.parts.store

@@ -1,24 +1,24 @@
 """Reads a job's data as training will: the base model's own tokenizer, the job's context and policy.
 
-Owns the import of transformers, whose tokenizers are all that this process needs of it.
+Tokenizers are all that this process needs of transformers.
 """
 
-import importlib
-import sys
-import threading
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from graft.data.prepare import DataStats, prepare
 from graft.data.split import Split
+from graft.data.tasks.definition import load
+from graft.data.tokenizers import import_tokenizers, load_tokenizer
 from graft.domain.errors import NotFound
 from graft.domain.jobs import Job, Method
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
 from graft.training.derive import DEFAULT_COMPLETION_TOKENS, derive
-from graft.training.spec import RunSpec, run_spec
+from graft.training.memory import Memory, check_blocks, memory_bytes, read_shape
+from graft.training.spec import RunSpec, StartFrom, run_spec, settled
+
+__all__ = ["TokenizingPreparer", "import_tokenizers"]
 
 
 class TokenizingPreparer:
@@ -40,13 +40,22 @@ class TokenizingPreparer:
         else:
             training_stats = self._stats(job, base, dataset)
             validation_stats = self._stats(job, base, validation) if validation is not None else None
-        return PreparedData(training_stats, validation_stats, derive(job.spec, base, training_stats))
+        resolved = derive(job.spec, base, training_stats)
+        return PreparedData(training_stats, validation_stats, resolved, _memory(replace(job, resolved=resolved), base))
 
     def plan(
-        self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
+        self,
+        job: Job,
+        base: BaseModel,
+        dataset: Dataset,
+        validation: Dataset | None,
+        output_dir: Path,
+        start_from: StartFrom | None,
     ) -> RunSpec:
         """The run's specification from the job's resolved hyperparameters."""
-        return run_spec(job, base, dataset, validation, output_dir, engine_address=self._engine_address)
+        return run_spec(
+            job, base, dataset, validation, output_dir, start_from=start_from, engine_address=self._engine_address
+        )
 
     def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:
         path = Path(dataset.uri)
@@ -60,43 +69,23 @@ class TokenizingPreparer:
         context_tokens = asked.context_tokens or base.context_tokens
         if job.spec.method is Method.REINFORCEMENT:
             context_tokens -= job.spec.reinforcement.max_completion_tokens or DEFAULT_COMPLETION_TOKENS
+        task = load(job.spec.task_definition) if job.spec.task_definition else None
         return prepare(
             path,
             dataset.format,
-            _tokenizer(base.path),
+            load_tokenizer(base.path),
             context_tokens,
             asked.over_length_policy,
             split,
             method=job.spec.method or Method.SUPERVISED,
             loss_on=job.spec.loss_on,
+            task=task,
         ).stats
 
 
-def import_tokenizers() -> None:
-    """Imports transformers without torch, for a process that computes nothing: it spares 400 MB and three seconds.
-
-    Call it before other threads start. transformers remembers that it found no torch; whoever imports torch later
-    gets it.
-    """
-    hidden: dict[str, Any] = sys.modules
-    hidden["torch"] = None
-    try:
-        importlib.import_module("transformers").AutoTokenizer  # noqa: B018 - its modules are imported on first use
-    finally:
-        del hidden["torch"]
-
-
-def _tokenizer(path: str) -> Any:
-    # One thread at a time: while one imports transformers, another finds the module half made.
-    with _loading:
-        return _load_tokenizer(path)
-
-
-_loading = threading.Lock()
-
-
-@lru_cache(maxsize=4)
-def _load_tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+def _memory(job: Job, base: BaseModel) -> Memory:
+    """What a worker needs. Raises InvalidArgument for more blocks than the base has."""
+    shape = read_shape(Path(base.path))
+    lora, last_layers = settled(job)
+    check_blocks(shape, base.id, last_layers)
+    return memory_bytes(shape, job.spec.tuning, lora, last_layers)

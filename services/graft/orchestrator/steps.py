@@ -6,6 +6,7 @@ another orchestrator adopts the job exactly where it is. Cancellation, failure a
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 
 from graft.domain.jobs import EventLevel, JobState, Method, Resolved
 from graft.orchestrator.context import Context
@@ -14,6 +15,7 @@ from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
 from graft.orchestrator.sampling import check_engine
+from graft.orchestrator.starting import say_start, start_from, with_start
 from graft.orchestrator.threads import call, to_the_end
 
 __all__ = ["STEPS"]
@@ -23,20 +25,23 @@ async def validate(context: Context) -> None:
     """VALIDATING: reads the data as training will and fixes every hyperparameter. Raises what is wrong with them."""
     if not context.job.resolved:
         material = await context.material()
-        prepared = await call(
-            context.parts.preparer.prepare, context.job, material.base, material.dataset, material.validation
-        )
+        job = await with_start(context)
+        prepared = await call(context.parts.preparer.prepare, job, material.base, material.dataset, material.validation)
+        resolved = say_start(context.job, prepared.resolved)
         await _tell_data(context, prepared)
+        if prepared.memory is not None:
+            text = f"Training needs about {prepared.memory} in a worker."
+            await context.say("memory", text, {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes})
         await context.say(
             "resolved",
-            "Hyperparameters: " + ", ".join(f"{item.name}={_value(item)}" for item in prepared.resolved) + ".",
+            "Hyperparameters: " + ", ".join(f"{item.name}={_value(item)}" for item in resolved) + ".",
             {
                 "hyperparameters": {
                     item.name: {"value": item.value, "derived": item.derived, "reason": item.reason}
-                    for item in prepared.resolved
+                    for item in resolved
                 }
             },
-            resolved=prepared.resolved,
+            resolved=resolved,
         )
     await check_engine(context)
     context.room.line_up(context.job)
@@ -54,7 +59,9 @@ async def start(context: Context) -> None:
     job, parts = context.job, context.parts
     material = await context.material()
     context.track(material)
-    spec = parts.preparer.plan(job, material.base, material.dataset, material.validation, context.output_dir)
+    spec = parts.preparer.plan(
+        job, material.base, material.dataset, material.validation, context.output_dir, await start_from(context)
+    )
     await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
     while not (status := await poll(context, 0)).reports:
         if not (status.exists and status.alive):

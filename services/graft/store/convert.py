@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import RowMapping
 
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
@@ -28,8 +29,9 @@ from graft.domain.jobs import (
     ServedAs,
     Tuning,
 )
+from graft.domain.reports import report_from_json
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
-from graft.store.protocol import AliasWish
+from graft.store.protocol import AliasWish, DatasetCheck
 
 Row = RowMapping
 
@@ -115,10 +117,25 @@ def adapter(row: Row) -> Adapter:
 
 def adapter_version(row: Row) -> AdapterVersion:
     """A row of `adapter_versions`."""
-    return AdapterVersion(**{field.name: row[field.name] for field in fields(AdapterVersion)})
+    values = {field.name: row[field.name] for field in fields(AdapterVersion)}
+    return AdapterVersion(**{**values, "served_as": ServedAs(row["served_as"])})
 
 
 def alias_wish(row: Row) -> AliasWish:
     """A row of `alias_wishes`."""
     values = {field.name: row[field.name] for field in fields(AliasWish)}
     return AliasWish(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+
+
+def dataset_check(row: Row) -> DatasetCheck:
+    """A row of `dataset_checks`."""
+    values = {field.name: row[field.name] for field in fields(DatasetCheck)}
+    values["report"] = None if row["report"] is None else report_from_json(row["report"])
+    return DatasetCheck(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+
+
+def deployment(row: Row) -> Deployment:
+    """A row of `deployments`."""
+    values = {field.name: row[field.name] for field in fields(Deployment)}
+    error = None if row["error"] is None else JobError(**row["error"])
+    return Deployment(**{**values, "state": DeploymentState(row["state"]), "error": error})

@@ -1,7 +1,8 @@
 """What the gateway and the orchestrator ask of the store. `graft.store.sql` is the one implementation.
 
 All methods are coroutines; times are timezone-aware UTC. Who may write what: the gateway creates data sets, jobs and
-wishes (`request_cancel`, `request_alias`); everything else is the orchestrator's.
+wishes (`request_cancel`, `request_alias`, `request_dataset_check`, `create_deployment`, `request_undeploy`); everything
+else is the orchestrator's.
 """
 
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Generic, Protocol, TypeVar
 
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.evaluations import ContestantResult, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
 T = TypeVar("T")
@@ -35,6 +38,22 @@ class AliasWish:
     alias: str
     version: int
     done: bool = False
+    error: JobError | None = None
+
+
+@dataclass(frozen=True)
+class DatasetCheck:
+    """A client's wish to have a data set measured, until the orchestrator has done it."""
+
+    id: str
+    project: str
+    dataset_id: str
+    base_model: str
+    held_out_id: str | None
+    context_tokens: int | None
+    epochs: float
+    done: bool = False
+    report: DatasetReport | None = None
     error: JobError | None = None
 
 
@@ -157,8 +176,11 @@ class Store(Protocol):
 
     # Registry's read model and wishes
     async def replace_base_models(self, models: Sequence[BaseModel]) -> None: ...
-    async def get_base_model(self, base: str) -> BaseModel: ...
-    async def list_base_models(self) -> tuple[BaseModel, ...]: ...
+    async def get_base_model(self, base: str, project: str | None = None) -> BaseModel:
+        """Raises NotFound naming it and what exists, as `project` sees it: without other projects' own."""
+        ...
+
+    async def list_base_models(self, project: str | None = None) -> tuple[BaseModel, ...]: ...
     async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
         """Makes the read model equal to the snapshot, in one transaction."""
         ...
@@ -181,6 +203,44 @@ class Store(Protocol):
     async def get_alias_wish(self, wish_id: str) -> AliasWish: ...
     async def pending_alias_wishes(self) -> tuple[AliasWish, ...]: ...
     async def finish_alias_wish(self, wish_id: str, error: JobError | None) -> None: ...
+
+    # Checks of data sets: asked for by the gateway, made by the orchestrator
+    async def request_dataset_check(self, check: DatasetCheck) -> DatasetCheck:
+        """Stores a check to be made; one of this id that is there is returned as it is, unless it failed."""
+        ...
+
+    async def get_dataset_check(self, check_id: str) -> DatasetCheck: ...
+    async def pending_dataset_checks(self) -> tuple[DatasetCheck, ...]: ...
+    async def finish_dataset_check(
+        self, check_id: str, report: DatasetReport | None, error: JobError | None
+    ) -> None: ...
+
+    # Deployments. Wishes (gateway)
+    async def create_deployment(self, wish: Deployment) -> Deployment:
+        """Stores the wish, or returns the deployment that there is; a FAILED one starts anew. Raises AlreadyExists when
+        the id names another model, FailedPrecondition while a deployment of that id is on its way out."""
+        ...
+
+    async def get_deployment(self, project: str, base: str) -> Deployment:
+        """Raises NotFound naming it and what exists in the project."""
+        ...
+
+    async def find_deployment(self, base: str) -> Deployment | None:
+        """The deployment that serves `base`, whoever asked for it."""
+        ...
+
+    async def list_deployments(self, project: str, page_size: int, page_token: str) -> Page[Deployment]: ...
+    async def request_undeploy(self, project: str, base: str) -> Deployment: ...
+
+    # Deployments (orchestrator)
+    async def every_deployment(self) -> tuple[Deployment, ...]: ...
+    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
+        """Tells how far it is. A wish to undeploy that came meanwhile stays."""
+        ...
+
+    async def remove_deployment(self, base: str) -> None:
+        """Forgets one that was STOPPING and has ended."""
+        ...
 
     # API keys, stored as SHA-256 of the secret
     async def add_key(self, key_hash: str, project: str, label: str) -> None: ...

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from graft.data.prepare import Example
-
-MICROBATCH_TOKENS = 1024
-"""Tokens in one forward pass. What backward needs kept is some 1.7 MB a token at 135M parameters in float32: 1.7 GB.
-Speed has levelled off long before."""
+from graft.training.memory import MICROBATCH_TOKENS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from graft.domain.jobs import Method
 from graft.training.loop import StepReport
-from graft.training.objectives.objective import Group, Objective, measure
+from graft.training.objectives.objective import ALONE, Group, Objective, measure
 from graft.training.spec import RunSpec
 
 
@@ -36,9 +36,7 @@ class HeldOut:
         self._last_step = report.step
         if self._objective is None or not self._due(report):
             return {}
-        indices = range(self._objective.count)
-        batch = self._objective.gather(report.step, indices, self._group)
-        found = measure(self._model, self._objective, batch, self._group)
+        found = self._measure(self._model, self._objective, report.step, self._group)
         measured = {f"validation_{name}": value for name, value in found.items()}
         loss = found["loss"]
         if self._spec.method is Method.SELF_SUPERVISED:
@@ -85,6 +83,16 @@ class HeldOut:
         if not self._best:
             return f"{ended}."
         return f"{ended}, best at step {self._best_step}: its weights are kept (held-out loss {self._best_loss:.4f})."
+
+    def loss(self, model: Any) -> float:
+        """Of another form of the model, without other workers. Raises ValueError when there is no held-out data."""
+        if self._objective is None:
+            raise ValueError("There is no held-out data.")
+        return self._measure(model, self._objective, self._last_step, ALONE)["loss"]
+
+    @staticmethod
+    def _measure(model: Any, objective: Objective[Any, Any], step: int, group: Group) -> dict[str, float]:
+        return measure(model, objective, objective.gather(step, range(objective.count), group), group)
 
     def _due(self, report: StepReport) -> bool:
         if report.step == report.total_steps:

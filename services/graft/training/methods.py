@@ -10,6 +10,7 @@ import torch
 
 from graft.data.prepare import Example, Prepared, prepare
 from graft.data.split import Split
+from graft.data.tasks.definition import load
 from graft.domain.errors import FailedPrecondition
 from graft.domain.jobs import Method
 from graft.domain.resources import DatasetFormat
@@ -34,6 +35,8 @@ def read_data(spec: RunSpec, tokenizer: Any) -> tuple[Prepared, Prepared | None]
     """What is trained on, and what is held out of it for measurements: a validation data set, a share of the rows, or
     nothing. Raises as `prepare`."""
 
+    task = load(spec.task_definition) if spec.task_definition else None
+
     def read(path: str, format: DatasetFormat, split: Split | None = None) -> Prepared:
         return prepare(
             Path(path),
@@ -44,6 +47,7 @@ def read_data(spec: RunSpec, tokenizer: Any) -> tuple[Prepared, Prepared | None]
             split,
             method=spec.method,
             loss_on=spec.loss_on,
+            task=task,
         )
 
     if spec.validation_path is not None and spec.validation_format is not None:

@@ -1,4 +1,4 @@
-"""What each training worker does: load the base, attach LoRA, train its share, and on rank 0 save and report.
+"""What each training worker does: load the base, make it trainable, train its share, and on rank 0 save and report.
 
 Does not know Ray: who its companions are, how many threads it may use and whom to tell is passed in.
 """
@@ -15,35 +15,29 @@ from graft.domain.errors import InvalidArgument
 from graft.domain.jobs import Method
 from graft.training.batching import microbatches
 from graft.training.heldout import HeldOut
-from graft.training.imports import AutoModelForCausalLM, AutoTokenizer, LoraConfig, get_peft_model
+from graft.training.imports import AutoTokenizer
 from graft.training.loop import LoopSettings, StepReport, Stop, train
-from graft.training.lora import fuse
-from graft.training.methods import close, learned_from, objective_of, probe_candidates, read_data
+from graft.training.methods import (
+    HELD_OUT_EXAMPLES,
+    HELD_OUT_TOKENS,
+    close,
+    learned_from,
+    objective_of,
+    probe_candidates,
+    read_data,
+)
 from graft.training.objectives.objective import Group
-from graft.training.packing import PACKED, check_packing
-from graft.training.saving import describe, save_adapter
+from graft.training.objectives.supervised import mean_loss
+from graft.training.packing import check_packing
+from graft.training.results import Yardstick, save_result
+from graft.training.saving import save_checkpoint
 from graft.training.spec import Clock, RunSpec
+from graft.training.tuning import load_base, tune
 
 THREADS_SECONDS = 5.0
 """How often a worker asks how many cores are its own: another run on the node may begin or end."""
 
-SMALL_BASE_BYTES = 32 * 1024 * 1024
-"""A base below it is bound by overheads and not by products: bfloat16 would only cost it precision."""
-
 Tell = Callable[[str, dict[str, Any]], None]
-
-
-def compute_dtype(base_model: Path) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32: on AVX2 bf16 products are 7 to 15 times slower.
-
-    What it gains is in `benchmarks/results/training.json`, both types in one run. LoRA's own weights, gradients and
-    optimizer state are float32 in either case.
-    """
-    if sum(file.stat().st_size for file in base_model.glob("*.safetensors")) < SMALL_BASE_BYTES:
-        return torch.float32
-    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
 
 
 def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], int], clock: Clock) -> None:
@@ -66,24 +60,9 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
     data, held_out_data = read_data(spec, tokenizer)
     clock.lap("data")
 
-    base = AutoModelForCausalLM.from_pretrained(
-        spec.base_model_path,
-        dtype=compute_dtype(Path(spec.base_model_path)),
-        attn_implementation=PACKED,
-        local_files_only=True,
-    ).to(device)
-    torch.manual_seed(spec.seed)  # LoRA's A is drawn: every worker must draw the same
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            r=spec.lora.rank,
-            lora_alpha=spec.lora.alpha,
-            lora_dropout=spec.lora.dropout,
-            target_modules=list(spec.lora.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    fuse(model)
+    base = load_base(spec, device)
+    dtype = base.dtype
+    model = tune(spec, base)
     torch.manual_seed(spec.seed + group.rank)  # dropout, if any, must differ
     shortest = sorted(data.sequences, key=lambda item: len(item.token_ids))[:2]
     check_packing(
@@ -98,7 +77,7 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
             "started",
             {
                 "message": f"Training on {data.stats.example_count} examples with {workers} of "
-                f"{torch.get_num_threads()} threads in {str(base.dtype).removeprefix('torch.')}.",
+                f"{torch.get_num_threads()} threads in {str(dtype).removeprefix('torch.')}.",
                 "startup_seconds": clock.laps,
             },
         )
@@ -126,10 +105,13 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
         close(objective)
     held_out.restore()
     if group.rank == 0:
-        folder = Path(spec.output_dir) / "adapter"
-        save_adapter(model, folder, describe(spec, model, probe_candidates(objective, held_out_data or data)))
-        adapter_bytes = (folder / "adapter_model.safetensors").stat().st_size
-        tell("finished", {"message": held_out.summary, **follow.result, "adapter_bytes": adapter_bytes})
+        if held_out_data is not None:
+            yardstick = Yardstick(held_out_data.sequences, True, held_out.loss)
+        else:
+            first = probe_candidates(objective, data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS))
+            yardstick = Yardstick(first, False, lambda final: mean_loss(final, first))
+        result = save_result(spec, model, yardstick, tell)
+        tell("finished", {"message": held_out.summary, **follow.result, **result})
     # Nobody leaves before rank 0 has told the end: a worker that is gone is a failure to those that remain.
     group.reduce(torch.zeros(1))
 
@@ -183,8 +165,7 @@ class _Follower:
 
     def _checkpoint(self, step: int, metrics: dict[str, Any]) -> None:
         folder = Path(self._spec.output_dir) / "checkpoints" / f"step-{step}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        save_adapter(self._model, folder)
+        save_checkpoint(self._model, Path(self._spec.base_model_path), folder)
         kept = {"train_loss": metrics["loss"]}
         kept |= {name: value for name, value in metrics.items() if name.startswith("validation_")}
         self._tell("checkpoint", {"step": step, "uri": str(folder), "metrics": kept})

@@ -9,7 +9,7 @@ rewards r, and its token t,
 Means are over all tokens of a step's answers, so that a token counts alike in long answers and in short ones (Yu et al.
 2025, arXiv:2503.14476, section 3.3; Shao et al. first take the mean of each answer). Each step makes one update of what
 it sampled: π_old is π and ρ is 1 but for its gradient, which makes that of ρ KL the divergence's own, without bias
-(DeepSeek-AI 2025, arXiv:2512.02556). What was sampled is the inference service's, whose π_old is not quite the trainer's:
+(DeepSeek-AI 2025, arXiv:2512.02556). The inference service samples, and its π_old is not quite that of the trainer:
 w = min(π_old / π_sampler, 2) corrects for it (truncated importance sampling, Yao et al. 2025, "Your Efficient RL
 Framework Secretly Brings You Off-Policy RL Training"). Answers that were cut at the limit of tokens count as they are.
 
@@ -22,7 +22,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from graft.training.objectives.objective import Batch, Group
 from graft.training.packing import token_logits
 from graft.training.policies import Policies
 from graft.training.rollouts import Completion, Patience, Sampler
+from graft.training.tuning import reference
 
 MOST_WEIGHT = 2.0
 """Yao et al. 2025: rarer tokens than half of what the trainer thinks would swing the step."""
@@ -71,18 +72,6 @@ class PackedRollouts:
     share: float
 
 
-@contextmanager
-def frozen_base(model: Any) -> Iterator[None]:
-    """The base below a PEFT model's adapter, without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        model.train(was_training)
-
-
 class Reinforced:
     """Mean loss over the tokens of a batch's answers. Near zero by its nature: the reward tells what was learned."""
 
@@ -96,7 +85,7 @@ class Reinforced:
         grader: Grader,
         patience: Patience,
         device: torch.device | str = "cpu",
-        reference: Reference = frozen_base,
+        reference: Reference = reference,
     ) -> None:
         """`asked`: every value concrete."""
         self._prompts = prompts
@@ -179,6 +168,9 @@ class Reinforced:
     def loss(self, model: Any, part: PackedRollouts) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed over the tokens of the answers."""
         asked = self._asked
+        if asked.beta:
+            with torch.no_grad(), self._reference(model):
+                reference_K = _log_probs(token_logits(model, part.packed) / asked.temperature, part.packed)
         logits_K_V = token_logits(model, part.packed)
         log_probs_K = _log_probs(logits_K_V / asked.temperature, part.packed)
         with torch.no_grad():
@@ -192,8 +184,6 @@ class Reinforced:
         losses_K = losses_K * weights_K.clamp(max=MOST_WEIGHT)
         sums = [weights_K.sum(), truncated_K.sum(), clipped_K.sum()]
         if asked.beta:
-            with torch.no_grad(), self._reference(model):
-                reference_K = _log_probs(token_logits(model, part.packed) / asked.temperature, part.packed)
             kl_K = ratios_K * kl_estimates(log_probs_K, reference_K)
             losses_K = losses_K + asked.beta * kl_K
             sums.append(kl_K.sum())

@@ -1,0 +1,136 @@
+"""What is known of a base model's folder: layers, context, size, digest.
+
+Reads headers and files; never loads a model. Does not know the catalogue.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.domain.errors import FailedPrecondition
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block in each of ARCHITECTURES: LoRA's `all-linear`."""
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Those that the tests train packed and serve, with an adapter on LINEAR, to the same log-probabilities."""
+LINEAGE = "graft-model.json"
+"""In a folder that Graft made: where the weights come from."""
+_KEPT = "graft-model.json"
+_HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one folder."""
+
+    layers: int
+    context_tokens: int
+    """Longest sequence that the model was made for or, where it is shorter, its attention's window."""
+    digest: str
+    """`sha256:…` over configuration, tokenizer and weights."""
+    parameter_count: int
+    size_bytes: int
+    """Of the weights."""
+
+
+def read_facts(base: str, folder: Path, cache: Path) -> Facts:
+    """Measures `folder`; digests are kept in `cache` until a file changes.
+
+    Raises FailedPrecondition: BASE_MODEL_CONFIG_INVALID, UNSUPPORTED_ARCHITECTURE, BASE_MODEL_WEIGHTS_MISSING or
+    BASE_MODEL_WEIGHTS_DAMAGED.
+    """
+    config = read_config(base, folder)
+    try:
+        layers, context_tokens = int(config["num_hidden_layers"]), _context_tokens(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FailedPrecondition(
+            f"Base model {base!r}: {folder / 'config.json'} has no usable {error}.", reason="BASE_MODEL_CONFIG_INVALID"
+        ) from None
+    return Facts(layers=layers, context_tokens=context_tokens, **_measured(base, folder, cache))
+
+
+def read_config(base: str, folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`. Raises FailedPrecondition unless it is of one of ARCHITECTURES."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        architecture = (config.get("architectures") or ["none"])[0]
+    except (OSError, ValueError, AttributeError) as error:
+        raise FailedPrecondition(
+            f"Base model {base!r}: {folder / 'config.json'} cannot be read ({error}).",
+            reason="BASE_MODEL_CONFIG_INVALID",
+        ) from None
+    if architecture not in ARCHITECTURES:
+        raise FailedPrecondition(
+            f"Base model {base!r} is a {architecture}; supported: {', '.join(ARCHITECTURES)}.",
+            reason="UNSUPPORTED_ARCHITECTURE",
+        )
+    return config
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    """What Graft wrote of where the weights come from; empty for a folder that it did not make."""
+    try:
+        lineage: dict[str, Any] = json.loads((folder / LINEAGE).read_text())
+    except FileNotFoundError:
+        return {}
+    return lineage
+
+
+def _context_tokens(config: dict[str, Any]) -> int:
+    """Training attends to everything before a token, so beyond a sliding window it would not be the served model.
+
+    Qwen's configurations name a window that they do not use.
+    """
+    most = int(config["max_position_embeddings"])
+    window = config.get("sliding_window")
+    return min(most, int(window)) if window and config.get("use_sliding_window", True) else most
+
+
+def _measured(base: str, folder: Path, cache: Path) -> dict[str, Any]:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise FailedPrecondition(
+            f"Base model {base!r}: {folder} holds no safetensors file.", reason="BASE_MODEL_WEIGHTS_MISSING"
+        )
+    files = [folder / name for name in _HASHED if (folder / name).is_file()] + weights
+    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    # Hashing takes a second a gigabyte, so it is kept beside the cache, never in a folder of the user's.
+    kept = cache / f"{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-{_KEPT}"
+    if kept.is_file():
+        known: dict[str, Any] = json.loads(kept.read_text())
+        if known.pop("stamps") == stamps:
+            return known
+    total = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            total.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    try:
+        parameter_count = sum(_parameter_count(path) for path in weights)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        raise FailedPrecondition(
+            f"Base model {base!r}: a safetensors file of {folder} is damaged. Fetch it again.",
+            reason="BASE_MODEL_WEIGHTS_DAMAGED",
+        ) from None
+    measured = {
+        "digest": f"sha256:{total.hexdigest()}",
+        "parameter_count": parameter_count,
+        "size_bytes": sum(path.stat().st_size for path in weights),
+    }
+    cache.mkdir(parents=True, exist_ok=True)
+    fresh = kept.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps({"stamps": stamps} | measured))
+    fresh.replace(kept)
+    return measured
+
+
+def _parameter_count(path: Path) -> int:
+    """From the header alone: 8 bytes of length, then JSON (the safetensors format)."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
