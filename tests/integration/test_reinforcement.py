@@ -75,6 +75,7 @@ def spec(stack: Stack, base: Path, tmp_path: Path) -> RunSpec:
             epsilon=0.2,
         ),
         engine_address=stack.settings.engine_address,
+        engine_base="tiny",
         project="default",
     )
 

@@ -221,10 +221,10 @@ def test_a_prompt_leaves_room_for_its_answer_in_the_engines_context(tmp_path: Pa
     spec = JobSpec("tiny", "ds", method=Method.REINFORCEMENT, reinforcement=Reinforcement(max_completion_tokens=24))
     job = Job("ft-1", "default", spec, JobState.VALIDATING, now, now)
     base = tiny_base(make_tiny_llama(tmp_path / "base"))
-    preparer = TokenizingPreparer("127.0.0.1:9000", engine_context_tokens=64)
+    preparer = TokenizingPreparer("127.0.0.1:9000", "tiny", engine_context_tokens=64)
     found = preparer.prepare(job, base, dataset, None)
     assert (found.training.example_count, found.training.over_length_count) == (2, 1)
     planned = preparer.plan(replace(job, resolved=found.resolved), base, dataset, None, tmp_path, None)
     assert (planned.context_tokens, planned.prompt_tokens) == (64, 40)
-    assert planned.engine_address == "127.0.0.1:9000"
+    assert (planned.engine_address, planned.engine_base) == ("127.0.0.1:9000", "tiny")
     assert (planned.reinforcement.group_size, planned.reinforcement.temperature) == (8, 1.0)

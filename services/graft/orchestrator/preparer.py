@@ -24,9 +24,13 @@ __all__ = ["TokenizingPreparer", "import_tokenizers"]
 class TokenizingPreparer:
     """The real Preparer."""
 
-    def __init__(self, engine_address: str = "", engine_context_tokens: int | None = None) -> None:
-        """Where reinforcement samples, and the longest prompt with its answer there; None: as long as the base's."""
+    def __init__(
+        self, engine_address: str = "", engine_base: str = "", engine_context_tokens: int | None = None
+    ) -> None:
+        """Where reinforcement samples, the base model that the service there starts with, and its longest prompt with
+        an answer; None: as long as the base's context."""
         self._engine_address = engine_address
+        self._engine_base = engine_base
         self._engine_context_tokens = engine_context_tokens
 
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
@@ -54,7 +58,14 @@ class TokenizingPreparer:
     ) -> RunSpec:
         """The run's specification from the job's resolved hyperparameters."""
         return run_spec(
-            job, base, dataset, validation, output_dir, start_from=start_from, engine_address=self._engine_address
+            job,
+            base,
+            dataset,
+            validation,
+            output_dir,
+            start_from=start_from,
+            engine_address=self._engine_address,
+            engine_base=self._engine_base,
         )
 
     def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:

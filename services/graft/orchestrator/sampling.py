@@ -25,7 +25,7 @@ FORGET_SECONDS = 30.0
 
 
 async def check_engine(context: Context) -> None:
-    """Waits for the engine that rollouts are sampled from. Raises FailedPrecondition when it serves another base, and
+    """Waits for the engine that rollouts are sampled from. Raises FailedPrecondition when it serves other weights, and
     Unavailable when it stays away. Other methods do not need it until they have trained."""
     if context.job.spec.method is not Method.REINFORCEMENT:
         return
@@ -33,8 +33,8 @@ async def check_engine(context: Context) -> None:
     for replica in await context.patiently("The engine", lambda: _ready(context)):
         if (replica.base_model, replica.base_model_digest) != (base.id, base.digest):
             raise FailedPrecondition(
-                f"Reinforcement samples from the inference service, which serves {replica.base_model} "
-                f"({replica.base_model_digest}) and not {base.id} ({base.digest}). Train the base that is served.",
+                f"Reinforcement samples from the inference service, which serves {replica.base_model} with the weights "
+                f"{replica.base_model_digest}, and not {base.id} with {base.digest}. Train the base that is served.",
                 reason="BASE_MODEL_NOT_SERVED",
             )
 
@@ -58,14 +58,15 @@ async def forget_policies(context: Context, looks: int = 1) -> None:
 
 
 async def _unload(context: Context, prefix: str) -> None:
-    replicas = (await context.parts.engine.residency()).replicas
+    engine = context.parts.engine.of(context.job.spec.base_model)
+    replicas = (await engine.residency()).replicas
     held = [resident for replica in replicas for resident in replica.adapters if resident.model.startswith(prefix)]
     for digest in {resident.digest for resident in held}:
-        await context.parts.engine.unload(digest)
+        await engine.unload(digest)
 
 
 async def _ready(context: Context) -> list[engine_pb2.Replica]:
-    replicas = list((await context.parts.engine.residency()).replicas)
+    replicas = list((await context.parts.engine.of(context.job.spec.base_model).residency()).replicas)
     if not replicas or not all(replica.ready for replica in replicas):
         raise Unavailable("It is starting.", reason="ENGINE_STARTING")
     return replicas

@@ -15,6 +15,7 @@ from graft.domain.errors import FailedPrecondition
 from graft.domain.jobs import Method
 from graft.domain.resources import DatasetFormat
 from graft.grading.build import build_grader
+from graft.internal.engine_client import EngineClient
 from graft.training.batching import batches
 from graft.training.objectives.objective import Group, Objective
 from graft.training.objectives.preference import Preference, reference_log_probs
@@ -108,7 +109,8 @@ def _reinforced(
         )
     grader = build_grader(asked.grader)
     patience = Patience(tell if group.rank == 0 else _silent)
-    sampler = EngineSampler(spec.engine_address, spec.base_model, asked, patience)
+    client = EngineClient(spec.engine_address, spec.engine_base).of(spec.base_model)
+    sampler = EngineSampler(client, spec.base_model, asked, patience)
     policies = Policies(spec, model, sampler, group)
     return Reinforced(data.prompts, asked, spec.seed, sampler, policies, grader, patience, device)
 

@@ -115,12 +115,12 @@ class Patience:
 class EngineSampler:
     """The platform's inference service as a sampler."""
 
-    def __init__(self, address: str, base_model: str, asked: Reinforcement, patience: Patience) -> None:
-        """`asked`: every value concrete."""
+    def __init__(self, client: EngineClient, base_model: str, asked: Reinforcement, patience: Patience) -> None:
+        """`client` is that of `base_model`, and closed with this. `asked`: every value concrete."""
         self._base_model = base_model
         self._asked = asked
         self._patience = patience
-        self._client = EngineClient(address)
+        self._client = client
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="engine-sampler", daemon=True)
         self._thread.start()

@@ -81,6 +81,8 @@ class RunSpec:
     """What `from_adapter` names; None: the base."""
     engine_address: str = ""
     """The internal gRPC, where reinforcement samples."""
+    engine_base: str = ""
+    """The base model that the inference service starts with: by it the application of `base_model` is found."""
     project: str = ""
 
     @property
@@ -146,6 +148,7 @@ def run_spec(
     *,
     start_from: StartFrom | None = None,
     engine_address: str = "",
+    engine_base: str = "",
 ) -> RunSpec:
     """The specification of the job's current attempt, from its resolved hyperparameters."""
     value: dict[str, Any] = {item.name: item.value for item in job.resolved}
@@ -194,6 +197,7 @@ def run_spec(
         task_definition=asked.task_definition,
         start_from=start_from,
         engine_address=engine_address,
+        engine_base=engine_base,
         project=job.project,
     )
 
