@@ -1,5 +1,6 @@
 """What the orchestrator does for reinforcement around its run: the engine is there before, and empty after."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,12 @@ async def test_only_reinforcement_waits_for_the_engine_before_it_trains(tmp_path
         await it.create_job("ft-1", method=method)
         async with it.orchestrator():
             if method is Method.REINFORCEMENT:
-                while not any("The engine is not available yet" in event.message for event in await it.events("ft-1")):
-                    pass
+                for _ in range(2000):
+                    if any("The engine is not available yet" in event.message for event in await it.events("ft-1")):
+                        break
+                    await asyncio.sleep(0.01)
+                else:
+                    raise AssertionError("nobody was told that the job waits")
                 assert (await it.job("ft-1")).state is JobState.VALIDATING
                 it.engine.held.ready = True
             await it.until("ft-1", JobState.RUNNING)

@@ -1,8 +1,8 @@
 """Group-relative policy optimisation without an engine: what is learned, counted and published."""
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from graft.domain.jobs import Lora, Method, OverLengthPolicy, Reinforcement
 from graft.domain.resources import DatasetFormat
 from graft.grading.build import build_grader
 from graft.grading.items import Grade, GradeItem
+from graft.registry.digest import adapter_digest
 from graft.training.imports import AutoModelForCausalLM, AutoTokenizer, LoraConfig, get_peft_model
 from graft.training.loop import LoopSettings, StepReport, train
 from graft.training.lora import fuse
@@ -24,7 +25,7 @@ from graft.training.objectives.reinforcement import Reinforced, advantages, kl_e
 from graft.training.packing import PACKED
 from graft.training.policies import Policies
 from graft.training.rollouts import Patience
-from graft.training.spec import RunSpec
+from graft.training.spec import RunSpec, StartFrom
 from tests.support.sampling import LocalSampler
 from tests.support.tiny_llama import make_tiny_llama
 from tests.support.workers import together
@@ -210,26 +211,14 @@ def test_the_estimate_of_the_divergence_is_zero_at_the_reference_and_never_negat
     assert found.tolist() == pytest.approx([0.0, math.exp(-1), math.exp(0.5) - 1.5])
 
 
-async def test_patience_tells_once_that_it_waits_and_once_that_it_is_over() -> None:
-    told: list[str] = []
-    patience = Patience(lambda _, data: told.append(data["message"]))
-    await patience.ask("The engine", failing(2))
-    assert told == [
-        "The engine is not available: It is starting. Trying again for up to 600 s.",
-        "The engine is available.",
-    ]
-    impatient = Patience(silent, limit_seconds=0.0)
-    with pytest.raises(Unavailable, match=r"The engine has been unavailable for 0 s: It is starting\."):
-        await impatient.ask("The engine", failing(1))
-
-
-def failing(times: int) -> Callable[[], Any]:
-    left = [times]
-
-    async def ask() -> str:
-        if left[0]:
-            left[0] -= 1
-            raise Unavailable("It is starting.", reason="ENGINE_STARTING", retry_after_seconds=0.001)
-        return json.dumps({})
-
-    return ask
+def test_training_that_goes_on_from_a_version_samples_that_version_first(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    start = StartFrom("tiny:reviews@1", "default--tiny--reviews", 1, "sha256:r", "", "")
+    sampler = LocalSampler(model, tokenizer, 8, 4)
+    policies = Policies(replace(spec_of(tmp_path), start_from=start), model, sampler, ALONE)
+    first = policies.publish(0, ALONE)
+    assert first is not None
+    assert (first.model, first.path) == ("tiny:ft-1-step-0", str(tmp_path / "policy" / "step-0"))
+    assert sampler.loaded == [first]
+    assert adapter_digest(Path(first.path)) == first.digest

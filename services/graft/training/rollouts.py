@@ -176,7 +176,7 @@ class EngineSampler:
             public_model=public_model,
             request_id=f"rollout-{public_model}-{seed}",
         )
-        response = await self._patience.ask("The engine", lambda: self._client.generate(request, ANSWER_SECONDS))
+        response = await self._patience.ask("The engine", lambda: self._generate(request))
         answer = json.loads(response.body)
         if response.http_status != 200:
             raise FailedPrecondition(
@@ -184,6 +184,12 @@ class EngineSampler:
                 reason="SAMPLING_REFUSED",
             )
         return [_completion(choice) for choice in sorted(answer["choices"], key=lambda choice: int(choice["index"]))]
+
+    async def _generate(self, request: engine_pb2.GenerateRequest) -> engine_pb2.GenerateResponse:
+        response = await self._client.generate(request, ANSWER_SECONDS)
+        if response.http_status in (429, 503):
+            raise Unavailable("It is overloaded.", reason="ENGINE_OVERLOADED")
+        return response
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
