@@ -269,7 +269,9 @@ class FakeScorer:
         return engine_pb2.UnloadResponse()
 
     async def residency(self) -> engine_pb2.ResidencyResponse:
-        return engine_pb2.ResidencyResponse(replicas=[self.held])
+        told = engine_pb2.Replica(dtype=self.dtype)
+        told.MergeFrom(self.held)
+        return engine_pb2.ResidencyResponse(replicas=[told])
 
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float

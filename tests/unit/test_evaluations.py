@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ class Answering:
         assert base == BASE
         return self
 
+    async def residency(self) -> engine_pb2.ResidencyResponse:
+        return engine_pb2.ResidencyResponse(replicas=[engine_pb2.Replica(memory_bytes=1_500_000_000)])
+
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
     ) -> engine_pb2.GenerateResponse:
@@ -47,6 +51,31 @@ class Answering:
         chat = request.endpoint == engine_pb2.ENDPOINT_CHAT_COMPLETIONS
         choice = {"message": {"content": text}} if chat else {"text": f" {text}\n"}
         told = {"choices": [choice] * body.get("n", 1), "usage": {"completion_tokens": 2}}
+        return engine_pb2.GenerateResponse(http_status=200, body=json.dumps(told).encode())
+
+
+class Bytes:
+    """A token a byte, and an end of text."""
+
+    eos_token_id = 0
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        del add_special_tokens
+        return list(text.encode())
+
+
+class Scoring(Answering):
+    """An engine to which each letter is likelier than the next."""
+
+    async def generate(
+        self, request: engine_pb2.GenerateRequest, timeout_seconds: float
+    ) -> engine_pb2.GenerateResponse:
+        del timeout_seconds
+        body = json.loads(request.body)
+        self.bodies.append((request.public_model, body))
+        scores: list[Any] = [None]
+        scores += [{str(token): {"logprob": float(ord("a") - token if token else 0)}} for token in body["prompt"][1:]]
+        told = {"choices": [{"text": "x", "prompt_logprobs": scores}]}
         return engine_pb2.GenerateResponse(http_status=200, body=json.dumps(told).encode())
 
 
@@ -105,6 +134,7 @@ async def test_contestants_are_measured_compared_reported_and_logged(tmp_path: P
         assert found.answered_requests == found.total_requests == 120
         assert adapter.latency_p50_seconds > 0
         assert adapter.tokens_per_second > 0
+        assert adapter.memory_bytes == 1_500_000_000
         assert f"{ADAPTER}" in found.verdicts[0]
         assert "beats" in found.verdicts[0]
 
@@ -151,6 +181,33 @@ async def test_samples_of_graded_prompts_are_judged_by_the_grader(tmp_path: Path
         assert (result.figures[0].metric, result.figures[0].value, result.figures[0].n) == ("pass_at_1", 0.5, 8)
         body = engine.bodies[0][1]
         assert (body["n"], body["temperature"]) == (3, 0.8)
+
+
+async def test_texts_and_pairs_are_scored_token_by_token_over_the_whole_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.orchestrator.evaluations.load_tokenizer", lambda _path: Bytes())
+    async with world(tmp_path, GRAFT_SERVING_CONTEXT_TOKENS="12") as it:
+        texts = [{"text": "abcdefghijklmnopqrstuvwxyz"}, {"text": "b"}]
+        await stored(it, tmp_path, "ds-h", texts, DatasetFormat.TEXT)
+        engine = Scoring()
+        found = await evaluated(it, engine, EvaluationSpec("ds-h", (Contestant(BASE),)))
+        assert found.state is EvaluationState.SUCCEEDED, found.error
+        perplexity, bits = found.results[0].figures
+        # Each token costs a nat for each step of its letter from `a`, whatever window it lies in.
+        nats = sum(range(26)) + 1
+        assert perplexity.value == pytest.approx(math.exp(nats / 27))
+        assert bits.value == pytest.approx(nats / 27 / math.log(2))
+        prompts = [body["prompt"] for _, body in engine.bodies]
+        assert sorted(map(len, prompts)) == [2, 7, 11, 11]
+        assert all(prompt[0] == Bytes.eos_token_id or chr(prompt[0]) in "jt" for prompt in prompts)
+
+    async with world(tmp_path / "pairs") as it:
+        pairs = [{"prompt": "p", "chosen": "a", "rejected": "z"}, {"prompt": "p", "chosen": "zz", "rejected": "b"}]
+        await stored(it, tmp_path, "ds-h", pairs, DatasetFormat.PREFERENCE)
+        found = await evaluated(it, Scoring(), EvaluationSpec("ds-h", (Contestant(BASE),)))
+        assert found.state is EvaluationState.SUCCEEDED, found.error
+        assert (found.results[0].figures[0].metric, found.results[0].figures[0].value) == ("win_rate", 0.5)
 
 
 async def test_a_refused_question_fails_the_evaluation_with_the_reason(tmp_path: Path) -> None:

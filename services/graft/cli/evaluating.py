@@ -201,7 +201,16 @@ def comparison_of(evaluation: "Evaluation") -> "Comparison":
     results, candidates = [], []
     for found in evaluation.results:
         tuned = ":" in found.model
-        candidates.append(Candidate(found.label, found.model, tuned, found.parameter_count, found.size_bytes))
+        candidates.append(
+            Candidate(
+                found.label,
+                found.model,
+                tuned,
+                found.parameter_count,
+                found.size_bytes,
+                found.memory_bytes or None,
+            )
+        )
         width = len(found.confusion.labels) + 1
         counts = list(found.confusion.counts)
         matrix = Confusion(

@@ -39,6 +39,8 @@ class Subject:
     tuned: bool
     parameters: int
     size_bytes: int
+    memory_bytes: int | None = None
+    """Of the engine that answered, with all its adapters."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Measured:
     passed: Sequence[int]
     """Samples of each question that its grader passed; empty where nothing is graded."""
     elapsed_seconds: float
-    """That asking took; 0 when all answers were there already."""
+    """That asking took; 0 where some answers were there already, so that it tells nothing of speed."""
 
 
 def compare(
@@ -80,7 +82,7 @@ def compare(
     return Comparison(
         title=title,
         candidates=tuple(
-            Candidate(one.label, one.model, one.tuned, one.parameters, one.size_bytes)
+            Candidate(one.label, one.model, one.tuned, one.parameters, one.size_bytes, one.memory_bytes)
             for one in (each.subject for each in measured)
         ),
         tasks=(task,),
@@ -120,6 +122,7 @@ def results_of(
             tokens_per_second=speed.tokens_per_second or 0.0,
             parameter_count=each.subject.parameters,
             size_bytes=each.subject.size_bytes,
+            memory_bytes=each.subject.memory_bytes or 0,
             confusion=_confusion(task, each.subject.label),
         )
         for contestant, each in zip(contestants, measured, strict=True)

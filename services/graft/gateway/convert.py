@@ -164,6 +164,7 @@ def replicas(found: Iterable[engine_pb2.Replica]) -> list[adapter_pb2.ReplicaRes
             ],
             ready=replica.ready,
             engine_restarts=replica.engine_restarts,
+            memory_bytes=replica.memory_bytes,
         )
         for replica in found
     ]

@@ -77,6 +77,7 @@ def _result(found: ContestantResult) -> evaluation_pb2.ContestantResult:
         tokens_per_second=found.tokens_per_second,
         parameter_count=found.parameter_count,
         size_bytes=found.size_bytes,
+        memory_bytes=found.memory_bytes,
         confusion=evaluation_pb2.ConfusionMatrix(labels=found.confusion.labels, counts=found.confusion.counts)
         if found.confusion
         else None,

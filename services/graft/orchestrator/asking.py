@@ -116,18 +116,35 @@ async def ask_all(
 
 async def _answer(engine: Engine, asked: Asked, questions: Questions, row: int) -> Answer:
     item: Question = questions.items[row]
+    return await (
+        _generated(engine, asked, questions, row, item)
+        if isinstance(item, Ask | Grade)
+        else _scored(engine, asked, row, item)
+    )
+
+
+async def _generated(engine: Engine, asked: Asked, questions: Questions, row: int, item: Ask | Grade) -> Answer:
     started = time.monotonic()
-    if isinstance(item, Ask | Grade):
-        prompt = with_shots(item.prompt, asked.shots)
-        tools = item.tools if isinstance(item, Ask) else ()
-        told = await _generate(engine, asked, _body(asked, questions, prompt, tools, row), isinstance(prompt, str))
-        texts = tuple(_text(choice) for choice in told["choices"])
-        tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
-        return Answer(row, texts, generated_tokens=tokens, seconds=time.monotonic() - started)
+    prompt = with_shots(item.prompt, asked.shots)
+    tools = item.tools if isinstance(item, Ask) else ()
+    told = await _generate(engine, asked, _body(asked, questions, prompt, tools, row), isinstance(prompt, str))
+    texts = tuple(_text(choice) for choice in told["choices"])
+    tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
+    return Answer(row, texts, generated_tokens=tokens, seconds=time.monotonic() - started)
+
+
+async def _scored(engine: Engine, asked: Asked, row: int, item: Rank | Predict) -> Answer:
+    started = time.monotonic()
     assert asked.tokenizer is not None
-    pairs = _to_score(asked.tokenizer, asked.context_tokens, item)
-    nats = [await _score(engine, asked, before, scored) for before, scored in pairs]
-    return Answer(row, (), tuple(nats), len(pairs[0][1]), 0, time.monotonic() - started)
+    if isinstance(item, Predict):
+        texts = [_windows(asked.tokenizer, asked.context_tokens, item)]
+    else:
+        texts = [[pair] for pair in _answers(asked.tokenizer, asked.context_tokens, item)]
+    nats: list[float] = []
+    for windows in texts:
+        nats.append(sum([await _score(engine, asked, before, scored) for before, scored in windows]))
+    tokens = sum(len(scored) for _, scored in texts[0])
+    return Answer(row, (), tuple(nats), tokens, 0, time.monotonic() - started)
 
 
 def _body(asked: Asked, questions: Questions, prompt: Prompt, tools: Sequence[Tool], row: int) -> dict[str, Any]:
@@ -155,20 +172,29 @@ def _text(choice: Mapping[str, Any]) -> str:
     return str(text or "").strip()
 
 
-def _to_score(tokenizer: Tokenizer, context_tokens: int, item: Rank | Predict) -> list[tuple[list[int], list[int]]]:
-    """Prompt and scored token ids of each text, cut to the context at the prompt's start, or at a text's end."""
-    most = context_tokens - 1  # one token is always generated
-    if isinstance(item, Predict):
-        plain = tokenizer.encode(item.text, add_special_tokens=False)
-        whole = tokenizer.encode(item.text, add_special_tokens=True)
-        # The first token is predicted from nothing unless the tokenizer begins every text with one of its own.
-        start = max(1, len(whole) - len(plain))
-        if len(whole) < start + 1:
-            raise InvalidArgument(f"The text {item.text[:40]!r} has no token to predict.", reason="NOTHING_TO_ASK")
-        return [(whole[:start], whole[start:most])]
+def _windows(tokenizer: Tokenizer, context_tokens: int, item: Predict) -> list[tuple[list[int], list[int]]]:
+    """A text's token ids in pieces that fit the context, each with what comes before it: every token is scored once.
+
+    The first token is predicted from the tokenizer's own beginning of a text or, where it has none, from the end of
+    another, as `lm-eval` does (EleutherAI, rolling log-likelihood with one token of context).
+    """
+    plain = tokenizer.encode(item.text, add_special_tokens=False)
+    whole = tokenizer.encode(item.text, add_special_tokens=True)
+    start = whole[: len(whole) - len(plain)] or [token for token in [tokenizer.eos_token_id] if token is not None]
+    if not start:  # then nothing can predict the first token
+        start, plain = plain[:1], plain[1:]
+    if not plain:
+        raise InvalidArgument(f"The text {item.text[:40]!r} has no token to predict.", reason="NOTHING_TO_ASK")
+    most = context_tokens - 1 - len(start)  # one token is always generated
+    pieces = [plain[at : at + most] for at in range(0, len(plain), most)]
+    return [(start if at == 0 else pieces[at - 1][-1:], piece) for at, piece in enumerate(pieces)]
+
+
+def _answers(tokenizer: Tokenizer, context_tokens: int, item: Rank) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer of both, cut to the context at the prompt's start, alike for both."""
     before = prompt_ids(item.prompt, tokenizer, item.tools)
     scored = [_completion_ids(tokenizer, item, answer, before) for answer in (item.chosen, item.rejected)]
-    kept = most - max(map(len, scored))
+    kept = context_tokens - 1 - max(map(len, scored))
     if kept < 1:
         raise InvalidArgument("An answer of a pair is longer than the engine's context.", reason="OVER_LENGTH_EXAMPLES")
     return [(before[-kept:], answer) for answer in scored]

@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -143,9 +143,11 @@ class _Work:
         self.total = len(questions.items) * len(asked)
         measured = []
         for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True):
+            resumed = bool(kept.found)
             seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
             passed = await call(self._grade, questions, kept)
-            measured.append(Measured(await self._subject(contestant), _in_order(kept, questions), passed, seconds))
+            subject = replace(await self._subject(contestant), memory_bytes=await self._memory_bytes(one.base.id))
+            measured.append(Measured(subject, _in_order(kept, questions), passed, 0.0 if resumed else seconds))
         metrics = spec.metrics or questions.metrics
         comparison = await call(
             compare,
@@ -169,6 +171,11 @@ class _Work:
             mlflow_run_id=run_id,
         )
         log.info("evaluation_ended", evaluation=self.evaluation.id, state="SUCCEEDED")
+
+    async def _memory_bytes(self, base: str) -> int | None:
+        """Of the base's largest replica."""
+        held = await self.parts.engine.of(base).residency()
+        return max((replica.memory_bytes for replica in held.replicas), default=0) or None
 
     def _count(self) -> None:
         self.answered += 1

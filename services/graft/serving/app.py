@@ -23,6 +23,7 @@ from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, RETRY_SECONDS, STARTING
 from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2
+from graft.process_memory import tree_bytes
 from graft.serving.applications import Applications
 from graft.serving.keeper import Keeper
 from graft.serving.processes import prepare_environment, start_fork_server
@@ -38,6 +39,9 @@ MAX_ONGOING_REQUESTS = 1024
 """vLLM queues what it cannot batch, in order; Serve's default of 5 would starve its batches."""
 MAX_QUEUED_REQUESTS = 1024
 """Beyond it Serve answers RESOURCE_EXHAUSTED: refused by limit, not by memory."""
+
+WEIGH_SECONDS = 10.0
+"""Residency is asked by probes every few seconds; to sum a process tree's memory takes tens of milliseconds."""
 
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 """Serve's own logs: a line a call is the gateway's to write, with the request's id and who asked."""
@@ -76,6 +80,8 @@ class EngineReplica:
         )
         """Those beside this one, which the first application answers for."""
         self._warming: asyncio.Task[None] | None = None
+        self._weighed = float("-inf")
+        self._held_bytes = 0
 
     async def _build(self) -> "Engine":
         engine = await asyncio.to_thread(self._build_blocking)
@@ -196,7 +202,15 @@ class EngineReplica:
 
     async def held_here(self) -> bytes:
         """`Residency` on this replica."""
-        return engine_pb2.ResidencyResponse(replicas=[self._state()]).SerializeToString()
+        state = self._state()
+        state.memory_bytes = await self._memory_bytes()
+        return engine_pb2.ResidencyResponse(replicas=[state]).SerializeToString()
+
+    async def _memory_bytes(self) -> int:
+        if time.monotonic() - self._weighed >= WEIGH_SECONDS:
+            self._weighed = time.monotonic()
+            self._held_bytes = await asyncio.to_thread(tree_bytes, os.getpid())
+        return self._held_bytes
 
     async def check_health(self) -> None:
         """Serve replaces the replica when the keeper itself has ended, which is a defect."""
