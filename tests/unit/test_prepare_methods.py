@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from graft.data.prepare import Example, Prepared, prepare
+from graft.data.rendering import prompt_ids
 from graft.data.split import Split
+from graft.data.tasks.catalog import builtin
+from graft.data.tasks.rows import to_prompt
 from graft.domain.errors import InvalidArgument
 from graft.domain.jobs import Hyperparameters, Job, JobSpec, JobState, LossOn, Method, OverLengthPolicy, Reinforcement
 from graft.domain.resources import Dataset, DatasetFormat
@@ -228,3 +231,14 @@ def test_a_prompt_leaves_room_for_its_answer_in_the_engines_context(tmp_path: Pa
     assert (planned.context_tokens, planned.prompt_tokens) == (64, 40)
     assert (planned.engine_address, planned.engine_base) == ("127.0.0.1:9000", "tiny")
     assert (planned.reinforcement.group_size, planned.reinforcement.temperature) == (8, 1.0)
+
+
+def test_fields_become_the_prompt_that_their_task_makes_and_stay_what_the_grader_judges_by(
+    read: Any, tokenizer: Any
+) -> None:
+    task = builtin("sentiment")
+    row = {"review": "a fine film", "label": "positive"}
+    options = {"method": Method.REINFORCEMENT, "task": task, "policy": OverLengthPolicy.TRUNCATE}
+    (prompt,) = read([row], DatasetFormat.FIELDS, **options).prompts
+    assert list(prompt.token_ids) == prompt_ids(to_prompt(task, row), tokenizer)[-CONTEXT_TOKENS:]
+    assert dict(prompt.row) == row
