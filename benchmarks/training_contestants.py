@@ -16,12 +16,12 @@ import torch
 
 from benchmarks.common import Round
 from graft.data.prepare import Example, prepare
-from graft.domain.jobs import OverLengthPolicy
+from graft.domain.jobs import Lora, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
 from graft.registry.base_models import LINEAR
 from graft.training import worker
 from graft.training.batching import batches
-from graft.training.loop import Group
+from graft.training.objectives.objective import Group
 from graft.training.spec import Clock, RunSpec
 
 Play = Callable[[Round], Round]
@@ -99,10 +99,7 @@ def run_spec(base: Path, data: Path, output: Path, steps: int) -> RunSpec:
         num_workers=1,
         checkpoint_steps=10**9,  # none
         over_length_policy=OverLengthPolicy.FAIL,
-        lora_rank=RANK,
-        lora_alpha=2.0 * RANK,
-        lora_dropout=0.0,
-        lora_target_modules=LINEAR,
+        lora=Lora(RANK, 2.0 * RANK, 0.0, LINEAR),
     )
 
 
@@ -177,7 +174,10 @@ def rows(examples: tuple[Example, ...], steps: int) -> list[dict[str, list[int]]
     """The examples of so many steps, in the order in which Graft's loop takes them."""
     order = [index for batch in batches(len(examples), BATCH_SIZE, steps, SEED) for index in batch]
     return [
-        {"input_ids": examples[index].token_ids, "completion_mask": [int(item) for item in examples[index].loss_mask]}
+        {
+            "input_ids": list(examples[index].token_ids),
+            "completion_mask": [int(item) for item in examples[index].loss_mask],
+        }
         for index in order
     ]
 

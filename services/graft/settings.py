@@ -113,6 +113,13 @@ class OrchestratorSettings(_Section):
     """An alias moved in MLflow is honoured within five seconds."""
 
 
+class TrainingSettings(_Section):
+    """What training nodes can do."""
+
+    quantized_base: bool = False
+    """Every training node has a GPU and bitsandbytes: QLoRA is accepted."""
+
+
 class RaySettings(_Section):
     """The local Ray head."""
 
@@ -134,6 +141,7 @@ class Settings(_Section):
     serving: ServingSettings = ServingSettings()
     registry: RegistrySettings = RegistrySettings()
     orchestrator: OrchestratorSettings = OrchestratorSettings()
+    training: TrainingSettings = TrainingSettings()
     ray: RaySettings = RaySettings()
 
     @property
@@ -156,6 +164,10 @@ class Settings(_Section):
     def orchestrator_pid_file(self) -> Path:
         """Holds the orchestrator's pid while it works on jobs."""
         return self.home.path / "run" / "orchestrator.pid"
+
+    def evaluation_dir(self, project: str, evaluation_id: str) -> Path:
+        """Where an evaluation keeps its answers and its report."""
+        return self.home.path / "evaluations" / project / evaluation_id
 
     @property
     def engine_address(self) -> str:

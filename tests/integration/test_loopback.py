@@ -22,7 +22,7 @@ from pathlib import Path
 from contextlib import suppress
 from dataclasses import replace
 import ray
-from graft.domain.jobs import OverLengthPolicy
+from graft.domain.jobs import Lora, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
 from graft.settings import load
 from graft.training.run import RayRuns
@@ -35,8 +35,8 @@ spec = RunSpec(
     base_model_digest="sha256:b", dataset_path=str(data), dataset_format=DatasetFormat.PROMPT_COMPLETION,
     validation_path=None, validation_format=None, output_dir=str(folder / "runs"), total_steps=1_000_000,
     batch_size=8, learning_rate=1e-3, warmup_ratio=0.0, weight_decay=0.0, max_grad_norm=1.0, context_tokens=64,
-    seed=0, num_workers=2, checkpoint_steps=1_000_000, over_length_policy=OverLengthPolicy.DROP, lora_rank=4,
-    lora_alpha=8.0, lora_dropout=0.0, lora_target_modules=("q_proj",),
+    seed=0, num_workers=2, checkpoint_steps=1_000_000, over_length_policy=OverLengthPolicy.DROP,
+    lora=Lora(4, 8.0, 0.0, ("q_proj",)),
 )
 ray.init(address=settings.ray_address, namespace="graft", log_to_driver=False)
 runs = RayRuns()

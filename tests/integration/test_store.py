@@ -10,10 +10,11 @@ from sqlalchemy import event, text
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
 from graft.domain.jobs import JobError, JobSpec, JobState
+from graft.domain.reports import DatasetReport, FoundRows, LabelCount, LengthBin, TrainingEstimate
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
 from graft.store.database import Database
 from graft.store.mirror import MirrorStore
-from graft.store.protocol import AliasWish, Store
+from graft.store.protocol import AliasWish, DatasetCheck, Store
 from graft.store.sql import SqlStore, open_store
 
 pytestmark = pytest.mark.integration
@@ -208,6 +209,41 @@ async def test_a_model_is_resolved_by_one_statement(store: SqlStore, url: str) -
         assert found == versions[number - 1]
         assert len(statements) == number
     await database.close()
+
+
+async def test_a_data_set_is_checked_once_and_again_after_a_failure(store: SqlStore) -> None:
+    asked = DatasetCheck("dc-1", "default", "ds-1", "base", None, 100, 1.0)
+    assert await store.request_dataset_check(asked) == asked
+    assert await store.request_dataset_check(asked) == asked
+    assert await store.pending_dataset_checks() == (asked,)
+    error = JobError("NOT_FOUND", "DATASET_FILE_MISSING", "gone")
+    await store.finish_dataset_check("dc-1", None, error)
+    assert (await store.get_dataset_check("dc-1")).error == error
+    assert await store.request_dataset_check(asked) == asked
+    report = DatasetReport(
+        format="text",
+        row_count=2**40,
+        size_bytes=1,
+        base_model="base",
+        length_unit="tokens",
+        ignored_fields=("label",),
+        shortest=1,
+        median=2,
+        longest=3,
+        histogram=(LengthBin(0, 1, 2),),
+        duplicates=FoundRows(1, (2,)),
+        empty=FoundRows(0),
+        conflicting=FoundRows(0),
+        labels=(LabelCount("é", 2),),
+        leaked=FoundRows(1, (1,)),
+        estimate=TrainingEstimate(10, 1.0, 5.0, 2.0, "a guess"),
+        notes=("told",),
+    )
+    await store.finish_dataset_check("dc-1", report, None)
+    assert await store.pending_dataset_checks() == ()
+    assert (await store.request_dataset_check(asked)).report == report
+    with pytest.raises(NotFound):
+        await store.get_dataset_check("dc-2")
 
 
 async def test_an_alias_wish_waits_until_it_is_carried_out(store: SqlStore) -> None:

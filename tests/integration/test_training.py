@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import Aborted
-from graft.domain.jobs import OverLengthPolicy
+from graft.domain.jobs import Lora, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
 from graft.training.run import RayRuns
 from graft.training.spec import ENDS, Report, RunSpec
@@ -66,10 +66,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
         num_workers=1,
         checkpoint_steps=5,
         over_length_policy=OverLengthPolicy.DROP,
-        lora_rank=4,
-        lora_alpha=8.0,
-        lora_dropout=0.0,
-        lora_target_modules=("q_proj", "v_proj", "down_proj"),
+        lora=Lora(4, 8.0, 0.0, ("q_proj", "v_proj", "down_proj")),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from graft.data.prepare import Example
 from graft.training import loop
 from graft.training.batching import batches
+from graft.training.objectives.supervised import Supervised
 from graft.training.packing import PACKED
 from tests.support.tiny_llama import make_tiny_llama
 
@@ -85,7 +86,7 @@ def test_the_loss_curve_is_that_of_trl_within_one_percent(tmp_path: Path) -> Non
     examples = _learnable(32)
 
     losses: list[float] = []
-    loop.train(ours, examples, SETTINGS, lambda report: losses.append(report.loss))
+    loop.train(ours, Supervised(examples), SETTINGS, lambda report: losses.append(report.loss))
     reference = _trl_losses(theirs, tmp_path / "trl", examples, AutoTokenizer.from_pretrained(folder))
 
     assert len(reference) == SETTINGS.total_steps

@@ -2,7 +2,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from graft.evaluation.charts import PERCENT, PLAIN, axis, loss_chart
@@ -11,6 +11,7 @@ VALUES = st.floats(-1e6, 1e6)
 
 
 @given(VALUES, VALUES, st.integers(3, 10))
+@example(-1_000_000.0, -999_999.0, 3)
 def test_an_axis_holds_its_range_and_ends_on_ticks(one: float, other: float, at_most: int) -> None:
     low, high = sorted((one, other))
     assume(high - low > 1e-6)

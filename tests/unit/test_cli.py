@@ -41,7 +41,7 @@ async def test_a_data_set_is_uploaded_listed_shown_and_deleted(tmp_path: Path) -
         upload = await ran(it, "datasets", "upload", file)
         assert upload.code == 0
         dataset = upload.out.split()[0]
-        assert upload.out == f"{dataset}  2 rows, {len(ROWS)} bytes\n"
+        assert upload.out == f"{dataset}  prompt_completion, 2 rows, {len(ROWS)} bytes\n"
         named = (await ran(it, "datasets", "upload", file, "--name", "films", "--json")).json
         assert (named["display_name"], named["row_count"]) == ("films", "2")
 
@@ -52,7 +52,7 @@ async def test_a_data_set_is_uploaded_listed_shown_and_deleted(tmp_path: Path) -
             ran(it, "datasets", "get", dataset, "--json"),
         )
         # A file name in brackets is no markup.
-        assert f"{dataset}  films [1].jsonl  2" in listed.out
+        assert f"{dataset}  films [1].jsonl  prompt_completion  2" in listed.out
         assert len(as_json.json) == 2
         assert "prompt_completion" in shown.out
         assert shown_json.json["digest"].startswith("sha256:")
@@ -87,6 +87,40 @@ async def test_files_that_are_no_data_sets_are_refused_in_a_sentence(tmp_path: P
     assert bad_json.error["violations"][0]["field"].startswith("line 1")
     for refused in (absent, folder, empty, bad):
         assert "Traceback" not in refused.err
+
+
+async def test_an_upload_says_what_it_recognised_and_takes_a_declared_format(tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("text,label\ngood,1\nbad,0\n")
+    async with gateway(tmp_path) as it:
+        ambiguous, fields, wrong = await asyncio.gather(
+            ran(it, "datasets", "upload", file),
+            ran(it, "datasets", "upload", file, "--format", "fields"),
+            ran(it, "datasets", "upload", file, "--format", "xml"),
+        )
+    assert (ambiguous.code, fields.code, wrong.code) == (2, 0, 2)
+    assert "text (would ignore `label`) or fields (would ignore nothing)" in ambiguous.err
+    assert fields.out.split("  ")[1] == "fields, 2 rows, 24 bytes\n"
+    assert "question_answer" in wrong.err
+
+
+async def test_an_upload_comes_from_any_file_system_of_fsspec(tmp_path: Path) -> None:
+    import fsspec
+
+    with fsspec.open("memory://folder/rows.jsonl", "wb") as file:
+        file.write(ROWS)
+    async with gateway(tmp_path) as it:
+        uploaded = await ran(it, "datasets", "upload", "memory://folder/rows.jsonl", "--json")
+        assert (uploaded.json["display_name"], uploaded.json["row_count"]) == ("rows.jsonl", "2")
+        absent, unknown, without = await asyncio.gather(
+            ran(it, "datasets", "upload", "memory://folder/absent.jsonl"),
+            ran(it, "datasets", "upload", "nothing://rows.jsonl"),
+            ran(it, "datasets", "upload", "dropbox://rows.jsonl"),
+        )
+    assert [each.code for each in (absent, unknown, without)] == [2, 2, 2]
+    assert "memory://folder/absent.jsonl cannot be read" in absent.err
+    assert "nothing" in unknown.err
+    assert "Install" in without.err or "install" in without.err
 
 
 async def test_adapters_are_listed_shown_and_placed(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ async def test_create_follows_the_job_to_its_end_in_a_log(tmp_path: Path) -> Non
     assert (lora.rank, lora.alpha, lora.target_modules) == (4, 16.0, ("q_proj", "v_proj"))
     assert followed.code == 0
     lines = followed.out.splitlines()
-    assert lines[0] == f"Job {job.id} is created."
+    assert lines[0] == f"Job {job.id} is created: supervised, LoRA, served as an adapter."
     states = list(dict.fromkeys(line.split()[1] for line in lines[1:-1]))
     assert states == ["validating", *(state.lower() for state in (*TO_RUNNING, *TO_THE_END))]
     assert any(line.endswith("One example was too long.") for line in lines)

@@ -118,6 +118,39 @@ async def test_wrong_arguments_are_refused_before_anything_is_sent(tmp_path: Pat
             await graft.set_alias("base:reviews", "candidate", 2**40)
 
 
+async def test_a_file_that_ends_badly_while_it_is_sent_is_told_as_that_and_nothing_is_stored(tmp_path: Path) -> None:
+    import fsspec
+    from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+    class Broken(MemoryFile):
+        def read(self, *size: int) -> bytes:
+            if self.tell() >= 300_000:
+                raise OSError("the link is down")
+            return super().read(*size)  # type: ignore[no-any-return]
+
+    class BrokenFileSystem(MemoryFileSystem):
+        protocol = "broken"
+        cachable = False
+
+        def _open(self, *_: object, **__: object) -> MemoryFile:
+            return Broken(self, "rows", gateways.ROWS * 10_000)
+
+    fsspec.register_implementation("broken", BrokenFileSystem, clobber=True)
+    async with gateways.gateway(tmp_path) as running:
+        async with AsyncGraft(Connection(address=_address(running))) as graft:
+            with pytest.raises(InvalidArgument, match=r"broken://rows cannot be read: the link is down\."):
+                await graft.upload_dataset("broken://rows")
+            assert await graft.datasets() == []
+
+        def blocking() -> None:
+            with Graft(Connection(address=_address(running))) as other:
+                other.upload_dataset("broken://rows")
+
+        with pytest.raises(InvalidArgument, match="the link is down"):
+            await asyncio.to_thread(blocking)
+        await gateways.eventually(lambda: not list(running.settings.home.path.glob("datasets/*/*")))
+
+
 async def test_no_gateway_is_told_with_the_address_and_the_fix() -> None:
     address = f"127.0.0.1:{free_port()}"
     async with AsyncGraft(Connection(address=address)) as graft:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.data.formats import MAX_LINE_BYTES, FileReport, JsonlValidator, read_rows, validate_file
+from graft.data.formats import FileReport, FileValidator, validate_file
+from graft.data.reading import MAX_ROW_BYTES, read_rows
 from graft.domain.errors import InvalidArgument
 from graft.domain.resources import DatasetFormat
 
@@ -16,7 +17,7 @@ PAIR = {"prompt": "p", "completion": "c"}
 
 
 def _validate(content: bytes, chunk_bytes: int = 7) -> FileReport:
-    validator = JsonlValidator()
+    validator = FileValidator()
     for start in range(0, len(content), chunk_bytes):
         validator.feed(content[start : start + chunk_bytes])
     return validator.finish()
@@ -52,7 +53,7 @@ def test_the_size_is_the_files_whatever_the_chunks(start: bytes, chunk_bytes: in
     [
         ("{", "line 1", "not JSON"),
         ("[]", "line 1", "not a JSON object"),
-        ('{"text": "x"}', "line 1", "its keys: text"),
+        ('{"page": "x"}', "line 1", "its keys: page"),
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', "line 1: prompt", "twice"),
         ({"prompt": "a"}, "line 1: completion", "missing"),
         ({"prompt": 1, "completion": "c"}, "line 1: prompt", "not a string"),
@@ -104,10 +105,10 @@ def test_an_empty_file_is_refused(content: bytes) -> None:
 
 
 def test_an_endless_line_is_one_bad_line_in_bounded_memory() -> None:
-    validator = JsonlValidator()
+    validator = FileValidator()
     for _ in range(8):
-        validator.feed(b"x" * MAX_LINE_BYTES)
-        assert len(validator._rest) <= MAX_LINE_BYTES
+        validator.feed(b"{" * MAX_ROW_BYTES)
+        assert len(validator._jsonl._rest) <= MAX_ROW_BYTES
     validator.feed(b"\n" + json.dumps(PAIR).encode() + b"\n")
     with pytest.raises(InvalidArgument) as caught:
         validator.finish()

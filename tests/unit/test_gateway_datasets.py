@@ -12,7 +12,8 @@ import pytest
 from graft.api.v1 import dataset_pb2, dataset_service_pb2
 from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
 from graft.domain.errors import InvalidArgument, NotFound, ResourceExhausted
-from graft.gateway import uploads
+from graft.domain.resources import DatasetFormat
+from graft.gateway import convert, uploads
 from tests.support.gateways import ROWS, Gateway, gateway, refused
 
 Request = dataset_service_pb2.UploadDatasetRequest
@@ -135,3 +136,48 @@ async def test_a_parent_that_is_no_project_is_refused_by_its_form(tmp_path: Path
             assert isinstance(error, InvalidArgument)
             assert error.violations[0].field == "header.parent"
         assert files(it) == []
+
+
+CSV = b"text,label\ngood,1\nbad,0\n"
+
+
+async def test_a_csv_file_is_stored_as_it_came_and_a_declared_format_settles_what_it_is(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        stub = DatasetServiceStub(it.channel)
+        error = await refused(stub.UploadDataset(pieces(CSV)))
+        assert (error.reason, error.metadata["candidates"]) == ("AMBIGUOUS_DATASET", "text, fields")
+        assert files(it) == []
+        made = await stub.UploadDataset(pieces(CSV, format=dataset_pb2.DATASET_FORMAT_FIELDS))
+        assert (made.format, made.row_count) == (dataset_pb2.DATASET_FORMAT_FIELDS, 2)
+        assert made.digest == f"sha256:{hashlib.sha256(CSV).hexdigest()}"
+        (path,) = files(it)
+        assert (path.suffix, path.read_bytes()) == (".csv", CSV)
+        dataset_id = made.name.rsplit("/", 1)[1]
+        assert await it.core.dataset_path("default", dataset_id) == path
+        await stub.DeleteDataset(dataset_service_pb2.DeleteDatasetRequest(name=made.name))
+        assert files(it) == []
+        error = await refused(stub.UploadDataset(pieces(CSV, format=99)))
+        assert (error.reason, error.violations[0].field) == ("INVALID_FORMAT", "header.format")
+
+
+async def test_a_parquet_file_is_validated_before_it_is_stored(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    def content(*texts: str) -> bytes:
+        parquet.write_table(pa.table({"text": list(texts)}), tmp_path / "rows")
+        return (tmp_path / "rows").read_bytes()
+
+    async with gateway(tmp_path) as it:
+        stub = DatasetServiceStub(it.channel)
+        error = await refused(stub.UploadDataset(pieces(content("a", " "))))
+        assert (error.reason, error.violations[0].field) == ("BAD_DATASET", "row 2: text")
+        assert files(it) == []
+        made = await stub.UploadDataset(pieces(content("a", "b")))
+        assert (made.format, made.row_count) == (dataset_pb2.DATASET_FORMAT_TEXT, 2)
+        assert [path.suffix for path in files(it)] == [".parquet"]
+
+
+def test_every_format_has_a_number_and_every_number_a_format() -> None:
+    told = {convert.declared_format(number) for number in dataset_pb2.DatasetFormat.values()}
+    assert told == {None, *DatasetFormat}

@@ -192,3 +192,20 @@ async def test_a_file_that_a_live_job_uses_cannot_be_deleted(tmp_path: Path) -> 
         # Without this the client would try again for nothing.
         assert caught.value.response.headers["x-should-retry"] == "false"
         assert len(kept(it)) == 1
+
+
+async def test_a_format_is_declared_before_or_after_the_file(tmp_path: Path) -> None:
+    file, purpose = ('name="file"; filename="rows.csv"', b"text,label\ngood,1\n"), ('name="purpose"', b"fine-tune")
+    declared = ('name="format"', b"text")
+    async with http_gateway(tmp_path) as it:
+        refused = await it.raw.post("/v1/files", **form(purpose, file))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "ambiguous_dataset")
+        for parts in ((declared, purpose, file), (file, purpose, declared)):
+            made = await it.raw.post("/v1/files", **form(*parts))
+            assert made.json()["graft"]["format"] == "text", made.text
+        wrong = await it.raw.post("/v1/files", **form(purpose, ('name="format"', b"xml"), file))
+        assert wrong.json()["error"]["param"] == "format"
+        by_client = await uploaded(it, b"text,label\ngood,1\n", extra_body={"format": "fields"})
+        assert by_client.model_extra is not None
+        assert by_client.model_extra["graft"]["format"] == "fields"
+        assert len(kept(it)) == 3

@@ -13,6 +13,8 @@ from graft.domain.errors import FailedPrecondition
 from graft.training import loop
 from graft.training.batching import microbatches, pack
 from graft.training.lora import fuse
+from graft.training.objectives.objective import Group
+from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED, check_packing, token_losses
 from tests.support.tiny_llama import make_tiny_llama
 
@@ -147,11 +149,11 @@ def test_the_loss_falls_and_only_the_adapter_changes(base: Any) -> None:
     model = _lora(base)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     examples = _examples(5)
-    before = loop.mean_loss(model, examples)
+    before = mean_loss(model, examples)
     reports: list[loop.StepReport] = []
     settings = loop.LoopSettings(40, 5, 1e-2, 0.1, 0.0, 1.0, 0)
-    loop.train(model, examples, settings, reports.append)
-    assert loop.mean_loss(model, examples) < before - 0.1
+    loop.train(model, Supervised(examples), settings, reports.append)
+    assert mean_loss(model, examples) < before - 0.1
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if not p.requires_grad)
     assert reports[-1].step == reports[-1].total_steps == 40
     assert reports[-1].epoch == 40.0
@@ -165,7 +167,7 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another(base: Any) 
         losses: list[float] = []
         loop.train(
             _lora(base),
-            _examples(12),
+            Supervised(_examples(12)),
             replace(SETTINGS, seed=seed),
             lambda report, into=losses: into.append(report.loss),  # type: ignore[misc]
         )
@@ -178,7 +180,7 @@ def test_a_step_without_anything_to_learn_changes_nothing(base: Any) -> None:
     model = _lora(base)
     before = copy.deepcopy(model.state_dict())
     reports: list[loop.StepReport] = []
-    loop.train(model, [Example([5, 6], [False, False])], replace(SETTINGS, total_steps=1), reports.append)
+    loop.train(model, Supervised([Example([5, 6], [False, False])]), replace(SETTINGS, total_steps=1), reports.append)
     assert (reports[0].loss, reports[0].grad_norm) == (0.0, 0.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -188,7 +190,7 @@ def test_a_loss_that_is_no_number_ends_training_with_advice(base: Any) -> None:
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).fill_(float("inf"))
     with pytest.raises(FailedPrecondition, match="learning rate below") as caught:
-        loop.train(model, _examples(3), SETTINGS, lambda _: None)
+        loop.train(model, Supervised(_examples(3)), SETTINGS, lambda _: None)
     assert caught.value.reason == "LOSS_NOT_FINITE"
 
 
@@ -203,7 +205,7 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_line() -> None:
 def test_several_workers_follow_the_curve_of_one(base: Any, workers: int) -> None:
     examples = _examples(12)
     alone: list[float] = []
-    loop.train(_lora(base), examples, SETTINGS, lambda report: alone.append(report.loss))
+    loop.train(_lora(base), Supervised(examples), SETTINGS, lambda report: alone.append(report.loss))
 
     barrier = threading.Barrier(workers, timeout=60)
     tensors: dict[int, torch.Tensor] = {}
@@ -218,9 +220,11 @@ def test_several_workers_follow_the_curve_of_one(base: Any, workers: int) -> Non
             tensor.copy_(sum(tensors[other] for other in range(workers)))
             barrier.wait()
 
-        group = loop.Group(rank, workers, reduce)
-        loop.train(models[rank], examples, SETTINGS, lambda report: together[rank].append(report.loss), group)
-        held_out[rank] = loop.mean_loss(models[rank], examples, group)
+        group = Group(rank, workers, reduce)
+        loop.train(
+            models[rank], Supervised(examples), SETTINGS, lambda report: together[rank].append(report.loss), group
+        )
+        held_out[rank] = mean_loss(models[rank], examples, group)
 
     threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(workers)]
     for thread in threads:
@@ -229,7 +233,7 @@ def test_several_workers_follow_the_curve_of_one(base: Any, workers: int) -> Non
         thread.join(timeout=60)
     assert all(together[rank] == together[0] for rank in range(workers))
     assert together[0] == pytest.approx(alone, rel=1e-4)
-    assert held_out[0] == held_out[1] == pytest.approx(loop.mean_loss(models[0], examples), rel=1e-5)
+    assert held_out[0] == held_out[1] == pytest.approx(mean_loss(models[0], examples), rel=1e-5)
 
 
 @pytest.mark.parametrize("tensor_type", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from graft.data.canonical import Chat, Pair
 from graft.data.prepare import prepare
 from graft.data.rendering import render
 from graft.domain.errors import InvalidArgument
@@ -33,26 +34,26 @@ def _learned(example: Any, tokenizer: Any) -> str:
 
 
 def test_a_pair_learns_its_completion_and_the_end_token(tokenizer: Any) -> None:
-    example = render({"prompt": "hé ", "completion": "yes"}, tokenizer)
+    example = render(Pair("hé ", "yes"), tokenizer)
     assert tokenizer.decode(example.token_ids) == "hé yes<|im_end|>"
     assert _learned(example, tokenizer) == "yes<|im_end|>"
 
 
 def test_a_chat_learns_its_assistant_turns_and_their_end_only(tokenizer: Any) -> None:
-    assert _learned(render({"messages": CHAT}, tokenizer), tokenizer) == "1<|im_end|>2<|im_end|>"
+    assert _learned(render(Chat(tuple(CHAT)), tokenizer), tokenizer) == "1<|im_end|>2<|im_end|>"
 
 
 def test_a_turn_of_weight_zero_is_context_only(tokenizer: Any) -> None:
     messages = [{**turn, "weight": 0} if turn["content"] == "1" else turn for turn in CHAT]
-    assert _learned(render({"messages": messages}, tokenizer), tokenizer) == "2<|im_end|>"
+    assert _learned(render(Chat(tuple(messages)), tokenizer), tokenizer) == "2<|im_end|>"
 
 
 def test_the_prompt_that_is_served_is_the_prompt_that_was_trained(tokenizer: Any) -> None:
-    example = render({"messages": CHAT}, tokenizer)
+    example = render(Chat(tuple(CHAT)), tokenizer)
     for index in (2, 4):
         served = tokenizer.apply_chat_template(CHAT[:index], tokenize=True, add_generation_prompt=True)
         served = served if isinstance(served, list) else served["input_ids"]
-        assert example.token_ids[: len(served)] == served
+        assert list(example.token_ids[: len(served)]) == served
         assert example.loss_mask[len(served)]
         assert not example.loss_mask[len(served) - 1]
 
@@ -66,7 +67,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
             return f"{len(conversation)} turns" + (" then" if add_generation_prompt else "")
 
     with pytest.raises(InvalidArgument, match="prompt"):
-        render({"messages": CHAT}, Rewriting())
+        render(Chat(tuple(CHAT)), Rewriting())
 
 
 def _file(folder: Path, *lengths: int) -> Path:

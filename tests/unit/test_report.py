@@ -2,18 +2,15 @@ import math
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graft.domain.errors import InvalidArgument
-from graft.evaluation import report as module
+from graft.evaluation.pages import fold
 from graft.evaluation.report import Contestant, LossPoint, Report, Task, render, write
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-HOSTILE = '</div><script>alert("x")</script><img src=https://evil.example/x onerror=alert(1)> & \'"'
+from tests.support.page import HOSTILE, Page
 
 
 def _contestant(name: str, answers: str, right: str, model: str = "base") -> Contestant:
@@ -44,43 +41,9 @@ REPORT = Report(
 )
 
 
-class _Page(HTMLParser):
-    """The page as a browser's parser sees it: tags with attributes, texts by the tag around them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append((self.open[-1] if self.open else "", " ".join(data.split())))
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def text(self) -> str:
-        return " ".join(text for tag, text in self.texts if tag != "style")
-
-
-def _page(**changes: Any) -> _Page:
+def _page(**changes: Any) -> Page:
     """The page of the report with one task, changed."""
-    return _Page(render(replace(REPORT, tasks=(replace(TASK, **changes),))))
+    return Page(render(replace(REPORT, tasks=(replace(TASK, **changes),))))
 
 
 def test_the_adapter_is_compared_with_the_best_prompt_of_its_base() -> None:
@@ -161,7 +124,7 @@ def test_the_page_says_what_the_interval_means(last: str, said: str) -> None:
 
 def test_text_from_strangers_stays_text_wherever_it_stands() -> None:
     hostile = {HOSTILE: HOSTILE}
-    page = _Page(
+    page = Page(
         render(
             Report(
                 title=HOSTILE,
@@ -199,7 +162,7 @@ def test_text_from_strangers_stays_text_wherever_it_stands() -> None:
 
 def test_nothing_is_loaded_from_anywhere() -> None:
     html = render(REPORT)
-    page = _Page(html)
+    page = Page(html)
     links = [attributes["href"] for tag, attributes in page.tags if "href" in attributes and tag != "a"]
     assert links == ["data:,"]
     assert not any("src" in attributes or "srcset" in attributes for _, attributes in page.tags)
@@ -211,7 +174,7 @@ def test_nothing_is_loaded_from_anywhere() -> None:
 
 
 def test_links_and_labels_point_at_what_exists_once() -> None:
-    page = _Page(render(replace(REPORT, tasks=(TASK, replace(TASK, title="Other")))))
+    page = Page(render(replace(REPORT, tasks=(TASK, replace(TASK, title="Other")))))
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     asked = [attributes.get("aria-labelledby") or "" for _, attributes in page.tags]
@@ -274,14 +237,14 @@ def test_few_rows_are_all_shown() -> None:
         references=("a",),
         contestants=tuple(replace(each, answers=("a",), scores=(1.0,)) for each in TASK.contestants),
     )
-    text = _Page(render(replace(REPORT, tasks=(task,)))).text()
+    text = Page(render(replace(REPORT, tasks=(task,)))).text()
     assert "1 of 1 rows" in text
     assert "Row 1" in text
 
 
 @pytest.mark.parametrize("long", ["word " * 400, "x" * 2000])
 def test_a_long_text_folds_and_loses_nothing(long: str) -> None:
-    head, rest = module._fold(long)
+    head, rest = fold(long)
     assert head + rest == long
     assert 240 < len(head) <= 480
     page = _page(inputs=(long,) * 40)
@@ -306,7 +269,7 @@ def test_scores_between_right_and_wrong_are_numbers() -> None:
 
 def test_several_tasks_are_summed_up_at_the_top() -> None:
     html = render(replace(REPORT, tasks=(TASK, replace(TASK, title="Other"))))
-    header = _Page(html[html.index("<header>") : html.index("</header>") + len("</header>")])
+    header = Page(html[html.index("<header>") : html.index("</header>") + len("</header>")])
     assert [a["href"] for a in header.all("a")] == ["#task-1", "#task-2"]
     assert "70.0%" in header.text()
     assert 'class="summary"' not in render(REPORT)

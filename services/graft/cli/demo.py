@@ -1,7 +1,7 @@
 """`graft demo`: two real data sets become two adapters, served beside their base, compared with it, and reported.
 
-Owns the order of the demonstration and what it prints. Everything goes through the public API; only starting the stack,
-measuring it and reading MLflow do not.
+Owns the order of the demonstration; what it found is told by `graft.cli.demo_outcome`. Everything goes through the
+public API; only starting the stack, measuring it and reading MLflow do not.
 """
 
 import asyncio
@@ -15,21 +15,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from graft.api.v1 import adapter_pb2, fine_tuning_job_pb2
 from graft.cli.asking import Asked, ask
+from graft.cli.comparing import difference_text
 from graft.cli.lineage import Lineage, read_lineage
 from graft.cli.progress import JobsProgress
 from graft.client import AsyncGraft, Connection
 from graft.data import samples
 from graft.domain.errors import FailedPrecondition
 from graft.domain.names import parse_model, registered_model
-from graft.evaluation import metrics
-from graft.evaluation.bootstrap import Interval
+from graft.evaluation import charts, metrics
 from graft.evaluation.report import Contestant, LossPoint, Report, Task, write
 from graft.settings import Settings
 from graft.stack import local
@@ -338,72 +336,6 @@ class Demo:
         )
 
 
-def print_outcome(console: Console, outcome: Outcome) -> None:
-    """The table of each task, the verdict, and where the report lies."""
-    report = outcome.report
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, highlight=False, soft_wrap=True)
-
-    for task in report.tasks:
-        percent = task.metric == "accuracy"
-        say(f"\n{task.title}, {len(task.references)} held-out rows", "bold")
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("answered by")
-        for header in (task.metric, "95% interval", "CPU s / 1000 answers"):
-            table.add_column(header, justify="right")
-        for contestant, interval in zip(task.contestants, task.intervals(), strict=True):
-            cost = contestant.cpu_seconds_per_thousand
-            table.add_row(
-                contestant.name,
-                _score(interval.mean, percent),
-                f"{_score(interval.low, percent)} to {_score(interval.high, percent)}",
-                "" if cost is None else f"{cost:.0f}",
-            )
-        console.print(table)
-        say(f"adapter {task.contestants[-1].model}: " + ", ".join(f"{k} {v}" for k, v in task.training.items()))
-        say(f"over {task.best_base().name}: {_gain(task.advantage(), percent)}")
-    say("")
-    for label, value in report.stack.items():
-        say(f"{label}: {value}")
-    say(report.verdict, "bold green" if report.passed else "bold red")
-    say(f"Report: {outcome.path}")
-    say(f'Ask it yourself: graft up --detach, then graft chat {report.tasks[0].contestants[-1].model} "A fine film."')
-
-
-def as_json(outcome: Outcome) -> dict[str, Any]:
-    """What `--json` prints."""
-    report = outcome.report
-    return {
-        "passed": report.passed,
-        "verdict": report.verdict,
-        "report": str(outcome.path),
-        "seconds": outcome.seconds,
-        "peak_pss_bytes": {"stack": outcome.peak.serving_bytes, "training_workers": outcome.peak.training_bytes},
-        "tasks": [
-            {
-                "name": task.name,
-                "metric": task.metric,
-                "rows": len(task.references),
-                "contestants": [
-                    {
-                        "name": contestant.name,
-                        "model": contestant.model,
-                        "score": vars(interval),
-                        "cpu_seconds_per_thousand": contestant.cpu_seconds_per_thousand,
-                    }
-                    for contestant, interval in zip(task.contestants, task.intervals(), strict=True)
-                ],
-                "advantage": vars(task.advantage()),
-                "training": dict(task.training),
-                "lineage": dict(task.lineage),
-            }
-            for task in report.tasks
-        ],
-        "machine": dict(report.machine),
-    }
-
-
 class _StackLines:
     """One line for each process that gets ready."""
 
@@ -482,21 +414,12 @@ def _task(each: Trained, answers: list[list[str]], asked: list[Asked], costs: li
 
 
 def _verdict(task: Task, passed: bool) -> str:
-    gain = _gain(task.advantage(), percent=True)
+    found = task.advantage()
+    gain = difference_text(found.mean, found.low, found.high, charts.PERCENT)
     rival = f"the better prompt of its base ({task.best_base().name.removeprefix('base, ')})"
     if passed:
         return f"The {task.name} adapter beats {rival} by {gain}."
     return f"The {task.name} adapter does not beat {rival} beyond doubt: {gain}."
-
-
-def _gain(gain: Interval, percent: bool) -> str:
-    if percent:
-        return f"{100 * gain.mean:+.1f} points (95% interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
-    return f"{gain.mean:+.3f} (95% interval {gain.low:+.3f} to {gain.high:+.3f})"
-
-
-def _score(value: float, percent: bool) -> str:
-    return f"{100 * value:.1f}%" if percent else f"{value:.3f}"
 
 
 def _duration(seconds: float) -> str:

@@ -126,6 +126,7 @@ def demo(
     """Train two adapters on real data and compare them with their base. Exit code 1 when the first does not win."""
     from graft import settings as graft_settings
     from graft.cli import demo as demonstration
+    from graft.cli import demo_outcome
 
     # With --json standard output holds nothing else.
     out = Console(stderr=True) if as_json else console
@@ -133,9 +134,9 @@ def demo(
         settings = graft_settings.load()
         outcome = demonstration.Demo(settings, out, report).run(keep=keep)
     if as_json:
-        print_json(demonstration.as_json(outcome))
+        print_json(demo_outcome.as_json(outcome))
     else:
-        demonstration.print_outcome(console, outcome)
+        demo_outcome.print_outcome(console, outcome)
     raise typer.Exit(0 if outcome.report.passed else 1)
 
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from graft.domain.errors import FailedPrecondition, GraftError, InvalidArgument, NotFound, Unavailable
+from graft.domain.units import size_text as size_text
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
@@ -146,13 +147,3 @@ def local_time(timestamp: "Timestamp") -> str:
 def short_id(name: str) -> str:
     """The last segment of a resource name."""
     return name.rsplit("/", 1)[-1]
-
-
-def size_text(size_bytes: int) -> str:
-    """`1.2 MB`, in powers of ten."""
-    size = float(size_bytes)
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

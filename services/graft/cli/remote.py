@@ -1,13 +1,13 @@
 """Commands about what a gateway keeps: datasets, adapters."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graft.cli.connect import connect
 from graft.cli.output import Json, failures, local_time, print_json, short_id, show, show_fields, show_one, size_text
+from graft.cli.validating import datasets_validate
 
 if TYPE_CHECKING:
     from graft.api.v1.adapter_pb2 import ReplicaResidency
@@ -19,35 +19,52 @@ VersionModel = Annotated[
     typer.Argument(metavar="MODEL", help="base:adapter@version, base:adapter@alias, or base:adapter: its champion."),
 ]
 
-datasets = typer.Typer(no_args_is_help=True, help="Upload, list and delete data sets.")
+Format = Annotated[
+    str,
+    typer.Option(
+        metavar="FORMAT",
+        help="How to read rows that may be read in several ways: messages, prompt_completion, text, question_answer, "
+        "alpaca, sharegpt, preference, openai_preference, graded_prompts or fields. Recognised when not given.",
+    ),
+]
+
+datasets = typer.Typer(no_args_is_help=True, help="Upload, validate, list and delete data sets.")
 adapters = typer.Typer(no_args_is_help=True, help="List, name and place adapters.")
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to the main one."""
+    datasets.command("validate")(datasets_validate)
     app.add_typer(datasets, name="datasets")
     app.add_typer(adapters, name="adapters")
 
 
 @datasets.command("upload")
 def datasets_upload(
-    file: Annotated[Path, typer.Argument(help="JSONL file of `messages` or `prompt`/`completion` rows.")],
+    file: Annotated[str, typer.Argument(help="JSONL, CSV or Parquet file, or an fsspec URL: s3://, https:// …")],
     name: Annotated[str, typer.Option(help="Name for people; the file's own when not given.")] = "",
+    format: Format = "",
     as_json: Json = False,
 ) -> None:
-    """Upload a data set. Every line is checked before anything is stored."""
+    """Upload a data set. Every row is checked before anything is stored; its format is recognised and shown."""
     with failures(as_json=as_json), connect() as graft:
-        data = graft.upload_dataset(file, name)
-        show_one(data, f"{short_id(data.name)}  {data.row_count} rows, {size_text(data.size_bytes)}", as_json=as_json)
+        from graft.client.requests import format_name
+
+        data = graft.upload_dataset(file, name, format=format)
+        found = f"{format_name(data.format)}, {data.row_count} rows, {size_text(data.size_bytes)}"
+        show_one(data, f"{short_id(data.name)}  {found}", as_json=as_json)
 
 
 @datasets.command("list")
 def datasets_list(as_json: Json = False) -> None:
     """List data sets, newest first."""
     with failures(as_json=as_json), connect() as graft:
+        from graft.client.requests import format_name
+
         columns: dict[str, Callable[..., object]] = {
             "ID": lambda d: short_id(d.name),
             "NAME": lambda d: d.display_name,
+            "FORMAT": lambda d: format_name(d.format),
             "ROWS": lambda d: d.row_count,
             "SIZE": lambda d: size_text(d.size_bytes),
             "CREATED": lambda d: local_time(d.create_time),
@@ -60,14 +77,14 @@ def datasets_list(as_json: Json = False) -> None:
 def datasets_get(dataset: DatasetId, as_json: Json = False) -> None:
     """Show one data set."""
     with failures(as_json=as_json), connect() as graft:
-        from graft.api.v1.dataset_pb2 import DatasetFormat
+        from graft.client.requests import format_name
 
         data = graft.dataset(dataset)
         fields = {
             "id": short_id(data.name),
             "name": data.display_name,
             "rows": data.row_count,
-            "layout": DatasetFormat.Name(data.format).removeprefix("DATASET_FORMAT_").lower(),
+            "format": format_name(data.format),
             "size": size_text(data.size_bytes),
             "digest": data.digest,
             "created": local_time(data.create_time),

@@ -1,12 +1,13 @@
 """`graft tune`: creates fine-tuning jobs, follows them, and shows what came of them."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graft.cli.connect import connect
+from graft.cli.job_options import job_options, what_it_does
 from graft.cli.output import (
     Interrupted,
     Json,
@@ -22,7 +23,6 @@ from graft.cli.output import (
     show_fields,
     show_one,
 )
-from graft.domain.errors import FieldViolation, InvalidArgument
 
 if TYPE_CHECKING:
     from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
@@ -44,9 +44,22 @@ def tune_create(
     batch_size: Annotated[int | None, typer.Option(help="Examples a step. Derived when not given.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Derived when not given.")] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank; 0 derives it.")] = 0,
+    method: Annotated[
+        str,
+        typer.Option(help="supervised, self_supervised, instruction, preference or reinforcement; as the data says."),
+    ] = "",
+    tuning: Annotated[str, typer.Option(help="What may change: lora, last_layers or full.")] = "lora",
+    served_as: Annotated[str, typer.Option(help="adapter, low_rank_delta or merged_model; derived.")] = "",
+    task: Annotated[str, typer.Option(help="Template of the rows: a built-in task, or a YAML file of your own.")] = "",
+    from_adapter: Annotated[str, typer.Option("--from", help="Version to train on from: base:adapter@3.")] = "",
+    grader: Annotated[str, typer.Option(help="What rewards an answer; its settings with --set grader.NAME.")] = "",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other hyperparameter, or lora.NAME; repeat."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other hyperparameter, or SECTION.NAME, as in lora.alpha or preference.beta; repeat.",
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
     as_json: JsonLines = False,
@@ -57,19 +70,22 @@ def tune_create(
     """
     given = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     with failures(as_json=as_json), connect() as graft:
-        lora, hyperparameters = _parsed(settings or [])
-        job = graft.create_job(
-            model,
-            dataset,
-            validation_dataset=validation,
-            suffix=suffix,
-            lora={"rank": rank, **lora},
-            hyperparameters={**{name: value for name, value in given.items() if value is not None}, **hyperparameters},
-        )
+        options = job_options(settings or [], method=method, tuning=tuning, task=task, grader=grader)
+        hyperparameters = {name: value for name, value in given.items() if value is not None}
+        options["hyperparameters"] = {**hyperparameters, **options["hyperparameters"]}
+        if rank:
+            options["lora"] = {"rank": rank, **options.get("lora", {})}
+        options |= {
+            "validation_dataset": validation,
+            "suffix": suffix,
+            "served_as": served_as,
+            "from_adapter": from_adapter,
+        }
+        job = graft.create_job(model, dataset, **options)
         if as_json:
             print_json({"fine_tuning_job": as_dict(job)} if follow else as_dict(job), line=follow)
         else:
-            print(f"Job {short_id(job.name)} is created.", flush=True)
+            print(f"Job {short_id(job.name)} is created: {what_it_does(job)}.", flush=True)
         if follow:
             _follow(graft, job, as_json=as_json)
 
@@ -117,6 +133,7 @@ def tune_get(job: JobId, as_json: Json = False) -> None:
             "state": state_word(found.state) + (", cancel requested" if _cancelling(found) else ""),
             "result": found.fine_tuned_model,
             "error": found.error.message,
+            "what it does": what_it_does(found),
             "base model": found.base_model,
             "training data": short_id(found.training_dataset),
             "validation data": short_id(found.validation_dataset),
@@ -229,49 +246,3 @@ def _told(graft: "Graft", job: "FineTuningJob", after: int, *, as_json: bool) ->
         for update in graft.watch_job(job.name, after):
             progress.update(job.name, update.fine_tuning_job, update.event)
             yield update.fine_tuning_job
-
-
-def _parsed(settings: Sequence[str]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """`NAME=VALUE`s as the fields of LoraTuning (`lora.NAME`) and of Hyperparameters. Raises InvalidArgument."""
-    from graft.api.v1.fine_tuning_job_pb2 import Hyperparameters, LoraTuning
-
-    lora: dict[str, Any] = {}
-    hyperparameters: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        of_lora = name.startswith("lora.")
-        message = LoraTuning if of_lora else Hyperparameters
-        field = message.DESCRIPTOR.fields_by_name.get(name.removeprefix("lora."))
-        if not equals or field is None:
-            known = [
-                *Hyperparameters.DESCRIPTOR.fields_by_name,
-                *(f"lora.{n}" for n in LoraTuning.DESCRIPTOR.fields_by_name),
-            ]
-            raise _wrong(setting, f"use NAME=VALUE with one of: {', '.join(known)}")
-        (lora if of_lora else hyperparameters)[field.name] = _typed(setting, field, text)
-    return lora, hyperparameters
-
-
-def _typed(setting: str, field: Any, text: str) -> Any:
-    if field.enum_type is not None:
-        prefix = f"{field.name.upper()}_"
-        known = [value.name.removeprefix(prefix).lower() for value in field.enum_type.values if value.number]
-        if text.lower() not in known:
-            raise _wrong(setting, f"use one of: {', '.join(known)}")
-        return f"{prefix}{text.upper()}"
-    if field.cpp_type == field.CPPTYPE_STRING:
-        return [part.strip() for part in text.split(",")]
-    kind = float if field.cpp_type == field.CPPTYPE_DOUBLE else int
-    try:
-        return kind(text)
-    except ValueError:
-        raise _wrong(setting, f"{text!r} is not {'a number' if kind is float else 'a whole number'}") from None
-
-
-def _wrong(setting: str, description: str) -> InvalidArgument:
-    name = setting.partition("=")[0]
-    return InvalidArgument(
-        f"--set {setting}: {description}.",
-        reason="INVALID_VALUE",
-        violations=(FieldViolation(name, description),),
-    )

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import grpc
 
@@ -16,6 +16,7 @@ from graft.api.v1 import (
     base_model_service_pb2,
     base_model_service_pb2_grpc,
     dataset_pb2,
+    dataset_report_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
     fine_tuning_job_pb2,
@@ -86,10 +87,14 @@ class Graft:
 
     # Data sets
 
-    def upload_dataset(self, path: str | Path, display_name: str = "") -> dataset_pb2.Dataset:
-        """Streams a JSONL file up. Raises InvalidArgument with the first 20 bad lines as violations."""
-        parts = requests.upload(self.connection.parent, Path(path), display_name)
-        result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
+    def upload_dataset(self, path: str | Path, display_name: str = "", *, format: str = "") -> dataset_pb2.Dataset:
+        """Streams a JSONL, CSV or Parquet file up, or what an fsspec URL names.
+
+        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. Raises
+        InvalidArgument with the first 20 bad rows as violations, or the formats that the file may have.
+        """
+        with requests.Upload(self.connection.parent, path, display_name, format) as parts:
+            result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
         return result
 
     def dataset(self, dataset: str) -> dataset_pb2.Dataset:
@@ -103,6 +108,23 @@ class Graft:
         request = dataset_service_pb2.ListDatasetsRequest(parent=self.connection.parent)
         return list(self._pages(self._datasets.ListDatasets, request, "datasets"))
 
+    def validate_dataset(
+        self,
+        dataset: str,
+        base_model: str = "",
+        *,
+        validation_dataset: str = "",
+        context_tokens: int = 0,
+        epochs: float = 0.0,
+    ) -> dataset_report_pb2.DatasetReport:
+        """Measures a data set for a base model, the served one when empty. Raises Unavailable (CHECK_RUNNING) when it
+        takes longer than a minute: ask again."""
+        request = requests.validate_dataset(
+            self.connection.parent, dataset, base_model, validation_dataset, context_tokens, epochs
+        )
+        result: dataset_report_pb2.DatasetReport = self._call(self._datasets.ValidateDataset, request)
+        return result
+
     def delete_dataset(self, dataset: str) -> None:
         """Raises FailedPrecondition while a live job uses it."""
         request = dataset_service_pb2.DeleteDatasetRequest(name=requests.dataset(self.connection.parent, dataset))
@@ -111,29 +133,10 @@ class Graft:
     # Jobs
 
     def create_job(
-        self,
-        base_model: str,
-        training_dataset: str,
-        *,
-        validation_dataset: str = "",
-        suffix: str = "",
-        lora: Mapping[str, object] | None = None,
-        hyperparameters: Mapping[str, object] | None = None,
-        metadata: Mapping[str, str] | None = None,
-        request_id: str = "",
+        self, base_model: str, training_dataset: str, **options: Unpack[requests.JobOptions]
     ) -> fine_tuning_job_pb2.FineTuningJob:
-        """Asks for a fine-tune; see `graft.client.requests.create_job` for the fields."""
-        request = requests.create_job(
-            self.connection.parent,
-            base_model,
-            training_dataset,
-            validation_dataset=validation_dataset,
-            suffix=suffix,
-            lora=lora,
-            hyperparameters=hyperparameters,
-            metadata=metadata,
-            request_id=request_id,
-        )
+        """Asks for a fine-tune; the options are `graft.client.requests.JobOptions`."""
+        request = requests.create_job(self.connection.parent, base_model, training_dataset, **options)
         result: fine_tuning_job_pb2.FineTuningJob = self._call(self._jobs.CreateFineTuningJob, request)
         return result
 

@@ -1,12 +1,14 @@
 """Builds the contract's requests from plain arguments: shared by both clients, so that each stays a list of calls."""
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO, Self, TypedDict, Unpack
 
 from graft.api.v1 import (
     adapter_service_pb2,
+    dataset_pb2,
     dataset_service_pb2,
     fine_tuning_job_pb2,
     fine_tuning_service_pb2,
@@ -14,65 +16,238 @@ from graft.api.v1 import (
     generation_service_pb2,
 )
 from graft.domain import names
-from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.domain.errors import FailedPrecondition, FieldViolation, InvalidArgument
 
 CHUNK_BYTES = 256 * 1024
 """Well under gRPC's 4 MiB message limit, large enough that overhead does not show."""
 
 
-def upload(parent: str, path: Path, display_name: str) -> Iterator[dataset_service_pb2.UploadDatasetRequest]:
-    """Header and chunks of a file. Raises InvalidArgument, before anything is sent, when it cannot be read."""
+class Upload:
+    """Header and chunks of a file, or of what an fsspec URL names (`s3://`, `https://`, `memory://` and so on).
+
+    An iterator and a context manager. gRPC reads requests in a thread of its own, where an exception is lost: what
+    went wrong with the file meanwhile is kept in `failure`.
+    """
+
+    def __init__(self, parent: str, source: str | Path, display_name: str, format: str = "") -> None:
+        """`format` declares the rows' layout, for example `alpaca`; empty: it is recognised.
+
+        Raises InvalidArgument, before anything is sent, when the file cannot be read or the format is none.
+        """
+        self.failure: InvalidArgument | None = None
+        self._name = str(source)
+        number = dataset_format(format)
+        is_url = "://" in self._name
+        self._file = _open_url(self._name) if is_url else _open_file(Path(source))
+        plain = self._name.split("?")[0] if is_url else self._name
+        self._header: dataset_service_pb2.UploadDatasetRequest.Header | None
+        self._header = dataset_service_pb2.UploadDatasetRequest.Header(
+            parent=parent,
+            display_name=display_name or plain.rstrip("/").rsplit("/", 1)[-1],
+            request_id=str(uuid.uuid4()),
+            format=number,
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dataset_service_pb2.UploadDatasetRequest:
+        if self._header is not None:
+            header, self._header = self._header, None
+            return dataset_service_pb2.UploadDatasetRequest(header=header)
+        if self._file.closed:  # the gateway has refused it already
+            raise StopIteration
+        try:
+            chunk = self._file.read(CHUNK_BYTES)
+        except Exception as error:  # each file system has exceptions of its own
+            self.failure = _unreadable(self._name, str(error) or type(error).__name__)
+            raise
+        if not chunk:
+            raise StopIteration
+        return dataset_service_pb2.UploadDatasetRequest(chunk=chunk)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the file. Raises `failure` in the place of what the gateway made of it."""
+        self._file.close()
+        if error is not None and self.failure is not None:
+            raise self.failure from None
+
+
+def validate_dataset(
+    parent: str, name: str, base_model: str, validation_dataset: str, context_tokens: int, epochs: float
+) -> dataset_service_pb2.ValidateDatasetRequest:
+    """Data sets are ids or resource names. Raises InvalidArgument for a value that does not fit its field."""
+    request: dataset_service_pb2.ValidateDatasetRequest = _built(
+        "validate",
+        dataset_service_pb2.ValidateDatasetRequest,
+        name=dataset(parent, name),
+        base_model=base_model,
+        validation_dataset=dataset(parent, validation_dataset) if validation_dataset else "",
+        context_tokens=context_tokens,
+        epochs=epochs,
+    )
+    return request
+
+
+def dataset_format(name: str) -> dataset_pb2.DatasetFormat.ValueType:
+    """The number of a format's name; of an empty one, unspecified. Raises InvalidArgument."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the generator below
-    except OSError as error:
+        return dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{name.upper() or 'UNSPECIFIED'}")
+    except ValueError:
+        known = [format_name(number) for number in dataset_pb2.DatasetFormat.values() if number]
         raise InvalidArgument(
-            f"{path} cannot be read: {error.strerror}.",
-            reason="UNREADABLE_FILE",
-            violations=(FieldViolation("path", str(path)),),
+            f"{name!r} is not a format; use one of {', '.join(known)}.",
+            reason="INVALID_FORMAT",
+            violations=(FieldViolation("format", f"{name!r} is not a format"),),
         ) from None
-    header = dataset_service_pb2.UploadDatasetRequest.Header(
-        parent=parent, display_name=display_name or path.name, request_id=str(uuid.uuid4())
+
+
+def format_name(number: dataset_pb2.DatasetFormat.ValueType) -> str:
+    """`question_answer` for DATASET_FORMAT_QUESTION_ANSWER."""
+    return dataset_pb2.DatasetFormat.Name(number).removeprefix("DATASET_FORMAT_").lower()
+
+
+def _open_file(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise _unreadable(str(path), error.strerror or str(error)) from None
+
+
+def _open_url(url: str) -> BinaryIO:
+    try:
+        import fsspec
+    except ImportError:
+        raise FailedPrecondition(
+            f"{url} needs fsspec, which is not installed. Install it with `pip install fsspec`.",
+            reason="FSSPEC_MISSING",
+        ) from None
+    try:
+        file: BinaryIO = fsspec.open(url, "rb").open()
+    except ImportError as error:  # fsspec says which package, for example s3fs
+        raise FailedPrecondition(
+            f"{url} cannot be opened: {error}", reason="FILE_SYSTEM_MISSING", metadata={"url": url}
+        ) from None
+    except Exception as error:  # noqa: BLE001 - each file system has exceptions of its own
+        raise _unreadable(url, str(error) or type(error).__name__) from None
+    return file
+
+
+def _unreadable(path: str, why: str) -> InvalidArgument:
+    """A file that cannot be opened or read."""
+    return InvalidArgument(
+        f"{path} cannot be read: {why.rstrip('.')}.",
+        reason="UNREADABLE_FILE",
+        violations=(FieldViolation("path", path),),
     )
 
-    def parts() -> Iterator[dataset_service_pb2.UploadDatasetRequest]:
-        with file:
-            yield dataset_service_pb2.UploadDatasetRequest(header=header)
-            while chunk := file.read(CHUNK_BYTES):
-                yield dataset_service_pb2.UploadDatasetRequest(chunk=chunk)
 
-    return parts()
+class JobOptions(TypedDict, total=False):
+    """What a job may say beside its base model and data; everything that is left out is derived.
+
+    Mappings have the field names of the contract's message, and may be partial. Enums are their names' last word in
+    lower case: `served_as="merged_model"`.
+    """
+
+    validation_dataset: str
+    """Id or resource name."""
+    suffix: str
+    method: str
+    """`supervised`, `self_supervised`, `instruction`, `preference` or `reinforcement`; else as the data says."""
+    method_options: Mapping[str, Any]
+    """Of `SupervisedMethod`, `PreferenceMethod` and so on: `{"beta": 0.1}`. Needs `method`."""
+    tuning: str
+    """`lora`, `last_layers` or `full`; LoRA when left out."""
+    lora: Mapping[str, Any]
+    last_layers: Mapping[str, Any]
+    served_as: str
+    """`adapter`, `low_rank_delta` or `merged_model`."""
+    delta_rank: int
+    task: str
+    task_definition: str
+    """YAML."""
+    from_adapter: str
+    """`base:adapter@version`."""
+    hyperparameters: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    request_id: str
+    """A UUID4; one is made when left out."""
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "supervised": fine_tuning_job_pb2.SupervisedMethod,
+    "self_supervised": fine_tuning_job_pb2.SelfSupervisedMethod,
+    "instruction": fine_tuning_job_pb2.InstructionMethod,
+    "preference": fine_tuning_job_pb2.PreferenceMethod,
+    "reinforcement": fine_tuning_job_pb2.ReinforcementMethod,
+}
+TUNINGS: dict[str, Callable[..., Any]] = {
+    "lora": fine_tuning_job_pb2.LoraTuning,
+    "last_layers": fine_tuning_job_pb2.LastLayersTuning,
+    "full": fine_tuning_job_pb2.FullTuning,
+}
+SERVED_AS = ("adapter", "low_rank_delta", "merged_model")
 
 
 def create_job(
-    parent: str,
-    base_model: str,
-    training_dataset: str,
-    *,
-    validation_dataset: str = "",
-    suffix: str = "",
-    lora: Mapping[str, Any] | None = None,
-    hyperparameters: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, str] | None = None,
-    request_id: str = "",
+    parent: str, base_model: str, training_dataset: str, **options: Unpack[JobOptions]
 ) -> fine_tuning_service_pb2.CreateFineTuningJobRequest:
-    """`lora` and `hyperparameters` have the field names of `LoraTuning` and `Hyperparameters`; both may be partial.
-
-    Data sets are ids or resource names. Raises InvalidArgument for an unknown field or a value of the wrong type.
-    """
+    """Data sets are ids or resource names. Raises InvalidArgument for an unknown field or a value of the wrong type."""
+    unknown = sorted(options.keys() - JobOptions.__annotations__.keys())
+    if unknown:
+        raise _invalid(unknown[0], f"is not an option of a job; use: {', '.join(JobOptions.__annotations__)}")
+    validation = options.get("validation_dataset", "")
     job = fine_tuning_job_pb2.FineTuningJob(
         base_model=base_model,
         training_dataset=dataset(parent, training_dataset),
-        validation_dataset=dataset(parent, validation_dataset) if validation_dataset else "",
-        suffix=suffix,
-        supervised=fine_tuning_job_pb2.SupervisedMethod(),
-        metadata=metadata,
+        validation_dataset=dataset(parent, validation) if validation else "",
+        suffix=options.get("suffix", ""),
+        task=options.get("task", ""),
+        task_definition=options.get("task_definition", ""),
+        from_adapter=options.get("from_adapter", ""),
+        delta_rank=options.get("delta_rank", 0),
+        metadata=options.get("metadata"),
     )
-    job.lora.CopyFrom(_built("lora", fine_tuning_job_pb2.LoraTuning, **(lora or {})))
+    method = options.get("method", "")
+    if method:
+        made = _chosen("method", METHODS, method, options.get("method_options", {}))
+        getattr(job, method).CopyFrom(made)
+    elif options.get("method_options"):
+        raise _invalid("method_options", "say nothing without a method; name one")
+    tuning = options.get("tuning", "lora")
+    own = {"lora": options.get("lora"), "last_layers": options.get("last_layers")}
+    for name, values in own.items():
+        if values and name != tuning:
+            raise _invalid(name, f"says nothing when the tuning is {tuning!r}")
+    getattr(job, tuning if tuning in TUNINGS else "lora").CopyFrom(
+        _chosen("tuning", TUNINGS, tuning, own.get(tuning) or {})
+    )
+    if served_as := options.get("served_as", ""):
+        if served_as not in SERVED_AS:
+            raise _invalid("served_as", f"{served_as!r} is none of: {', '.join(SERVED_AS)}")
+        job.served_as = fine_tuning_job_pb2.ServedAs.Value(f"SERVED_AS_{served_as.upper()}")
     job.hyperparameters.CopyFrom(
-        _built("hyperparameters", fine_tuning_job_pb2.Hyperparameters, **(hyperparameters or {}))
+        _built("hyperparameters", fine_tuning_job_pb2.Hyperparameters, **options.get("hyperparameters", {}))
     )
     return fine_tuning_service_pb2.CreateFineTuningJobRequest(
-        parent=parent, fine_tuning_job=job, request_id=request_id or str(uuid.uuid4())
+        parent=parent, fine_tuning_job=job, request_id=options.get("request_id") or str(uuid.uuid4())
+    )
+
+
+def _chosen(field: str, kinds: Mapping[str, Callable[..., Any]], name: str, values: Mapping[str, Any]) -> Any:
+    if name not in kinds:
+        raise _invalid(field, f"{name!r} is none of: {', '.join(kinds)}")
+    return _built(name, kinds[name], **values)
+
+
+def _invalid(field: str, description: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{field}: {description}.", reason="INVALID_VALUE", violations=(FieldViolation(field, description),)
     )
 
 
@@ -81,11 +256,7 @@ def _built(field: str, message: Callable[..., Any], **values: Any) -> Any:
     try:
         return message(**values)
     except (TypeError, ValueError) as error:
-        raise InvalidArgument(
-            f"{field}: {error}",
-            reason="INVALID_VALUE",
-            violations=(FieldViolation(field, str(error)),),
-        ) from None
+        raise _invalid(field, str(error)) from None
 
 
 def dataset(parent: str, id_or_name: str) -> str:

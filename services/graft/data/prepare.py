@@ -3,18 +3,24 @@
 Owns the over-length policy. Does not know batches or devices (`graft.training`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from graft.data.formats import read_rows
+from graft.data.canonical import canonical
+from graft.data.reading import read_rows
 from graft.data.rendering import Example, Tokenizer, render
+from graft.data.split import Split
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.jobs import OverLengthPolicy
 from graft.domain.resources import DatasetFormat
 
-__all__ = ["DataStats", "Example", "Prepared", "prepare"]
+__all__ = ["DataStats", "Example", "Prepared", "prepare", "render_row"]
+
+REPORTED_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -49,32 +55,45 @@ def prepare(
     tokenizer: Tokenizer,
     context_tokens: int,
     policy: OverLengthPolicy,
+    split: Split | None = None,
 ) -> Prepared:
-    """Renders every row and applies the policy to those with more than `context_tokens` tokens.
+    """Renders every row, or those on one side of a `split`, and applies the policy to those with more than
+    `context_tokens` tokens.
 
-    Raises InvalidArgument: OVER_LENGTH_EXAMPLES under the policy `fail`, naming the first 20 rows, and NO_EXAMPLES when
-    nothing is left to learn from.
+    Raises InvalidArgument: OVER_LENGTH_EXAMPLES under the policy `fail`, naming the first 20 rows, NO_EXAMPLES when
+    nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.
     """
     examples: list[Example] = []
-    lengths: list[int] = []
-    over_rows: list[int] = []
-    for row_number, example in enumerate(_render_all(path, tokenizer), start=1):
+    lengths = array("L")
+    over: list[FieldViolation] = []
+    over_count = 0
+    for row_number, row in enumerate(read_rows(path), start=1):
+        if split is not None and not split.takes(row):
+            continue
+        example = render_row(row, format, tokenizer, row_number)
         lengths.append(len(example.token_ids))
         if len(example.token_ids) <= context_tokens:
             examples.append(example)
             continue
-        over_rows.append(row_number)
+        over_count += 1
+        if len(over) < REPORTED_ROWS:
+            over.append(FieldViolation(f"row {row_number}", f"has {len(example.token_ids)} tokens"))
         if policy is OverLengthPolicy.TRUNCATE and (cut := _cut_prompt(example, context_tokens)) is not None:
             examples.append(cut)
-    if over_rows and policy is OverLengthPolicy.FAIL:
+    if over and policy is OverLengthPolicy.FAIL:
         raise InvalidArgument(
-            f"{len(over_rows)} of {len(lengths)} rows are longer than {context_tokens} tokens "
+            f"{over_count} of {len(lengths)} rows are longer than {context_tokens} tokens "
             f"(the longest has {max(lengths)}), and over_length_policy is fail. Shorten them, or drop or truncate.",
             reason="OVER_LENGTH_EXAMPLES",
-            metadata={"over_length": str(len(over_rows))},
-            violations=tuple(
-                FieldViolation(f"row {number}", f"has {lengths[number - 1]} tokens") for number in over_rows[:20]
-            ),
+            metadata={"over_length": str(over_count)},
+            violations=tuple(over),
+        )
+    if not lengths:
+        side = "held out" if split is not None and split.held_out else "left to train on"
+        raise InvalidArgument(
+            f"No row is {side}: the data set is too small for this validation_fraction. Change it, or name a "
+            "validation data set.",
+            reason="NO_EXAMPLES",
         )
     if not examples:
         raise InvalidArgument(
@@ -90,14 +109,22 @@ def prepare(
         completion_tokens=sum(sum(example.loss_mask) for example in examples),
         longest_tokens=max(lengths),
         median_tokens=int(median(kept)),
-        over_length_count=len(over_rows),
+        over_length_count=over_count,
     )
     return Prepared(tuple(examples), stats)
 
 
-def _render_all(path: Path, tokenizer: Tokenizer) -> Iterator[Example]:
-    for row in read_rows(path):
-        yield render(row, tokenizer)
+def render_row(row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokenizer, row_number: int) -> Example:
+    """The example of a file's row. A refusal names the row, counted from 1."""
+    try:
+        return render(canonical(row, format), tokenizer)
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            f"Row {row_number}: {error.message}",
+            reason=error.reason,
+            metadata=error.metadata,
+            violations=(FieldViolation(f"row {row_number}", error.message),),
+        ) from None
 
 
 def _cut_prompt(example: Example, context_tokens: int) -> Example | None:
@@ -106,4 +133,4 @@ def _cut_prompt(example: Example, context_tokens: int) -> Example | None:
     # One token must stay before the first learned one: it is predicted from something.
     if any(example.loss_mask[: start + 1]):
         return None
-    return replace(example, token_ids=example.token_ids[start:], loss_mask=example.loss_mask[start:])
+    return Example(example.token_ids[start:], example.loss_mask[start:])

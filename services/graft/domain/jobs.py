@@ -6,6 +6,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from graft.domain.errors import FailedPrecondition
+from graft.domain.grading import GraderSpec
 
 
 class JobState(StrEnum):
@@ -65,6 +66,60 @@ class OverLengthPolicy(StrEnum):
     FAIL = "fail"
 
 
+class Method(StrEnum):
+    """How a job learns."""
+
+    SUPERVISED = "supervised"
+    SELF_SUPERVISED = "self_supervised"
+    INSTRUCTION = "instruction"
+    PREFERENCE = "preference"
+    REINFORCEMENT = "reinforcement"
+
+
+class LossOn(StrEnum):
+    """Which tokens of a supervised example have loss."""
+
+    COMPLETION = "completion"
+    ALL = "all"
+
+
+class Tuning(StrEnum):
+    """What may change."""
+
+    LORA = "lora"
+    LAST_LAYERS = "last_layers"
+    FULL = "full"
+
+
+class ServedAs(StrEnum):
+    """How a result is served."""
+
+    ADAPTER = "adapter"
+    LOW_RANK_DELTA = "low_rank_delta"
+    """An adapter that approximates the weights' change."""
+    MERGED_MODEL = "merged_model"
+    """A full model, as a deployment of its own."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """DPO as asked for (Rafailov et al. 2023, arXiv:2305.18290). Zero means: derive."""
+
+    beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reinforcement:
+    """GRPO as asked for (Shao et al. 2024, arXiv:2402.03300). Zero means: derive, but for `beta`: no KL term."""
+
+    grader: GraderSpec | None = None
+    group_size: int = 0
+    max_completion_tokens: int = 0
+    temperature: float = 0.0
+    beta: float = 0.0
+    epsilon: float = 0.0
+
+
 @dataclass(frozen=True)
 class Lora:
     """LoRA as asked for (Hu et al. 2021, arXiv:2106.09685). Zero and empty mean: derive."""
@@ -73,6 +128,19 @@ class Lora:
     alpha: float = 0.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    base_quantization: str = ""
+    """`nf4` for QLoRA; empty for the base's weights as they are."""
+
+
+@dataclass(frozen=True)
+class LastLayers:
+    """Transfer learning as asked for. Zero means: derive."""
+
+    blocks: int = 0
+    train_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +160,9 @@ class Hyperparameters:
     seed: int | None = None
     num_workers: int | None = None
     checkpoint_steps: int | None = None
+    validation_fraction: float | None = None
+    early_stopping_patience: int | None = None
+    eval_steps: int | None = None
     over_length_policy: OverLengthPolicy = OverLengthPolicy.DROP
 
 
@@ -104,8 +175,23 @@ class JobSpec:
     """Data set id (not the resource name)."""
     validation_dataset: str | None = None
     suffix: str | None = None
-    method: str = "supervised"
+    method: Method | None = Method.SUPERVISED
+    """None: as the data set's format says. Concrete once stored."""
+    loss_on: LossOn = LossOn.COMPLETION
+    preference: Preference = field(default_factory=Preference)
+    reinforcement: Reinforcement = field(default_factory=Reinforcement)
+    tuning: Tuning = Tuning.LORA
     lora: Lora = field(default_factory=Lora)
+    last_layers: LastLayers = field(default_factory=LastLayers)
+    served_as: ServedAs | None = ServedAs.ADAPTER
+    """None: chosen by what is tuned. Concrete once stored."""
+    delta_rank: int = 0
+    """Of a low-rank delta; 0: the highest that the engine loads."""
+    task: str = ""
+    task_definition: str = ""
+    """YAML of the task's template, kept with the job: a built-in task may change with Graft's version."""
+    from_adapter: str | None = None
+    """`base:adapter@version` that training starts from."""
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
     metadata: dict[str, str] = field(default_factory=dict)
 

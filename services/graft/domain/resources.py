@@ -6,15 +6,24 @@ from enum import StrEnum
 
 
 class DatasetFormat(StrEnum):
-    """Row layout of a data set."""
+    """Row layout of a data set. What each looks like is in `graft.data.layouts`."""
 
     MESSAGES = "messages"
     PROMPT_COMPLETION = "prompt_completion"
+    TEXT = "text"
+    QUESTION_ANSWER = "question_answer"
+    ALPACA = "alpaca"
+    SHAREGPT = "sharegpt"
+    PREFERENCE = "preference"
+    OPENAI_PREFERENCE = "openai_preference"
+    GRADED_PROMPTS = "graded_prompts"
+    FIELDS = "fields"
+    """Named fields for a task's template. Never recognised, only declared."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """An uploaded data set: JSONL, immutable. `uri` is an fsspec URL or path that only services see."""
+    """An uploaded data set: JSONL, CSV or Parquet, immutable. `uri` is an fsspec URL or path that only services see."""
 
     id: str
     project: str

@@ -30,8 +30,11 @@ class Axis:
 
     def labels(self) -> list[str]:
         """The ticks in plain decimals, as many as the step needs; in powers of ten from a million on."""
-        if max(map(abs, self.ticks)) >= 1e6:
-            return [f"{tick:g}" for tick in self.ticks]
+        largest = max(map(abs, self.ticks))
+        if largest >= 1e6:
+            # At least six digits, and enough of them to tell neighbours apart.
+            digits = max(6, math.floor(math.log10(largest)) - math.floor(math.log10(self.step)) + 1)
+            return [f"{tick:.{digits}g}" for tick in self.ticks]
         decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
         return [f"{tick:,.{decimals}f}".replace("-", MINUS) for tick in self.ticks]
 
@@ -77,6 +80,18 @@ class Scale:
 
 PERCENT = Scale(factor=100, digits=1, unit="%", difference_unit=" points")
 PLAIN = Scale(factor=1, digits=3, unit="", difference_unit="")
+
+
+def score_axis(lows: Sequence[float], highs: Sequence[float], scale: Scale, largest: float = 1.0) -> Axis:
+    """Around all intervals, from 0 to `largest`: a dot and a whisker show places, not lengths, and need no zero."""
+    margin = 0.02 if math.isfinite(largest) else 0.02 * max(highs)
+    low, high = max(0.0, min(lows) - margin), min(largest, max(highs) + margin)
+    return axis(low * scale.factor, high * scale.factor)
+
+
+def difference_axis(low: float, high: float, scale: Scale) -> Axis:
+    """Around the interval and zero."""
+    return axis(min(0.0, low) * scale.factor, max(0.0, high) * scale.factor)
 
 
 @dataclass(frozen=True)

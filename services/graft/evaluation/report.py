@@ -1,24 +1,18 @@
 """The report of a comparison: what was measured, and one HTML file of it that needs nothing else to be read.
 
-Owns the report's types and its file; the picture of each number is `graft.evaluation.charts`, the page
-`report.html.jinja`. Does not know how the answers were got. Inputs and answers come from strangers, so the page
-escapes everything, and its content security policy forbids scripts and every load.
+Owns the types of `graft demo`'s report: prompts of one base against one adapter. The page is `report.html.jinja`, drawn
+by `graft.evaluation.pages`. Does not know how the answers were got. Any number of models are compared by
+`graft.evaluation.comparison`.
 """
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from graft.domain.errors import InvalidArgument
-from graft.evaluation import charts
-from graft.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, interval, paired_difference
-
-_EXAMPLES = 8  # two or three screens: more is read by nobody
-_FOLD_AT_CHARACTERS = 480  # about eight lines of a column; the rest of a longer text opens on request
+from graft.evaluation import charts, pages
+from graft.evaluation.bootstrap import Interval, interval, paired_difference
 
 
 @dataclass(frozen=True)
@@ -127,77 +121,25 @@ class Report:
 
 def render(report: Report) -> str:
     """One HTML page that asks the network for nothing and needs no script."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja").render(
+    return pages.render(
+        "report.html.jinja",
         report=report,
         created=report.created.astimezone(UTC),
-        level=f"{LEVEL:.0%}",
-        resamples=f"{RESAMPLES:,}",
         scale_of=_scale_of,
-        score_axis=_score_axis,
-        difference_axis=_difference_axis,
         loss_chart=charts.loss_chart,
-        examples=_examples,
-        fold=_fold,
+        said=_said,
     )
 
 
 def write(report: Report, path: Path) -> Path:
-    """Renders to `path` in UTF-8, whole or not at all, making its folder if need be. Returns `path`."""
-    # UTF-8 has no bytes for half a surrogate pair, which JSON can carry: a browser shows its reference as U+FFFD.
-    page = render(report).encode("utf-8", "xmlcharrefreplace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_bytes(page)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return path
+    """Renders to `path`, as `pages.write` does."""
+    return pages.write(render(report), path)
 
 
 def _scale_of(task: Task) -> charts.Scale:
     return charts.PERCENT if task.metric == "accuracy" else charts.PLAIN
 
 
-def _score_axis(intervals: Sequence[Interval], scale: charts.Scale) -> charts.Axis:
-    """Around all intervals, within the scale: a dot and a whisker show places, not lengths, and need no zero."""
-    low = max(0.0, min(each.low for each in intervals) - 0.02)
-    high = min(1.0, max(each.high for each in intervals) + 0.02)
-    return charts.axis(low * scale.factor, high * scale.factor)
-
-
-def _difference_axis(difference: Interval, scale: charts.Scale) -> charts.Axis:
-    """Around the interval and zero."""
-    low, high = min(0.0, difference.low), max(0.0, difference.high)
-    return charts.axis(low * scale.factor, high * scale.factor)
-
-
-def _examples(task: Task) -> list[int]:
-    """Rows to show, in the data set's order within each kind: scores differ, answers differ, all agree.
-
-    Nothing else decides, so the rows favour nobody.
-    """
-
-    def kind(row: int) -> int:
-        if len({contestant.scores[row] for contestant in task.contestants}) > 1:
-            return 0
-        return 1 if len({contestant.answers[row] for contestant in task.contestants}) > 1 else 2
-
-    return sorted(range(len(task.references)), key=kind)[:_EXAMPLES]
-
-
-def _fold(text: str) -> tuple[str, str]:
-    """The start of a long text, cut between words where it has any, and the rest."""
-    if len(text) <= _FOLD_AT_CHARACTERS * 5 // 4:  # nobody wants to unfold half a line
-        return text, ""
-    head = text[:_FOLD_AT_CHARACTERS]
-    cut = max(head.rfind(" "), head.rfind("\n"))
-    cut = cut if cut > _FOLD_AT_CHARACTERS // 2 else _FOLD_AT_CHARACTERS
-    return text[:cut], text[cut:]
+def _said(task: Task) -> list[pages.Said]:
+    adapter = task.contestants[-1]
+    return [pages.Said(each.name, each.answers, each.scores, each is adapter) for each in task.contestants]

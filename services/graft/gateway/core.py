@@ -5,28 +5,37 @@ it. Jobs' states are the orchestrator's; only wishes are written here.
 """
 
 import asyncio
+import hashlib
+import json
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
-from graft.domain.errors import KINDS, Internal, InvalidArgument, NotFound, Unavailable
+from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
+from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec
 from graft.domain.names import check_alias, check_id, parse_model
-from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset
+from graft.domain.reports import REPORT_VERSION, DatasetReport
+from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.gateway import generation, resolving
-from graft.gateway.checks import check_job, check_page_size, check_request_id
+from graft.gateway.checks import check_page_size, check_request_id
+from graft.gateway.checks_evaluations import check_evaluation
+from graft.gateway.checks_jobs import check_job
 from graft.gateway.generation import Answer
 from graft.gateway.resolving import Resolution
 from graft.gateway.uploads import Upload, dataset_file, remove_dataset_file
 from graft.internal.engine_client import EngineClient
 from graft.internal.v1 import engine_pb2
 from graft.settings import Settings
-from graft.store.protocol import AliasWish, Page, Store
+from graft.store.protocol import AliasWish, DatasetCheck, Page, Store
 
 WATCH_POLL_SECONDS = 0.2
 ALIAS_TIMEOUT_SECONDS = 10.0
 ALIAS_POLL_SECONDS = 0.1
+CHECK_TIMEOUT_SECONDS = 60.0
+"""Some 20 MB of text are tokenized in it on one core."""
+CHECK_POLL_SECONDS = 0.1
 EVENTS_AT_ONCE = 500
 """Bounds the memory of one Watch that starts from the beginning of a long job."""
 
@@ -46,10 +55,15 @@ class Core:
 
     # Data sets
 
-    def begin_upload(self, project: str, display_name: str, request_id: str | None = None) -> Upload:
-        """An upload to be entered with `async with`, fed with `write` and ended with `finish`."""
+    def begin_upload(
+        self, project: str, display_name: str, request_id: str | None = None, format: DatasetFormat | None = None
+    ) -> Upload:
+        """An upload to be entered with `async with`, fed with `write` and ended with `finish`.
+
+        `format` declares what is recognised otherwise.
+        """
         check_id(project, "project")
-        return Upload(self.store, self.settings, project, display_name, check_request_id(request_id))
+        return Upload(self.store, self.settings, project, display_name, check_request_id(request_id), format)
 
     async def get_dataset(self, project: str, dataset_id: str) -> Dataset:
         """Raises NotFound naming it and what exists."""
@@ -66,11 +80,54 @@ class Core:
         await asyncio.to_thread(remove_dataset_file, self.settings, project, dataset_id)
         return dataset
 
+    async def validate_dataset(
+        self,
+        project: str,
+        dataset_id: str,
+        base: str,
+        held_out_id: str | None = None,
+        context_tokens: int | None = None,
+        epochs: float = 1.0,
+    ) -> DatasetReport:
+        """Measures a data set for a base model; the orchestrator does, and a question is answered once for all.
+
+        Raises InvalidArgument, NotFound, whatever ended the check, or Unavailable after 60 s: the check goes on, and
+        asking again waits for the same one.
+        """
+        if context_tokens is not None and context_tokens < 1:
+            raise InvalidArgument("context_tokens: must be above 0", reason="INVALID_CHECK")
+        if not 0 < epochs <= 1000:
+            raise InvalidArgument("epochs: must be above 0 and at most 1000", reason="INVALID_CHECK")
+        model = await self.store.get_base_model(base)
+        for one in filter(None, (dataset_id, held_out_id)):
+            await self.store.get_dataset(project, one)
+        asked = [REPORT_VERSION, project, dataset_id, model.digest, base, held_out_id, context_tokens, epochs]
+        name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        check = await self.store.request_dataset_check(
+            DatasetCheck(f"dc-{name[:40]}", project, dataset_id, base, held_out_id, context_tokens, epochs)
+        )
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
+                while not check.done:
+                    await asyncio.sleep(CHECK_POLL_SECONDS)
+                    check = await self.store.get_dataset_check(check.id)
+        except TimeoutError:
+            raise Unavailable(
+                f"The check of {dataset_id!r} has not ended within {CHECK_TIMEOUT_SECONDS:.0f} s. It goes on: ask "
+                "again for its report.",
+                reason="CHECK_RUNNING",
+                retry_after_seconds=10.0,
+            ) from None
+        if check.error is not None:
+            raise KINDS.get(check.error.code, Internal)(check.error.message, reason=check.error.reason)
+        assert check.report is not None
+        return check.report
+
     async def dataset_path(self, project: str, dataset_id: str) -> Path:
         """The file of a stored data set. Raises NotFound, also when the file has gone from the disk."""
         dataset = await self.store.get_dataset(project, dataset_id)
         path = dataset_file(self.settings, project, dataset.id)
-        if not path.is_file():
+        if path is None:
             raise NotFound(
                 f"The file of data set {dataset_id!r} is no longer on the disk. Upload it again.",
                 reason="DATASET_FILE_MISSING",
@@ -143,6 +200,49 @@ class Core:
                     retry_after_seconds=2.0,
                 )
             await asyncio.sleep(WATCH_POLL_SECONDS)
+
+    # Evaluations
+
+    async def create_evaluation(self, project: str, spec: EvaluationSpec, request_id: str | None = None) -> Evaluation:
+        """Checks a specification against what exists, and stores it in QUEUED.
+
+        Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
+        """
+        check_id(project, "project")
+        spec = await check_evaluation(self.store, project, spec)
+        name = f"ev-{secrets.token_hex(6)}"
+        return await self.store.create_evaluation(project, name, spec, check_request_id(request_id))
+
+    async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Raises NotFound naming it and what exists."""
+        return await self.store.get_evaluation(project, evaluation_id)
+
+    async def list_evaluations(self, project: str, page_size: int = 0, page_token: str = "") -> Page[Evaluation]:
+        """Newest first; 50 when `page_size` is 0, 1000 at most."""
+        return await self.store.list_evaluations(project, check_page_size(page_size), page_token)
+
+    async def cancel_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Writes the wish. Raises FailedPrecondition when it has already SUCCEEDED or FAILED."""
+        return await self.store.cancel_evaluation(project, evaluation_id)
+
+    async def evaluation_report(self, project: str, evaluation_id: str) -> bytes:
+        """One HTML page. Raises NotFound, and FailedPrecondition before the evaluation has succeeded."""
+        found = await self.store.get_evaluation(project, evaluation_id)
+        if found.state is not EvaluationState.SUCCEEDED:
+            raise FailedPrecondition(
+                f"Evaluation {evaluation_id!r} is {found.state}; only one that has succeeded has a report.",
+                reason="NO_REPORT",
+                metadata={"state": found.state.value},
+            )
+        path = self.settings.evaluation_dir(project, evaluation_id) / "report.html"
+        try:
+            return await asyncio.to_thread(path.read_bytes)
+        except FileNotFoundError:
+            raise NotFound(
+                f"The report of evaluation {evaluation_id!r} is no longer on the disk; MLflow run "
+                f"{found.mlflow_run_id} has a copy.",
+                reason="REPORT_MISSING",
+            ) from None
 
     # Base models and adapters
 

@@ -24,6 +24,8 @@ from graft.api.v1 import (
     base_model_service_pb2_grpc,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
+    evaluation_service_pb2,
+    evaluation_service_pb2_grpc,
     fine_tuning_service_pb2,
     fine_tuning_service_pb2_grpc,
     generation_service_pb2,
@@ -36,6 +38,7 @@ from graft.gateway.interceptor import Interceptor
 from graft.gateway.services.adapters import AdapterService
 from graft.gateway.services.base_models import BaseModelService
 from graft.gateway.services.datasets import DatasetService
+from graft.gateway.services.evaluations import EvaluationService
 from graft.gateway.services.fine_tuning import FineTuningService
 from graft.gateway.services.generation import GenerationService
 from graft.settings import GatewaySettings
@@ -46,6 +49,7 @@ SERVICES = tuple(
         (adapter_service_pb2, "AdapterService"),
         (base_model_service_pb2, "BaseModelService"),
         (dataset_service_pb2, "DatasetService"),
+        (evaluation_service_pb2, "EvaluationService"),
         (fine_tuning_service_pb2, "FineTuningService"),
         (generation_service_pb2, "GenerationService"),
     )
@@ -71,6 +75,7 @@ def grpc_server(
     adapter_service_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterService(core), server)
     base_model_service_pb2_grpc.add_BaseModelServiceServicer_to_server(BaseModelService(core), server)
     dataset_service_pb2_grpc.add_DatasetServiceServicer_to_server(DatasetService(core), server)
+    evaluation_service_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(core), server)
     fine_tuning_service_pb2_grpc.add_FineTuningServiceServicer_to_server(FineTuningService(core), server)
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(core), server)
     healthy = health.aio.HealthServicer()

@@ -1,6 +1,7 @@
 """Data set files: one temporary file beside its target, validated as it streams in, renamed when proven.
 
-Owns `$GRAFT_HOME/datasets/{project}/{id}.jsonl`. Nothing of a failed or abandoned upload stays.
+Owns `$GRAFT_HOME/datasets/{project}/{id}.jsonl`, `.csv` or `.parquet`, as the content is. Nothing of a failed or
+abandoned upload stays.
 """
 
 import asyncio
@@ -14,28 +15,41 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from graft.data.formats import FileReport, JsonlValidator
+from graft.data.formats import FileReport, FileValidator, validate_file
+from graft.data.reading import Container
 from graft.domain.errors import ResourceExhausted
-from graft.domain.resources import Dataset
+from graft.domain.resources import Dataset, DatasetFormat
 from graft.settings import MIB, Settings
 from graft.store.protocol import Store
 
 
-def dataset_file(settings: Settings, project: str, dataset_id: str) -> Path:
-    """Where a data set lies."""
-    return settings.home.path / "datasets" / project / f"{dataset_id}.jsonl"
+def dataset_file(settings: Settings, project: str, dataset_id: str) -> Path | None:
+    """Where a data set lies; None when its file is gone."""
+    return next((path for path in _files(settings, project, dataset_id) if path.is_file()), None)
 
 
 def remove_dataset_file(settings: Settings, project: str, dataset_id: str) -> None:
     """Removes a data set's file; it may be gone already."""
-    dataset_file(settings, project, dataset_id).unlink(missing_ok=True)
+    for path in _files(settings, project, dataset_id):
+        path.unlink(missing_ok=True)
+
+
+def _files(settings: Settings, project: str, dataset_id: str) -> list[Path]:
+    folder = settings.home.path / "datasets" / project
+    return [folder / f"{dataset_id}.{container}" for container in Container]
 
 
 class Upload:
     """One upload, an async context manager: `write` pieces, then `finish`. Leaving without `finish` removes it all."""
 
     def __init__(
-        self, store: Store, settings: Settings, project: str, display_name: str, request_id: str | None
+        self,
+        store: Store,
+        settings: Settings,
+        project: str,
+        display_name: str,
+        request_id: str | None,
+        format: DatasetFormat | None = None,
     ) -> None:
         self._rows = store
         self._settings = settings
@@ -43,10 +57,11 @@ class Upload:
         self._display_name = display_name
         self._request_id = request_id
         self._id = f"ds-{secrets.token_hex(6)}"
-        self._target = dataset_file(settings, project, self._id)
-        self._temporary = self._target.with_suffix(".part")
+        self._folder = settings.home.path / "datasets" / project
+        self._temporary = self._folder / f"{self._id}.part"
         self._file: BinaryIO | None = None
-        self._validator = JsonlValidator()
+        self._declared = format
+        self._validator = FileValidator(format)
         self._size_bytes = 0
         self._finishing: asyncio.Future[Dataset] | None = None
         self._first: Dataset | None = None
@@ -84,8 +99,13 @@ class Upload:
         if self._first is None and chunk:
             await asyncio.to_thread(self._take, chunk)
 
+    def declare(self, format: DatasetFormat) -> None:
+        """Says which format the rows have; may come after the file, as in a form."""
+        self._declared = format
+
     async def finish(self) -> Dataset:
-        """Stores the data set. Raises InvalidArgument (BAD_DATASET) with the bad lines; nothing is stored then."""
+        """Stores the data set. Raises InvalidArgument (BAD_DATASET, AMBIGUOUS_DATASET) with the bad rows or the formats
+        that it may have; nothing is stored then."""
         if self._first is not None:
             return self._first
         # gRPC ends the stream of a client that left as if it were complete, and cancels a moment later: proving takes
@@ -96,8 +116,9 @@ class Upload:
         return await asyncio.shield(self._finishing)
 
     async def _store(self, report: FileReport) -> Dataset:
+        target = self._folder / f"{self._id}.{report.container}"
         try:
-            await asyncio.to_thread(self._rename)
+            await asyncio.to_thread(self._rename, target)
             dataset = Dataset(
                 id=self._id,
                 project=self._project,
@@ -106,20 +127,20 @@ class Upload:
                 row_count=report.row_count,
                 size_bytes=report.size_bytes,
                 digest=report.digest,
-                uri=str(self._target),
+                uri=str(target),
                 create_time=await self._rows.now(),
             )
             stored = await self._rows.create_dataset(dataset, self._request_id)
         except BaseException:
-            self._target.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
             raise
         if stored.id != self._id:  # the same request came twice at once, and the other was first
-            self._target.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
         return stored
 
     def _open(self) -> BinaryIO:
         with _full_disk_told():
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             return self._temporary.open("xb")
 
     def _take(self, chunk: bytes) -> None:
@@ -131,17 +152,18 @@ class Upload:
     def _prove(self) -> FileReport:
         """Validates to the end and makes the content durable."""
         assert self._file is not None
-        report = self._validator.finish()
         with _full_disk_told():
             self._file.flush()
             os.fsync(self._file.fileno())
-        return report
+        if self._declared is not self._validator.declared:
+            return validate_file(self._temporary, self._declared)
+        return self._validator.finish(self._temporary)
 
-    def _rename(self) -> None:
+    def _rename(self, target: Path) -> None:
         """Gives the file its name, durably."""
         with _full_disk_told():
-            self._temporary.rename(self._target)
-            folder = os.open(self._target.parent, os.O_RDONLY)
+            self._temporary.rename(target)
+            folder = os.open(self._folder, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:

@@ -186,7 +186,7 @@ class Context:
             return self.trackers[-1]
         job = self.job
         params = {item.name: str(item.value) for item in job.resolved}
-        params |= {"base_model": job.spec.base_model, "method": job.spec.method}
+        params |= {"base_model": job.spec.base_model, "method": job.spec.method or "", "tuning": job.spec.tuning}
         tags = {"graft.adapter": job.adapter}
         if material is not None:
             tags["graft.dataset_digest"] = material.dataset.digest

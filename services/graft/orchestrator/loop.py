@@ -16,6 +16,7 @@ import structlog
 
 from graft.domain.errors import Aborted, GraftError, Internal, Unavailable
 from graft.domain.jobs import FINAL, LIVE, Job, JobState
+from graft.orchestrator.checking import Checker
 from graft.orchestrator.context import Context, job_error
 from graft.orchestrator.following import stop_run
 from graft.orchestrator.mirror import Mirror
@@ -53,6 +54,7 @@ class Orchestrator:
         self.parts = parts
         self.owner = owner or owner_name()
         self.mirror = Mirror(parts.store, parts.registry, orchestrator.registry_poll_seconds, orchestrator.poll_seconds)
+        self._checker = Checker(parts.store, orchestrator.poll_seconds)
         self._room = Room(parts)
         self._lease = timedelta(seconds=orchestrator.lease_seconds)
         self._poll_seconds = orchestrator.poll_seconds
@@ -64,6 +66,7 @@ class Orchestrator:
     async def run(self) -> None:
         """Until cancelled; then leaves every job where it is and frees its leases."""
         mirror = asyncio.create_task(self.mirror.run())
+        checks = asyncio.create_task(self._checker.run())
         try:
             while True:
                 try:
@@ -76,6 +79,7 @@ class Orchestrator:
                 await asyncio.sleep(self._poll_seconds)
         finally:
             mirror.cancel()
+            checks.cancel()
             await self._leave()
 
     async def _turn(self) -> None:

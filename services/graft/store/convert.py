@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import RowMapping
 
+from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
     Event,
@@ -15,13 +16,21 @@ from graft.domain.jobs import (
     JobError,
     JobSpec,
     JobState,
+    LastLayers,
     Lora,
+    LossOn,
+    Method,
     OverLengthPolicy,
+    Preference,
     Progress,
+    Reinforcement,
     Resolved,
+    ServedAs,
+    Tuning,
 )
+from graft.domain.reports import report_from_json
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
-from graft.store.protocol import AliasWish
+from graft.store.protocol import AliasWish, DatasetCheck
 
 Row = RowMapping
 
@@ -32,12 +41,29 @@ def spec_to_json(spec: JobSpec) -> dict[str, Any]:
 
 
 def spec_from_json(value: Mapping[str, Any]) -> JobSpec:
-    """The specification of `spec_to_json`."""
+    """The specification of `spec_to_json`, also of one that was stored before fields were added."""
     hyperparameters = dict(value["hyperparameters"])
     hyperparameters["over_length_policy"] = OverLengthPolicy(hyperparameters["over_length_policy"])
     lora = dict(value["lora"])
-    lora["target_modules"] = tuple(lora["target_modules"])
-    return JobSpec(**{**value, "lora": Lora(**lora), "hyperparameters": Hyperparameters(**hyperparameters)})
+    for name in ("target_modules", "modules_to_save"):
+        lora[name] = tuple(lora.get(name, ()))
+    reinforcement = dict(value.get("reinforcement", {}))
+    if reinforcement.get("grader") is not None:
+        reinforcement["grader"] = GraderSpec(**reinforcement["grader"])
+    return JobSpec(
+        **{
+            **value,
+            "method": Method(value["method"]),
+            "loss_on": LossOn(value.get("loss_on", LossOn.COMPLETION)),
+            "preference": Preference(**value.get("preference", {})),
+            "reinforcement": Reinforcement(**reinforcement),
+            "tuning": Tuning(value.get("tuning", Tuning.LORA)),
+            "lora": Lora(**lora),
+            "last_layers": LastLayers(**value.get("last_layers", {})),
+            "served_as": ServedAs(value.get("served_as") or ServedAs.ADAPTER),
+            "hyperparameters": Hyperparameters(**hyperparameters),
+        }
+    )
 
 
 _JOB_PLAIN = [
@@ -97,3 +123,10 @@ def alias_wish(row: Row) -> AliasWish:
     """A row of `alias_wishes`."""
     values = {field.name: row[field.name] for field in fields(AliasWish)}
     return AliasWish(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+
+
+def dataset_check(row: Row) -> DatasetCheck:
+    """A row of `dataset_checks`."""
+    values = {field.name: row[field.name] for field in fields(DatasetCheck)}
+    values["report"] = None if row["report"] is None else report_from_json(row["report"])
+    return DatasetCheck(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})

@@ -1,7 +1,7 @@
 """What the gateway and the orchestrator ask of the store. `graft.store.sql` is the one implementation.
 
 All methods are coroutines; times are timezone-aware UTC. Who may write what: the gateway creates data sets, jobs and
-wishes (`request_cancel`, `request_alias`); everything else is the orchestrator's.
+wishes (`request_cancel`, `request_alias`, `request_dataset_check`); everything else is the orchestrator's.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Generic, Protocol, TypeVar
 
+from graft.domain.evaluations import ContestantResult, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
 T = TypeVar("T")
@@ -34,6 +36,22 @@ class AliasWish:
     alias: str
     version: int
     done: bool = False
+    error: JobError | None = None
+
+
+@dataclass(frozen=True)
+class DatasetCheck:
+    """A client's wish to have a data set measured, until the orchestrator has done it."""
+
+    id: str
+    project: str
+    dataset_id: str
+    base_model: str
+    held_out_id: str | None
+    context_tokens: int | None
+    epochs: float
+    done: bool = False
+    report: DatasetReport | None = None
     error: JobError | None = None
 
 
@@ -117,6 +135,43 @@ class Store(Protocol):
         """Writes what is given (metrics are merged) and an event `(level, type, message, data)` in one transaction."""
         ...
 
+    # Evaluations: created, read and cancelled by the gateway
+    async def create_evaluation(
+        self, project: str, evaluation_id: str, spec: EvaluationSpec, request_id: str | None
+    ) -> Evaluation:
+        """Stores one in QUEUED; a repeated `request_id` returns the first one's evaluation."""
+        ...
+
+    async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Raises NotFound naming it and what exists."""
+        ...
+
+    async def list_evaluations(self, project: str, page_size: int, page_token: str) -> Page[Evaluation]: ...
+    async def cancel_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
+        """Idempotent. Raises FailedPrecondition when it has SUCCEEDED or FAILED."""
+        ...
+
+    # Evaluations (orchestrator). `owner` must hold the lease, else Aborted.
+    async def claim_evaluation(self, owner: str, lease: timedelta) -> Evaluation | None:
+        """Takes the oldest that has not ended and whose lease is free or has run out, and moves it to RUNNING."""
+        ...
+
+    async def renew_evaluation(
+        self, evaluation: Evaluation, owner: str, lease: timedelta, answered_requests: int, total_requests: int
+    ) -> Evaluation: ...
+    async def release_evaluation(self, evaluation: Evaluation, owner: str) -> None: ...
+    async def end_evaluation(
+        self,
+        evaluation: Evaluation,
+        owner: str,
+        state: EvaluationState,
+        *,
+        error: JobError | None = None,
+        results: Sequence[ContestantResult] = (),
+        verdicts: Sequence[str] = (),
+        mlflow_run_id: str | None = None,
+    ) -> Evaluation: ...
+
     # Registry's read model and wishes
     async def replace_base_models(self, models: Sequence[BaseModel]) -> None: ...
     async def get_base_model(self, base: str) -> BaseModel: ...
@@ -143,6 +198,17 @@ class Store(Protocol):
     async def get_alias_wish(self, wish_id: str) -> AliasWish: ...
     async def pending_alias_wishes(self) -> tuple[AliasWish, ...]: ...
     async def finish_alias_wish(self, wish_id: str, error: JobError | None) -> None: ...
+
+    # Checks of data sets: asked for by the gateway, made by the orchestrator
+    async def request_dataset_check(self, check: DatasetCheck) -> DatasetCheck:
+        """Stores a check to be made; one of this id that is there is returned as it is, unless it failed."""
+        ...
+
+    async def get_dataset_check(self, check_id: str) -> DatasetCheck: ...
+    async def pending_dataset_checks(self) -> tuple[DatasetCheck, ...]: ...
+    async def finish_dataset_check(
+        self, check_id: str, report: DatasetReport | None, error: JobError | None
+    ) -> None: ...
 
     # API keys, stored as SHA-256 of the secret
     async def add_key(self, key_hash: str, project: str, label: str) -> None: ...

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     Dialect,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -171,6 +172,32 @@ adapter_versions = Table(
     Column("metrics", JSON, nullable=False),
 )
 
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("id", String(63), primary_key=True),
+    Column("project", String(63), nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("create_time", UtcTime, nullable=False),
+    Column("update_time", UtcTime, nullable=False),
+    Column("start_time", UtcTime),
+    Column("end_time", UtcTime),
+    Column("error", JSON(none_as_null=True)),
+    Column("answered_requests", Integer, nullable=False),
+    Column("total_requests", Integer, nullable=False),
+    Column("results", JSON, nullable=False),
+    Column("verdicts", JSON, nullable=False),
+    Column("mlflow_run_id", String),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("lease_owner", String),
+    Column("lease_expire_time", UtcTime),
+    Column("request_id", String),
+    UniqueConstraint("project", "request_id"),
+    Index(None, "project", "create_time", "id"),
+    Index(None, "state", "create_time"),
+)
+
 alias_wishes = Table(
     "alias_wishes",
     metadata,
@@ -181,6 +208,22 @@ alias_wishes = Table(
     Column("alias", String(63), nullable=False),
     Column("version", Integer, nullable=False),
     Column("done", Boolean, nullable=False, index=True),
+    Column("error", JSON(none_as_null=True)),
+    Column("create_time", UtcTime, nullable=False),
+)
+
+dataset_checks = Table(
+    "dataset_checks",
+    metadata,
+    Column("id", String(80), primary_key=True),
+    Column("project", String(63), nullable=False),
+    Column("dataset_id", String(63), nullable=False),
+    Column("base_model", String(63), nullable=False),
+    Column("held_out_id", String(63)),
+    Column("context_tokens", Integer),
+    Column("epochs", Float, nullable=False),
+    Column("done", Boolean, nullable=False, index=True),
+    Column("report", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
     Column("create_time", UtcTime, nullable=False),
 )

@@ -69,7 +69,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed
 
-    from graft.training.loop import Group
+    from graft.training.objectives.objective import Group
     from graft.training.worker import run_worker
 
     clock.lap("imports")

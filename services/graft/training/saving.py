@@ -8,7 +8,7 @@ from typing import Any
 
 from graft.data.prepare import Example
 from graft.training.batching import completion_tokens
-from graft.training.loop import mean_loss
+from graft.training.objectives.supervised import mean_loss
 from graft.training.spec import RunSpec
 
 PROBES = 4
@@ -40,8 +40,8 @@ def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> dict[str
         learned = [position >= start for position in range(len(example.token_ids))]
         probes.append(
             {
-                "prompt_token_ids": example.token_ids[:start],
-                "completion_token_ids": example.token_ids[start:],
+                "prompt_token_ids": list(example.token_ids[:start]),
+                "completion_token_ids": list(example.token_ids[start:]),
                 "mean_logprob": -mean_loss(model, [Example(example.token_ids, learned)]),
             }
         )

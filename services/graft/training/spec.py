@@ -1,14 +1,38 @@
 """What a run is told, with every value concrete, and what it reports. Picklable; knows neither Ray nor torch."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from graft.domain.jobs import Job, OverLengthPolicy
+from graft.domain.jobs import (
+    Job,
+    LastLayers,
+    Lora,
+    LossOn,
+    Method,
+    OverLengthPolicy,
+    Preference,
+    Reinforcement,
+    ServedAs,
+    Tuning,
+)
 from graft.domain.resources import BaseModel, Dataset, DatasetFormat
 
 ENDS = frozenset({"finished", "failed", "cancelled"})
+
+
+@dataclass(frozen=True)
+class StartFrom:
+    """The version that training goes on from, as the registry names it."""
+
+    model: str
+    registered_model: str
+    version: int
+    digest: str
+    tracking_uri: str
+    cache: str
+    """Where pulled versions are kept, by content."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +60,27 @@ class RunSpec:
     num_workers: int
     checkpoint_steps: int
     over_length_policy: OverLengthPolicy
-    lora_rank: int
-    lora_alpha: float
-    lora_dropout: float
-    lora_target_modules: tuple[str, ...]
+    lora: Lora
+    """Every value concrete."""
+    method: Method = Method.SUPERVISED
+    loss_on: LossOn = LossOn.COMPLETION
+    preference: Preference = field(default_factory=Preference)
+    """Every value concrete, as in `reinforcement` and `last_layers`, where that is the method or what is tuned."""
+    reinforcement: Reinforcement = field(default_factory=Reinforcement)
+    tuning: Tuning = Tuning.LORA
+    last_layers: LastLayers = field(default_factory=LastLayers)
+    served_as: ServedAs = ServedAs.ADAPTER
+    delta_rank: int = 0
+    validation_fraction: float = 0.0
+    early_stopping_patience: int = 0
+    eval_steps: int = 0
+    """Steps between measurements of the held-out loss; 0: after each epoch."""
+    task_definition: str = ""
+    start_from: StartFrom | None = None
+    """What `from_adapter` names; None: the base."""
+    engine_address: str = ""
+    """The internal gRPC, where reinforcement samples."""
+    project: str = ""
 
     @property
     def name(self) -> str:
@@ -79,9 +120,19 @@ class RunStatus:
     reports: list[Report]
 
 
-def run_spec(job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path) -> RunSpec:
+def run_spec(
+    job: Job,
+    base: BaseModel,
+    dataset: Dataset,
+    validation: Dataset | None,
+    output_dir: Path,
+    *,
+    start_from: StartFrom | None = None,
+    engine_address: str = "",
+) -> RunSpec:
     """The specification of the job's current attempt, from its resolved hyperparameters."""
     value: dict[str, Any] = {item.name: item.value for item in job.resolved}
+    asked = job.spec
     return RunSpec(
         job_id=job.id,
         attempt=job.attempt,
@@ -104,10 +155,36 @@ def run_spec(job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | 
         num_workers=int(value["num_workers"]),
         checkpoint_steps=int(value["checkpoint_steps"]),
         over_length_policy=OverLengthPolicy(value["over_length_policy"]),
-        lora_rank=int(value["lora.rank"]),
-        lora_alpha=float(value["lora.alpha"]),
-        lora_dropout=float(value["lora.dropout"]),
-        lora_target_modules=tuple(value["lora.target_modules"]),
+        lora=Lora()
+        if asked.tuning is not Tuning.LORA
+        else replace(
+            asked.lora,
+            rank=int(value["lora.rank"]),
+            alpha=float(value["lora.alpha"]),
+            dropout=float(value["lora.dropout"]),
+            target_modules=tuple(value["lora.target_modules"]),
+        ),
+        method=asked.method or Method.SUPERVISED,
+        loss_on=asked.loss_on,
+        preference=replace(asked.preference, beta=float(value.get("preference.beta", 0))),
+        reinforcement=replace(
+            asked.reinforcement,
+            group_size=int(value.get("reinforcement.group_size", 0)),
+            max_completion_tokens=int(value.get("reinforcement.max_completion_tokens", 0)),
+            temperature=float(value.get("reinforcement.temperature", 0)),
+            epsilon=float(value.get("reinforcement.epsilon", 0)),
+        ),
+        tuning=asked.tuning,
+        last_layers=replace(asked.last_layers, blocks=int(value.get("last_layers.blocks", 0))),
+        served_as=asked.served_as or ServedAs.ADAPTER,
+        delta_rank=int(value.get("delta_rank", 0)),
+        validation_fraction=float(value.get("validation_fraction", 0)),
+        early_stopping_patience=int(value.get("early_stopping_patience", 0)),
+        eval_steps=int(value.get("eval_steps", 0)),
+        task_definition=asked.task_definition,
+        start_from=start_from,
+        engine_address=engine_address,
+        project=job.project,
     )
 
 

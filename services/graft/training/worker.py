@@ -16,8 +16,10 @@ from graft.domain.errors import InvalidArgument
 from graft.domain.resources import DatasetFormat
 from graft.training.batching import microbatches
 from graft.training.imports import AutoModelForCausalLM, AutoTokenizer, LoraConfig, get_peft_model
-from graft.training.loop import Group, LoopSettings, StepReport, mean_loss, train
+from graft.training.loop import LoopSettings, StepReport, train
 from graft.training.lora import fuse
+from graft.training.objectives.objective import Group
+from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED, check_packing
 from graft.training.saving import describe, save_adapter
 from graft.training.spec import Clock, RunSpec
@@ -83,10 +85,10 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
     model = get_peft_model(
         base,
         LoraConfig(
-            r=spec.lora_rank,
-            lora_alpha=spec.lora_alpha,
-            lora_dropout=spec.lora_dropout,
-            target_modules=list(spec.lora_target_modules),
+            r=spec.lora.rank,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules=list(spec.lora.target_modules),
             task_type="CAUSAL_LM",
         ),
     )
@@ -119,7 +121,7 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
     )
-    train(model, examples, settings, follow.on_step, group)
+    train(model, Supervised(examples, device), settings, follow.on_step, group)
     if group.rank == 0:
         folder = Path(spec.output_dir) / "adapter"
         save_adapter(model, folder, describe(spec, model, held_out or examples))
@@ -153,6 +155,7 @@ class _Follower:
     def on_step(self, report: StepReport) -> None:
         """Called on every worker; the held-out loss is measured by all."""
         metrics: dict[str, Any] = asdict(report)
+        metrics |= metrics.pop("metrics")
         self.result |= {"train_loss": report.loss, "trained_tokens": report.trained_tokens}
         last = report.step == report.total_steps
         if self._held_out and (report.epoch.is_integer() or last):

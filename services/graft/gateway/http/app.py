@@ -17,7 +17,7 @@ from starlette.routing import Route
 from graft.domain.errors import GraftError
 from graft.gateway.auth import Authenticator
 from graft.gateway.core import Core
-from graft.gateway.http import files, fine_tuning, generation, models
+from graft.gateway.http import evaluations, files, fine_tuning, generation, models
 from graft.gateway.http.edge import Edge
 from graft.gateway.http.errors import on_http_exception
 from graft.gateway.http.requests import core_of
@@ -45,6 +45,10 @@ def build_app(core: Core, authenticator: Authenticator) -> Starlette:
             Route("/v1/fine_tuning/jobs/{job_id}/cancel", fine_tuning.cancel_job, methods=["POST"]),
             Route("/v1/fine_tuning/jobs/{job_id}/events", fine_tuning.list_events),
             Route("/v1/fine_tuning/jobs/{job_id}/checkpoints", fine_tuning.list_checkpoints),
+            _route("/v1/evaluations", GET=evaluations.list_evaluations, POST=evaluations.create_evaluation),
+            Route("/v1/evaluations/{evaluation_id}", evaluations.retrieve_evaluation),
+            Route("/v1/evaluations/{evaluation_id}/cancel", evaluations.cancel_evaluation, methods=["POST"]),
+            Route("/v1/evaluations/{evaluation_id}/report", evaluations.evaluation_report),
         ],
         middleware=[Middleware(Edge, authenticator=authenticator)],
         exception_handlers={HTTPException: on_http_exception},

@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from datetime import datetime
 
-from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobState
+from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, JobState, Method
 from graft.domain.resources import Dataset
+from graft.gateway.http.job_spec import METHOD_TYPES
 
 PURPOSE = "fine-tune"
 
@@ -74,7 +75,7 @@ def job(found: Job) -> dict[str, object]:
         "hyperparameters": hyperparameters,
         "integrations": [],
         "metadata": spec.metadata,
-        "method": {"type": spec.method, spec.method: {"hyperparameters": hyperparameters}},
+        "method": _method(spec, hyperparameters),
         "model": spec.base_model,
         "organization_id": found.project,
         "result_files": [],
@@ -89,7 +90,16 @@ def job(found: Job) -> dict[str, object]:
             "state": found.state.value,
             "attempt": found.attempt,
             "cancel_requested": found.cancel_requested,
+            "tuning": spec.tuning.value,
             "lora": asdict(spec.lora),
+            "last_layers": asdict(spec.last_layers),
+            "served_as": spec.served_as.value if spec.served_as else None,
+            "delta_rank": spec.delta_rank,
+            "task": spec.task,
+            "task_definition": spec.task_definition,
+            "from_adapter": spec.from_adapter,
+            "loss_on": spec.loss_on.value,
+            "reinforcement": {name: value for name, value in asdict(spec.reinforcement).items() if name != "grader"},
             "hyperparameters": asdict(spec.hyperparameters),
             "resolved": [asdict(one) for one in found.resolved],
             "progress": asdict(progress) if progress else None,
@@ -97,6 +107,16 @@ def job(found: Job) -> dict[str, object]:
             "started_at": seconds(found.start_time),
         },
     }
+
+
+def _method(spec: JobSpec, hyperparameters: dict[str, object]) -> dict[str, object]:
+    kind = METHOD_TYPES[spec.method or Method.SUPERVISED]
+    own: dict[str, object] = {"hyperparameters": hyperparameters}
+    if spec.method is Method.PREFERENCE:
+        own["hyperparameters"] = {**hyperparameters, "beta": spec.preference.beta or "auto"}
+    if spec.method is Method.REINFORCEMENT and (grader := spec.reinforcement.grader) is not None:
+        own["grader"] = {"type": grader.kind, **grader.settings}
+    return {"type": kind, kind: own}
 
 
 def _first(*values: object) -> object:

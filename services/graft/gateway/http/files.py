@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
+from graft.domain.resources import DatasetFormat
 from graft.gateway.http import convert
 from graft.gateway.http.multipart import Field, FileStart, pieces
 from graft.gateway.http.requests import (
@@ -31,25 +32,39 @@ async def create_file(request: Request) -> Response:
     core, project = core_of(request), project_of(request)
     upload: Upload | None = None
     purpose = ""
+    format: DatasetFormat | None = None
     async with AsyncExitStack() as stack:
         async for piece in pieces(request):
             if isinstance(piece, FileStart):
                 if piece.name != "file" or upload is not None:
                     raise invalid(piece.name, "exactly one file is taken, in a part named 'file'")
-                begun = core.begin_upload(project, _display_name(piece.filename), idempotency_key(request))
+                begun = core.begin_upload(project, _display_name(piece.filename), idempotency_key(request), format)
                 upload = await stack.enter_async_context(begun)
             elif isinstance(piece, Field):
-                if piece.name != "purpose":
+                if piece.name == "format":
+                    format = _check_format(piece.value)
+                elif piece.name == "purpose":
+                    purpose = _check_purpose(piece.value)
+                else:
                     raise invalid(piece.name, "is not supported; files are kept until they are deleted")
-                purpose = _check_purpose(piece.value)
             elif upload is not None:
                 await upload.write(piece.data)
         if upload is None:
             raise invalid("file", "is required, as a part with a filename")
         if not purpose:
             raise invalid("purpose", f"is required; use {convert.PURPOSE!r}")
+        if format is not None:
+            upload.declare(format)
         dataset = await upload.finish()
     return JSONResponse(convert.file(dataset))
+
+
+def _check_format(value: str) -> DatasetFormat:
+    """Graft's own field: how rows are to be read that may be read in several ways."""
+    try:
+        return DatasetFormat(value)
+    except ValueError:
+        raise invalid("format", f"{value!r} is not known; use one of {', '.join(DatasetFormat)}") from None
 
 
 def _check_purpose(purpose: str) -> str:

@@ -4,21 +4,39 @@ Types and names are checked here, all faults together; ranges and existence are 
 say is taken from `graft`, which clients send with `extra_body`:
 
     {"graft": {"lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+               "task": "sentiment", "from_adapter": "smollm2-135m:reviews@3",
                "hyperparameters": {"learning_rate": 2e-4, "max_steps": 100, "over_length_policy": "truncate"}}}
 
-`graft.hyperparameters` takes every field of `graft.domain.jobs.Hyperparameters` by its name.
+`graft.hyperparameters` takes every field of `graft.domain.jobs.Hyperparameters` by its name. `method.type` is OpenAI's
+`supervised`, `dpo` or `reinforcement`, or Graft's `self_supervised` or `instruction`. What is tuned is LoRA, unless
+`graft.tuning` says `last_layers` or `full`. A grader is `{"type": kind, …its settings}`.
 """
 
 import difflib
+import json
 import math
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from graft.domain.errors import FieldViolation, GraftError, InvalidArgument
-from graft.domain.jobs import Hyperparameters, JobSpec, Lora, OverLengthPolicy
-from graft.gateway.checks import METHODS
+from graft.domain.grading import GraderSpec
+from graft.domain.jobs import (
+    Hyperparameters,
+    JobSpec,
+    LastLayers,
+    Lora,
+    LossOn,
+    Method,
+    OverLengthPolicy,
+    Preference,
+    Reinforcement,
+    ServedAs,
+    Tuning,
+)
 
 T = TypeVar("T")
+EnumT = TypeVar("EnumT", bound=StrEnum)
 
 AUTO = "auto"
 _OPENAI = {
@@ -27,6 +45,15 @@ _OPENAI = {
     "learning_rate_multiplier": "learning_rate_multiplier",
 }
 """OpenAI's hyperparameters by Graft's names."""
+METHODS = {
+    "supervised": Method.SUPERVISED,
+    "dpo": Method.PREFERENCE,
+    "reinforcement": Method.REINFORCEMENT,
+    "self_supervised": Method.SELF_SUPERVISED,
+    "instruction": Method.INSTRUCTION,
+}
+"""OpenAI's `method.type`, and Graft's own."""
+METHOD_TYPES = {method: name for name, method in METHODS.items()}
 _PARAMS = {
     "base_model": "model",
     "training_dataset": "training_file",
@@ -34,6 +61,10 @@ _PARAMS = {
     "method": "method.type",
 }
 """Graft's fields by OpenAI's names, for refusals of the core."""
+_GRAFT_SECTIONS = frozenset(
+    {"hyperparameters", "lora", "last_layers", "served_as", "delta_rank", "task", "task_definition", "from_adapter"}
+)
+"""Graft's fields that stand under `graft`."""
 
 
 def job_spec(body: dict[str, object]) -> JobSpec:
@@ -42,29 +73,47 @@ def job_spec(body: dict[str, object]) -> JobSpec:
     top = _Object(body, "", faults)
     graft = top.object("graft")
     chosen = _Chosen(faults)
-    method = _read_method(top, chosen)
+    method, preference, reinforcement = _read_method(top, graft, chosen)
     _read_openai(top.object("hyperparameters"), chosen)
     chosen.put("seed", top.take("seed", _whole), "seed")
     policy = _read_graft(graft.object("hyperparameters"), chosen)
     lora = graft.object("lora")
+    last_layers = graft.object("last_layers")
     spec = JobSpec(
         base_model=top.required("model"),
         training_dataset=top.required("training_file"),
         validation_dataset=top.take("validation_file", _text),
         suffix=top.take("suffix", _text) or None,
         method=method,
+        loss_on=graft.take("loss_on", _one_of(LossOn)) or LossOn.COMPLETION,
+        preference=preference,
+        reinforcement=reinforcement,
+        tuning=graft.take("tuning", _one_of(Tuning)) or Tuning.LORA,
         lora=Lora(
             rank=lora.take("rank", _whole) or 0,
             alpha=lora.take("alpha", _number) or 0.0,
             dropout=lora.take("dropout", _number) or 0.0,
             target_modules=lora.take("target_modules", _texts) or (),
+            use_rslora=lora.take("use_rslora", _yes_or_no) or False,
+            use_dora=lora.take("use_dora", _yes_or_no) or False,
+            modules_to_save=lora.take("modules_to_save", _texts) or (),
+            base_quantization=lora.take("base_quantization", _quantization) or "",
         ),
+        last_layers=LastLayers(
+            blocks=last_layers.take("blocks", _whole) or 0,
+            train_head=last_layers.take("train_head", _yes_or_no) or False,
+        ),
+        served_as=graft.take("served_as", _one_of(ServedAs)),
+        delta_rank=graft.take("delta_rank", _whole) or 0,
+        task=graft.take("task", _text) or "",
+        task_definition=graft.take("task_definition", _definition) or "",
+        from_adapter=graft.take("from_adapter", _text) or None,
         hyperparameters=Hyperparameters(**chosen.values, over_length_policy=policy),
         metadata=top.take("metadata", _pairs) or {},
     )
     if top.take("integrations", lambda value: value):
         faults.append(FieldViolation("integrations", "are not supported; every job is tracked in MLflow"))
-    for read in (lora, graft, top):
+    for read in (lora, last_layers, graft, top):
         read.finish()
     if faults:
         raise InvalidArgument(_sentences(faults), reason="INVALID_JOB", violations=tuple(faults))
@@ -85,13 +134,18 @@ def _sentences(faults: list[FieldViolation]) -> str:
 
 def _param(field: str, body: dict[str, object]) -> str:
     section, _, name = field.partition(".")
-    if section not in ("hyperparameters", "lora"):
+    if field == "reinforcement.grader":
+        return "method.reinforcement.grader"
+    if field == "preference.beta":
+        return "method.dpo.hyperparameters.beta"
+    if section not in _GRAFT_SECTIONS and section != "reinforcement":
         return _PARAMS.get(field, field)
     if section == "hyperparameters":
         if name == "seed" and body.get("seed") is not None:
             return "seed"
         openai = next((theirs for theirs, ours in _OPENAI.items() if ours == name), None)
-        for path in (("hyperparameters",), ("method", "supervised", "hyperparameters")):
+        paths = [("method", name, "hyperparameters") for name in METHODS]
+        for path in (("hyperparameters",), *paths):
             found: Any = body
             for key in path:
                 found = found.get(key) if isinstance(found, dict) else None
@@ -119,17 +173,34 @@ class _Chosen:
         self._paths.setdefault(name, path)
 
 
-def _read_method(top: "_Object", chosen: _Chosen) -> str:
+def _read_method(top: "_Object", graft: "_Object", chosen: _Chosen) -> tuple[Method | None, Preference, Reinforcement]:
+    """None for a method that is not named: the data decides."""
     method = top.object("method")
-    kind = method.take("type", _text) or METHODS[0]
-    if kind not in METHODS:
+    kind = method.take("type", _text)
+    if kind is not None and kind not in METHODS:
         method.refuse("type", f"{kind!r} is not a method; use one of: {', '.join(METHODS)}")
-        return METHODS[0]
-    own = method.object(kind)
-    _read_openai(own.object("hyperparameters"), chosen)
-    own.finish()
+        return None, Preference(), Reinforcement()
+    own = method.object(kind) if kind else method
+    preference, reinforcement = Preference(), Reinforcement()
+    given = own.object("hyperparameters") if kind else None
+    if kind == "dpo" and given is not None:
+        preference = Preference(beta=given.take("beta", _or_auto(_number)) or 0.0)
+    if kind == "reinforcement":
+        more = graft.object("reinforcement")
+        reinforcement = Reinforcement(
+            grader=own.take("grader", _grader),
+            group_size=more.take("group_size", _whole) or 0,
+            max_completion_tokens=more.take("max_completion_tokens", _whole) or 0,
+            temperature=more.take("temperature", _number) or 0.0,
+            beta=more.take("beta", _number) or 0.0,
+            epsilon=more.take("epsilon", _number) or 0.0,
+        )
+        more.finish()
+    if given is not None:
+        _read_openai(given, chosen)
+        own.finish()
     method.finish()
-    return kind
+    return METHODS[kind] if kind else None, preference, reinforcement
 
 
 def _read_openai(given: "_Object", chosen: _Chosen) -> None:
@@ -140,7 +211,7 @@ def _read_openai(given: "_Object", chosen: _Chosen) -> None:
 
 
 def _read_graft(given: "_Object", chosen: _Chosen) -> OverLengthPolicy:
-    policy = given.take("over_length_policy", _policy) or OverLengthPolicy.DROP
+    policy = given.take("over_length_policy", _one_of(OverLengthPolicy)) or OverLengthPolicy.DROP
     for name, hint in get_type_hints(Hyperparameters).items():
         if name != "over_length_policy":
             kind: Callable[[object], float] = _number if float in get_args(hint) else _whole
@@ -184,11 +255,37 @@ def _pairs(value: object) -> dict[str, str]:
     return value
 
 
-def _policy(value: object) -> OverLengthPolicy:
-    try:
-        return OverLengthPolicy(str(value))
-    except ValueError:
-        raise ValueError(f"must be one of: {', '.join(OverLengthPolicy)}") from None
+def _one_of(kind: type[EnumT]) -> Callable[[object], EnumT]:
+    def read(value: object) -> EnumT:
+        try:
+            return kind(str(value))
+        except ValueError:
+            raise ValueError(f"must be one of: {', '.join(kind)}") from None
+
+    return read
+
+
+def _yes_or_no(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _quantization(value: object) -> str:
+    if value != "nf4":
+        raise ValueError("must be 'nf4'")
+    return "nf4"
+
+
+def _definition(value: object) -> str:
+    """A task as text, or as the object that the text would be."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else _text(value)
+
+
+def _grader(value: object) -> GraderSpec:
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise ValueError("must be an object with a `type`, and that grader's settings")
+    return GraderSpec(value["type"], {name: setting for name, setting in value.items() if name != "type"})
 
 
 def _or_auto(kind: Callable[[object], T]) -> Callable[[object], T | None]:
@@ -216,7 +313,7 @@ class _Object:
     def refuse(self, name: str, description: str) -> None:
         self._faults.append(FieldViolation(self.path(name), description))
 
-    def take(self, name: str, kind: Callable[[object], T]) -> T | None:
+    def take(self, name: str, kind: Callable[[object], T | None]) -> T | None:
         """The field's value; None when it is absent, null or at fault."""
         self._known.append(name)
         value = self._values.get(name)

@@ -5,9 +5,9 @@ from typing import Any
 
 from google.protobuf import empty_pb2
 
-from graft.api.v1 import dataset_pb2, dataset_service_pb2, dataset_service_pb2_grpc
+from graft.api.v1 import dataset_pb2, dataset_report_pb2, dataset_service_pb2, dataset_service_pb2_grpc
 from graft.domain.errors import FieldViolation, InvalidArgument
-from graft.gateway import convert
+from graft.gateway import convert, convert_jobs
 from graft.gateway.core import Core
 from graft.gateway.services.names import parent_project, split
 
@@ -27,7 +27,8 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
             raise _misplaced("header", "the first message of an upload must be its header")
         header = first.header
         project = parent_project(header.parent, "header.parent")
-        async with self._core.begin_upload(project, header.display_name, header.request_id) as upload:
+        declared = convert.declared_format(header.format)
+        async with self._core.begin_upload(project, header.display_name, header.request_id, declared) as upload:
             async for request in requests:
                 if request.WhichOneof("part") != "chunk":
                     raise _misplaced("chunk", "every message after the header must be a chunk")
@@ -54,6 +55,24 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
         project, dataset_id = split(request.name, "datasets")
         await self._core.delete_dataset(project, dataset_id)
         return empty_pb2.Empty()
+
+    async def ValidateDataset(
+        self, request: dataset_service_pb2.ValidateDatasetRequest, _context: Any
+    ) -> dataset_report_pb2.DatasetReport:
+        """Waits for the orchestrator's report."""
+        project, dataset_id = split(request.name, "datasets")
+        held_out_id = None
+        if request.validation_dataset:
+            held_out_id = convert_jobs.dataset_id(project, request.validation_dataset, "validation_dataset")
+        report = await self._core.validate_dataset(
+            project,
+            dataset_id,
+            request.base_model or self._core.settings.serving.base_model,
+            held_out_id,
+            request.context_tokens or None,
+            request.epochs or 1.0,
+        )
+        return convert.dataset_report(report)
 
 
 def _misplaced(field: str, description: str) -> InvalidArgument:

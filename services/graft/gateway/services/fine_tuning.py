@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from graft.api.v1 import fine_tuning_job_pb2, fine_tuning_service_pb2, fine_tuning_service_pb2_grpc
-from graft.gateway import convert
+from graft.gateway import convert_jobs as convert
 from graft.gateway.checks import check_page_size
 from graft.gateway.core import Core
 from graft.gateway.services.names import cursor, parent_project, split

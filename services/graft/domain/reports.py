@@ -1,0 +1,106 @@
+"""What a check of a data set found. Field for field the `DatasetReport` of the public contract."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+REPORT_VERSION = 1
+"""Raised when the same data set is told differently: reports that were kept are made again."""
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """Rows of a length from `start` up to, but not including, `end`."""
+
+    start: int
+    end: int
+    row_count: int
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """How many rows have this completion."""
+
+    label: str
+    row_count: int
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """Rows with something in common: how many, and the numbers of the first few, counted from 1."""
+
+    count: int
+    first_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """How long training on all rows that fit takes."""
+
+    tokens: int
+    """In one epoch."""
+    epochs: float
+    tokens_per_second: float
+    seconds: float
+    basis: str
+    """What the speed rests on."""
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """Measurements of a data set. What needs a tokenizer is None without one."""
+
+    format: str
+    row_count: int
+    size_bytes: int
+    base_model: str
+    ignored_fields: tuple[str, ...]
+    length_unit: str
+    """`tokens`, or `characters` without a tokenizer. Of a preference it is the longer side."""
+    shortest: int
+    median: int
+    longest: int
+    histogram: tuple[LengthBin, ...]
+    duplicates: FoundRows
+    """Rows equal to an earlier one but for white space."""
+    empty: FoundRows
+    """Rows with an empty input. An empty completion is an error already."""
+    conflicting: FoundRows
+    """Rows whose input has another answer elsewhere in the file."""
+    labels: tuple[LabelCount, ...]
+    """Most frequent first; empty unless the completions are few distinct ones."""
+    tokens: int | None = None
+    learned_tokens: int | None = None
+    """Tokens with loss."""
+    context_tokens: int | None = None
+    over_length: FoundRows | None = None
+    """Rows longer than the context: dropped or truncated, as the job says."""
+    unusable: FoundRows | None = None
+    """Rows that the base model's chat template refuses."""
+    held_out_row_count: int | None = None
+    leaked: FoundRows | None = None
+    """Held-out rows, by their number there, whose input is in the training file too."""
+    estimate: TrainingEstimate | None = None
+    notes: tuple[str, ...] = ()
+    """What could not be told, and why."""
+
+
+def report_from_json(value: Mapping[str, Any]) -> DatasetReport:
+    """The report of which `dataclasses.asdict` made `value`."""
+
+    def found(name: str) -> FoundRows | None:
+        rows = value[name]
+        return None if rows is None else FoundRows(rows["count"], tuple(rows["first_rows"]))
+
+    names = ("duplicates", "empty", "conflicting", "over_length", "unusable", "leaked")
+    return DatasetReport(
+        **{
+            **value,
+            **{name: found(name) for name in names},
+            "ignored_fields": tuple(value["ignored_fields"]),
+            "histogram": tuple(LengthBin(**one) for one in value["histogram"]),
+            "labels": tuple(LabelCount(**one) for one in value["labels"]),
+            "estimate": None if value["estimate"] is None else TrainingEstimate(**value["estimate"]),
+            "notes": tuple(value["notes"]),
+        }
+    )
