@@ -18,8 +18,8 @@ from benchmarks.common import Round
 from graft.data.prepare import Example, prepare
 from graft.domain.jobs import Lora, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
-from graft.registry.base_models import LINEAR
-from graft.training import worker
+from graft.registry.facts import LINEAR
+from graft.training import tuning, worker
 from graft.training.batching import batches
 from graft.training.objectives.objective import Group
 from graft.training.spec import Clock, RunSpec
@@ -53,7 +53,7 @@ def graft(base: Path, data: Path, dtype: torch.dtype) -> Play:
     def compute_dtype(base_model: Path) -> torch.dtype:  # noqa: ARG001 - the signature of what it replaces
         return dtype
 
-    worker.compute_dtype = compute_dtype
+    tuning.compute_dtype = compute_dtype
 
     def play(asked: Round) -> Round:
         step_ends: list[float] = []

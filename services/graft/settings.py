@@ -72,7 +72,7 @@ class GatewaySettings(_Section):
 
 
 class ServingSettings(_Section):
-    """The inference service: one base model, many adapters."""
+    """The inference service: one base model and many adapters, and whatever is deployed beside them."""
 
     host: str = "127.0.0.1"
     grpc_port: int = 9000
@@ -85,6 +85,7 @@ class ServingSettings(_Section):
     context_tokens: int = 2048
     """Longest prompt plus answer. 2048 keeps 4 sequences in half a GiB of KV cache at 135M parameters."""
     kv_cache_gib: int = Field(default=1, ge=1)
+    """Of each engine: every base model that is deployed beside the first has one."""
     max_num_seqs: int = 32
     num_replicas: int = Field(default=1, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

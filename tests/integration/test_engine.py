@@ -16,6 +16,7 @@ import pytest
 from graft.domain.errors import FailedPrecondition, InvalidArgument, Unavailable
 from graft.internal.engine_client import EngineClient
 from graft.internal.v1 import engine_pb2
+from graft.orchestrator.evaluating import Probe, score
 from graft.serving.main import check_port
 
 from ..support.adapters import make_adapter
@@ -70,6 +71,28 @@ async def eventually_ready(client: EngineClient, restarts: int) -> engine_pb2.Re
     raise AssertionError("the engine was not replaced")
 
 
+async def test_no_application_answers_in_the_name_of_one_that_is_not_there(stack: Stack) -> None:
+    # While there is only one, Ray Serve's proxy gives it every request, whichever application it names.
+    connected = EngineClient(stack.settings.engine_address, "tiny")
+    other = connected.of("other")
+    try:
+        for asked in (
+            other.generate(request(None, "hi"), timeout_seconds=60),
+            other.load(stack.adapters["a"]),
+            other.residency(),
+        ):
+            with pytest.raises(Unavailable) as refused:
+                await asked
+            assert refused.value.reason == "ENGINE_STARTING"
+        with pytest.raises(Unavailable):
+            async for _ in other.stream(engine_pb2.StreamRequest(request=request(None, "hi"))):
+                pass
+        (application,) = await connected.applications()
+        assert (application.base_model, application.state) == ("tiny", engine_pb2.Application.STATE_RUNNING)
+    finally:
+        await connected.close()
+
+
 def test_a_request_while_the_engine_starts_is_unavailable_with_a_retry_hint(stack: Stack) -> None:
     assert stack.refused_before_ready
     for error in stack.refused_before_ready:
@@ -94,6 +117,43 @@ async def test_base_and_adapters_answer_concurrently_and_each_as_itself(stack: S
     assert len({tuple(answer) for answer in alone}) == 3
     together = await asyncio.gather(*(tokens(client, adapter, "hello") for adapter in who * 4))
     assert together == alone * 4
+
+
+async def test_a_low_rank_delta_of_the_last_block_scores_as_the_base_with_that_change(
+    stack: Stack, client: EngineClient
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from graft.training.delta import BaseWeights, become, extract, write_delta
+
+    base = stack.folder / "base"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    probe = Probe([1, 20, 30, 40], [50, 60, 70], 0.0)
+    before = _mean_logprob(model, probe)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in (*model.model.layers[-1].parameters(), *model.model.norm.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    weights = BaseWeights(base, model)
+    delta = extract(model, weights, 8)
+    write_delta(delta, str(base), stack.folder / "delta")
+    become(model, weights, delta)
+    expected = _mean_logprob(model, probe)
+    assert abs(expected - before) > 0.05
+    ref = adapter_ref("delta", stack.folder / "delta")
+    assert await score(client, ref, probe) == pytest.approx(expected, abs=0.01)
+    await client.unload(ref.digest)
+
+
+def _mean_logprob(model: Any, probe: Probe) -> float:
+    import torch
+
+    first = len(probe.prompt_token_ids)
+    tokens = [*probe.prompt_token_ids, *probe.completion_token_ids]
+    with torch.no_grad():
+        scores = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    return sum(float(scores[first + n - 1, token]) for n, token in enumerate(probe.completion_token_ids)) / 3
 
 
 async def test_an_answer_is_streamed_token_by_token(stack: Stack, client: EngineClient) -> None:

@@ -5,13 +5,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from graft.cli.lineage import read_lineage
 from graft.domain.errors import FailedPrecondition, NotFound, Unavailable
-from graft.registry.digest import adapter_digest
+from graft.domain.jobs import ServedAs, Tuning
+from graft.registry.digest import adapter_digest, model_digest
 from graft.registry.mlflow_registry import Publication, Registry, code_version
 from tests.support.mlflow_server import mlflow_server
 from tests.support.postgres import free_port
@@ -148,6 +150,60 @@ def test_a_server_that_is_away_is_unavailable_with_a_hint(tmp_path: Path) -> Non
     with pytest.raises(Unavailable, match="MLflow at") as caught:
         registry.snapshot()
     assert caught.value.retry_after_seconds
+
+
+def test_a_model_beside_an_adapter_is_uploaded_pulled_and_proven(
+    uri: str, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    registry = Registry(uri, tmp_path)
+    asked = _publication(registry, adapter, "ft-delta", "delta")
+    asked = replace(
+        asked,
+        served_as=ServedAs.LOW_RANK_DELTA,
+        tuning=Tuning.FULL,
+        model_folder=base,
+        trained_folder=adapter,
+        metrics={"delta_retained_fraction": 0.875},
+    )
+    version = registry.publish(asked)
+    assert (version.served_as, version.digest) == (ServedAs.LOW_RANK_DELTA, adapter_digest(adapter))
+    assert adapter_digest(registry.pull("default--tiny--delta", 1, version.digest)) == version.digest
+    folder = registry.pull_model("default--tiny--delta", 1, version.digest)
+    assert model_digest(folder) == model_digest(base)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri, uri)
+    tags = client.get_model_version("default--tiny--delta", "1").tags
+    assert tags["graft.served_as"] == "low_rank_delta"
+    assert tags["graft.tuning"] == "full"
+    assert tags["graft.delta_retained_fraction"] == "0.875"
+    assert {item.path for item in client.list_artifacts(asked.run_id)} == {"adapter", "model", "trained_adapter"}
+    with pytest.raises(FailedPrecondition, match="have changed"):
+        registry.pull_model("default--tiny--delta", 1, "sha256:" + "0" * 64)
+
+
+def test_a_model_that_is_served_as_such_has_its_own_digest(uri: str, adapter: Path, base: Path, tmp_path: Path) -> None:
+    registry = Registry(uri, tmp_path)
+    plain = registry.publish(_publication(registry, adapter, "ft-adapter", "either"))
+    asked = replace(
+        _publication(registry, adapter, "ft-merged", "either"),
+        folder=None,
+        model_folder=base,
+        served_as=ServedAs.MERGED_MODEL,
+        rank=0,
+    )
+    version = registry.publish(asked)
+    assert registry.publish(asked) == version
+    weights = (base / "model.safetensors").stat().st_size
+    assert (version.digest, version.rank, version.size_bytes) == (model_digest(base), 0, weights)
+    assert version.served_as is ServedAs.MERGED_MODEL
+    (told,) = [item for item in registry.snapshot().versions if item.job_id == "ft-merged"]
+    assert told == version
+    assert plain.served_as is ServedAs.ADAPTER
+    folder = registry.pull_model("default--tiny--either", 2, version.digest)
+    assert Registry("http://127.0.0.1:1", tmp_path).pull_model("default--tiny--either", 2, version.digest) == folder
+    with pytest.raises(FailedPrecondition, match="without a model of its own"):
+        registry.pull_model("default--tiny--either", 1, plain.digest)
 
 
 async def test_anybody_can_read_a_versions_lineage_over_mlflows_rest_api(

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event, text
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
-from graft.domain.jobs import JobError, JobSpec, JobState
+from graft.domain.jobs import JobError, JobSpec, JobState, ServedAs
 from graft.domain.reports import DatasetReport, FoundRows, LabelCount, LengthBin, TrainingEstimate
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
 from graft.store.database import Database
@@ -159,6 +159,7 @@ def _version(adapter: str, number: int) -> AdapterVersion:
         "run",
         NOW,
         {"m": 1.0},
+        ServedAs.MERGED_MODEL if number == 3 else ServedAs.ADAPTER,
     )
 
 

@@ -5,7 +5,8 @@
 
 `engine.requests` keeps every body it was sent; `engine.error` makes every call fail with that domain error;
 `engine.refuse` makes generation answer with OpenAI's error object and that HTTP status; `engine.delay_seconds` comes
-before every answer and every piece; `engine.abandoned` counts the streams that their reader left.
+before every answer and every piece; `engine.abandoned` counts the streams that their reader left; `engine.others` are
+the replicas of applications beside the first, by base model.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.refuse: int | None = None
         self.delay_seconds = 0.0
         self.abandoned = 0
+        self.others: dict[str, engine_pb2.Replica] = {}
         self.replica = engine_pb2.Replica(
             replica="fake-1", base_model=base_model, capacity=4, ready=True, max_lora_rank=64
         )
@@ -41,8 +43,10 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
     def _take(self, request: engine_pb2.GenerateRequest) -> str:
         """Records the request; returns the text that answers it: `[adapter or base] echo of the last input`."""
         body = json.loads(request.body)
+        assert request.base_model in ("", self.replica.base_model, *self.others)
         self.requests.append((request, body))
-        used = request.adapter.model if request.HasField("adapter") else "base"
+        base = f"base {request.base_model}" if request.base_model in self.others else "base"
+        used = request.adapter.model if request.HasField("adapter") else base
         said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         return f"[{used}] {said}"
 
@@ -102,25 +106,31 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                 http_status=200, data=json.dumps({**common, "choices": [], "usage": usage}).encode()
             )
 
-    async def Load(self, request: engine_pb2.LoadRequest, _context: Any) -> engine_pb2.LoadResponse:
-        """Adds the adapter to the replica."""
+    def _replica(self, context: Any) -> engine_pb2.Replica:
+        application = dict(context.invocation_metadata())["application"]
+        return self.others.get(application.removeprefix("graft-engine-"), self.replica)
+
+    async def Load(self, request: engine_pb2.LoadRequest, context: Any) -> engine_pb2.LoadResponse:
+        """Adds the adapter to the application's replica."""
+        replica = self._replica(context)
         if self.error is not None:
             return engine_pb2.LoadResponse(error=to_status(self.error))
-        if all(held.digest != request.adapter.digest for held in self.replica.adapters):
-            held = self.replica.adapters.add(model=request.adapter.model, digest=request.adapter.digest, in_engine=True)
+        if all(held.digest != request.adapter.digest for held in replica.adapters):
+            held = replica.adapters.add(model=request.adapter.model, digest=request.adapter.digest, in_engine=True)
             held.last_use_time.GetCurrentTime()
-        return engine_pb2.LoadResponse(replicas=[self.replica], load_seconds=0.01)
+        return engine_pb2.LoadResponse(replicas=[replica], load_seconds=0.01)
 
-    async def Unload(self, request: engine_pb2.UnloadRequest, _context: Any) -> engine_pb2.UnloadResponse:
-        """Takes the adapter out of the replica."""
-        kept = [held for held in self.replica.adapters if held.digest != request.digest]
-        del self.replica.adapters[:]
-        self.replica.adapters.extend(kept)
-        return engine_pb2.UnloadResponse(replicas=[self.replica])
+    async def Unload(self, request: engine_pb2.UnloadRequest, context: Any) -> engine_pb2.UnloadResponse:
+        """Takes the adapter out of the application's replica."""
+        replica = self._replica(context)
+        kept = [held for held in replica.adapters if held.digest != request.digest]
+        del replica.adapters[:]
+        replica.adapters.extend(kept)
+        return engine_pb2.UnloadResponse(replicas=[replica])
 
-    async def Residency(self, _request: engine_pb2.ResidencyRequest, _context: Any) -> engine_pb2.ResidencyResponse:
-        """The one replica."""
-        return engine_pb2.ResidencyResponse(replicas=[self.replica])
+    async def Residency(self, _request: engine_pb2.ResidencyRequest, context: Any) -> engine_pb2.ResidencyResponse:
+        """The application's one replica."""
+        return engine_pb2.ResidencyResponse(replicas=[self._replica(context)])
 
 
 @asynccontextmanager

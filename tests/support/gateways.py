@@ -93,7 +93,7 @@ async def gateway(tmp_path: Path, **variables: str) -> AsyncIterator[Gateway]:
     """A running gateway; `variables` are settings, for example `GRAFT_GATEWAY_MAX_UPLOAD_BYTES="100"`."""
     settings = load({"GRAFT_HOME": str(tmp_path / "home"), "GRAFT_GATEWAY_GRPC_PORT": "0", **variables})
     async with seeded_store(tmp_path) as store, fake_engine(BASE) as engine:
-        client = EngineClient(engine.address)
+        client = EngineClient(engine.address, settings.serving.base_model)
         core = Core(store, client, settings)
         running, healthy = server.grpc_server(core, Authenticator(store, settings.gateway), settings.gateway)
         port = server.add_grpc_port(running, settings.gateway)

@@ -46,7 +46,7 @@ async def http_gateway(
     settings = load({"GRAFT_HOME": str(tmp_path / "home"), **variables})
     beyond: dict[str, Any] = {"host": "0.0.0.0"} if guarded else {}
     async with seeded_store(tmp_path) as store, fake_engine(BASE) as engine:
-        client = EngineClient(engine_address or engine.address)
+        client = EngineClient(engine_address or engine.address, settings.serving.base_model)
         core = Core(store, client, settings)
         authenticator = Authenticator(store, GatewaySettings(**beyond))
         socket = server.bind("127.0.0.1", 0, "GRAFT_GATEWAY_HTTP_PORT")

@@ -31,7 +31,8 @@ from graft.orchestrator.ports import Limits, Parts, PreparedData
 from graft.registry.mlflow_registry import Publication
 from graft.settings import load
 from graft.store.sql import SqlStore
-from graft.training.spec import Report, RunStatus
+from graft.training.memory import Memory
+from graft.training.spec import Report, RunStatus, StartFrom
 from tests.support.stores import sqlite_store
 
 BASE = "tiny"
@@ -93,6 +94,7 @@ class FakeSpec:
     job_id: str
     attempt: int
     output_dir: Path
+    start_from: StartFrom | None = None
 
 
 class FakeRuns:
@@ -109,11 +111,18 @@ class FakeRuns:
         self.live: set[tuple[str, int]] = set()
         self.most_live = 0
         self.dtype = "float32"
+        self.also_writes: tuple[str, ...] = ()
+        """Folders beside the adapter's."""
+        self.specs: list[Any] = []
 
     def start(self, spec: Any) -> None:
         key = (spec.job_id, spec.attempt)
         if key in self.starts:
             return
+        for name in self.also_writes:
+            (spec.output_dir / name).mkdir(parents=True)
+            (spec.output_dir / name / "config.json").write_text("{}")
+        self.specs.append(spec)
         adapter = spec.output_dir / "adapter"
         adapter.mkdir(parents=True)
         (adapter / "adapter_model.safetensors").write_bytes(b"weights")
@@ -154,6 +163,8 @@ class FakeRegistry:
         self.snapshots = 0
         self.runs: dict[str, dict[str, Any]] = {}
         self.versions: list[AdapterVersion] = []
+        self.published: list[Publication] = []
+        self.folders: dict[tuple[str, int, str], Path] = {}
         self.aliases: dict[tuple[str, str, str], dict[str, int]] = {}
         self._lock = threading.Lock()
 
@@ -164,12 +175,16 @@ class FakeRegistry:
     def start_run(self, project: str, job_id: str, attempt: int, params: dict[str, str], tags: dict[str, str]) -> str:
         self._answer()
         run_id = f"run-{project}-{job_id}-{attempt}"
-        self.runs.setdefault(run_id, {"params": params, "tags": tags, "metrics": [], "status": "RUNNING"})
+        self.runs.setdefault(run_id, {"params": params, "tags": tags, "metrics": [], "files": [], "status": "RUNNING"})
         return run_id
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None:
         self._answer()
         self.runs[run_id]["metrics"].append((step, metrics))
+
+    def log_file(self, run_id: str, path: Path) -> None:
+        self._answer()
+        self.runs[run_id]["files"].append(path.name)
 
     def finish_run(self, run_id: str, status: str) -> None:
         self._answer()
@@ -182,7 +197,14 @@ class FakeRegistry:
             for version in self.versions:
                 if version.job_id == publication.job_id:
                     return version
-            return self.add(publication.base_model, publication.adapter, publication.job_id, publication.run_id)
+            self.published.append(publication)
+            made = self.add(publication.base_model, publication.adapter, publication.job_id, publication.run_id)
+            self.versions[-1] = replace(made, served_as=publication.served_as, rank=publication.rank)
+            return self.versions[-1]
+
+    def pull(self, registered_model: str, version: int, digest: str) -> Path:
+        self._answer()
+        return self.folders[registered_model, version, digest]
 
     def add(self, base: str, adapter: str, job_id: str, run_id: str = "") -> AdapterVersion:
         """Makes the adapter's next version."""
@@ -224,6 +246,10 @@ class FakeScorer:
         self.bodies: list[dict[str, Any]] = []
         self.dtype = "float32"
 
+    def of(self, base: str) -> "FakeScorer":
+        assert base == BASE
+        return self
+
     async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse:
         del timeout_seconds
         if self.refusal is not None:
@@ -236,6 +262,9 @@ class FakeScorer:
     async def unload(self, digest: str) -> engine_pb2.UnloadResponse:
         self.unloaded.append(digest)
         return engine_pb2.UnloadResponse()
+
+    async def residency(self) -> engine_pb2.ResidencyResponse:
+        return engine_pb2.ResidencyResponse(replicas=[engine_pb2.Replica(ready=True, dtype=self.dtype)])
 
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
@@ -256,9 +285,13 @@ class FakePreparer:
         self.gates = gates
         self.error: GraftError | None = None
         self.workers = 1
+        self.memory: Memory | None = None
+        self.also_resolves: tuple[Resolved, ...] = ()
+        self.prepared: list[Job] = []
 
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
-        del job, base, dataset, validation
+        del base, dataset, validation
+        self.prepared.append(job)
         self.gates.wait(JobState.VALIDATING)
         if self.error is not None:
             raise self.error
@@ -273,14 +306,23 @@ class FakePreparer:
         )
         resolved = (
             Resolved("num_workers", self.workers, True, "one a CPU"),
-            Resolved("lora.rank", 8, True, "few rows"),
+            Resolved("lora.rank", job.spec.lora.rank or 8, True, "few rows"),
             Resolved("epochs", 1.0, False, "as asked"),
+            *self.also_resolves,
         )
-        return PreparedData(stats, None, resolved)
+        return PreparedData(stats, None, resolved, self.memory)
 
-    def plan(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path) -> Any:
+    def plan(
+        self,
+        job: Job,
+        base: BaseModel,
+        dataset: Dataset,
+        validation: Dataset | None,
+        output_dir: Path,
+        start_from: StartFrom | None,
+    ) -> Any:
         del base, dataset, validation
-        return FakeSpec(job.id, job.attempt, output_dir)
+        return FakeSpec(job.id, job.attempt, output_dir, start_from)
 
 
 @dataclass
@@ -305,8 +347,8 @@ class World:
     def capacity(self) -> float:
         return 0.0 if self.gates.closed(JobState.QUEUED) else self.cpus
 
-    async def create_job(self, job_id: str, suffix: str | None = "reviews") -> Job:
-        return await self.store.create_job(PROJECT, job_id, JobSpec(BASE, "ds-1", suffix=suffix), None)
+    async def create_job(self, job_id: str, suffix: str | None = "reviews", **asked: Any) -> Job:
+        return await self.store.create_job(PROJECT, job_id, JobSpec(BASE, "ds-1", suffix=suffix, **asked), None)
 
     async def job(self, job_id: str) -> Job:
         return await self.store.get_job(PROJECT, job_id)

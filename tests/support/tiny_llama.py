@@ -9,8 +9,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 128) -> Path:
-    """Writes config, safetensors, tokenizer and chat template to `folder` and returns it. About 400k parameters."""
+def make_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 128, tied: bool = True) -> Path:
+    """Writes config, safetensors, tokenizer and chat template to `folder` and returns it. About 400k parameters.
+
+    With random weights that are `tied`, every token is continued with itself; untied ones continue at random.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,7 +39,7 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int
         num_attention_heads=hidden // 64,
         num_key_value_heads=1,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

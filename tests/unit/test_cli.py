@@ -29,7 +29,7 @@ async def test_models_are_listed_as_text_and_as_json(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         text, as_json = await asyncio.gather(ran(it, "models"), ran(it, "models", "--json"))
     assert text.code == as_json.code == 0
-    assert text.out.splitlines()[1].split() == [BASE, "135M", "270.0", "MB", "2048", "tokens", "Apache-2.0"]
+    assert text.out.splitlines()[1].split() == [BASE, "135M", "270.0", "MB", "2048", "tokens", "Apache-2.0", "yes"]
     assert as_json.json[0]["model"] == BASE
     assert as_json.json[0]["target_modules"] == ["q_proj", "v_proj"]
 

@@ -53,19 +53,22 @@ class _Engine(engine_pb2_grpc.EngineServicer):
     error: GraftError | None = None
     code: grpc.StatusCode | None = None
     metadata: tuple[tuple[str, str], ...] = ()
+    loaded = engine_pb2.LoadRequest()
+    base_model = ""
 
     async def _abort(self, context: Any) -> None:
         self.metadata = tuple(context.invocation_metadata())
         if self.code is not None:
             await context.abort(self.code, "ray::ServeReplica at 10.0.0.1, traceback …")
 
-    async def Load(self, _request: engine_pb2.LoadRequest, context: Any) -> engine_pb2.LoadResponse:
+    async def Load(self, request: engine_pb2.LoadRequest, context: Any) -> engine_pb2.LoadResponse:
+        self.loaded = request
         await self._abort(context)
         return engine_pb2.LoadResponse(error=None if self.error is None else to_status(self.error))
 
     async def Residency(self, _request: engine_pb2.ResidencyRequest, context: Any) -> engine_pb2.ResidencyResponse:
         await self._abort(context)
-        return engine_pb2.ResidencyResponse()
+        return engine_pb2.ResidencyResponse(replicas=[engine_pb2.Replica(base_model=self.base_model)])
 
     async def Stream(
         self, _request: engine_pb2.StreamRequest, context: Any
@@ -93,6 +96,24 @@ async def test_every_call_names_the_serve_application(engine: tuple[_Engine, Eng
     servicer, client = engine
     await client.load(engine_pb2.AdapterRef(digest="sha256:0"))
     assert ("application", "graft-engine") in servicer.metadata
+
+
+async def test_a_client_of_another_base_model_names_its_application_and_takes_no_other_for_it(
+    engine: tuple[_Engine, EngineClient],
+) -> None:
+    servicer, connected = engine
+    client = EngineClient(connected.address, "first")
+    other = client.of("other")
+    await other.load(engine_pb2.AdapterRef(digest="sha256:0"))
+    assert ("application", "graft-engine-other") in servicer.metadata
+    assert servicer.loaded.base_model == "other"
+    await client.of("first").load(engine_pb2.AdapterRef(digest="sha256:0"))
+    assert ("application", "graft-engine") in servicer.metadata
+    servicer.base_model = "first"  # Ray Serve's proxy asks the only application that there is
+    assert [replica.base_model for replica in (await client.residency()).replicas] == ["first"]
+    with pytest.raises(Unavailable):
+        await other.residency()
+    await other.close()
 
 
 async def test_an_error_in_a_response_is_raised_as_the_domain_error(engine: tuple[_Engine, EngineClient]) -> None:

@@ -1,18 +1,21 @@
 """Generation through the public gRPC door: names resolved above the engine, bodies as OpenAI's."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from graft.api.v1 import generation_pb2
+from graft.api.v1 import adapter_service_pb2, fine_tuning_job_pb2, generation_pb2
+from graft.api.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from graft.api.v1.generation_service_pb2 import GenerateRequest, StreamGenerateRequest
 from graft.api.v1.generation_service_pb2_grpc import GenerationServiceStub
 from graft.domain.errors import FailedPrecondition, FieldViolation, InvalidArgument, NotFound, Unavailable
-from graft.domain.resources import BaseModel
+from graft.domain.jobs import ServedAs
+from graft.domain.resources import BaseModel, RegistrySnapshot
 from graft.internal.v1 import engine_pb2
-from tests.support.gateways import BASE, base_model, drained, eventually, gateway, refused
+from tests.support.gateways import BASE, base_model, drained, eventually, gateway, refused, registry
 
 
 def chat(model: str, text: str = "hello", **sampling: Any) -> GenerateRequest:
@@ -116,6 +119,29 @@ async def test_a_request_for_a_base_model_that_is_not_served_is_refused_not_answ
         assert isinstance(error, FailedPrecondition)
         assert error.metadata == {"base_model": "other-1b", "served": BASE}
         assert it.engine.requests == []
+
+
+async def test_a_version_that_is_a_model_of_its_own_is_neither_asked_nor_loaded_in_the_shared_engine(
+    tmp_path: Path,
+) -> None:
+    async with gateway(tmp_path) as it:
+        known = registry()
+        merged = replace(known.versions[1], served_as=ServedAs.MERGED_MODEL)
+        await it.store.replace_registry(RegistrySnapshot(known.adapters, (known.versions[0], merged)))
+        stub = AdapterServiceStub(it.channel)
+        name = f"projects/default/baseModels/{BASE}/adapters/reviews/versions/3"
+        load = adapter_service_pb2.LoadAdapterVersionRequest(name=name)
+        for call in (
+            GenerationServiceStub(it.channel).Generate(chat(f"{BASE}:reviews")),
+            stub.LoadAdapterVersion(load),
+        ):
+            error = await refused(call)
+            assert isinstance(error, FailedPrecondition)
+            assert error.reason == "NOT_DEPLOYED"
+            assert f"graft models deploy {BASE}:reviews@3" in error.message
+        assert it.engine.requests == []
+        found = await stub.GetAdapterVersion(adapter_service_pb2.GetAdapterVersionRequest(name=name))
+        assert found.served_as == fine_tuning_job_pb2.SERVED_AS_MERGED_MODEL
 
 
 async def test_a_request_without_model_or_input_names_the_field(tmp_path: Path) -> None:

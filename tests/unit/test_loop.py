@@ -1,6 +1,5 @@
 import copy
 import random
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED, check_packing, token_losses
 from tests.support.tiny_llama import make_tiny_llama
+from tests.support.workers import together
 
 SETTINGS = loop.LoopSettings(
     total_steps=6, batch_size=5, learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.0, max_grad_norm=1.0, seed=3
@@ -95,6 +95,13 @@ def test_losses_of_a_packed_row_are_those_of_the_full_logits_of_each_example_alo
             if learned
         ]
     torch.testing.assert_close(token_losses(base, pack(examples)), torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_document_in_a_row_does_not_change_the_losses_of_the_next(base: Any) -> None:
+    first, other, second = (Example(list(range(start, start + 20)), [True] * 20) for start in (10, 50, 90))
+    losses = [token_losses(base, pack([before, second])) for before in (first, other)]
+    torch.testing.assert_close(losses[0][19:], losses[1][19:], rtol=0, atol=0)
+    assert (losses[0][:19] - losses[1][:19]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("most_tokens", [10_000, 40])
@@ -207,33 +214,18 @@ def test_several_workers_follow_the_curve_of_one(base: Any, workers: int) -> Non
     alone: list[float] = []
     loop.train(_lora(base), Supervised(examples), SETTINGS, lambda report: alone.append(report.loss))
 
-    barrier = threading.Barrier(workers, timeout=60)
-    tensors: dict[int, torch.Tensor] = {}
-    together: dict[int, list[float]] = {rank: [] for rank in range(workers)}
-    held_out: dict[int, float] = {}
     models = [_lora(base) for _ in range(workers)]
 
-    def worker(rank: int) -> None:
-        def reduce(tensor: torch.Tensor) -> None:
-            tensors[rank] = tensor.clone()
-            barrier.wait()
-            tensor.copy_(sum(tensors[other] for other in range(workers)))
-            barrier.wait()
+    def work(group: Group) -> tuple[list[float], float]:
+        losses: list[float] = []
+        model = models[group.rank]
+        loop.train(model, Supervised(examples), SETTINGS, lambda report: losses.append(report.loss), group)
+        return losses, mean_loss(model, examples, group)
 
-        group = Group(rank, workers, reduce)
-        loop.train(
-            models[rank], Supervised(examples), SETTINGS, lambda report: together[rank].append(report.loss), group
-        )
-        held_out[rank] = mean_loss(models[rank], examples, group)
-
-    threads = [threading.Thread(target=worker, args=(rank,)) for rank in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert all(together[rank] == together[0] for rank in range(workers))
-    assert together[0] == pytest.approx(alone, rel=1e-4)
-    assert held_out[0] == held_out[1] == pytest.approx(mean_loss(models[0], examples), rel=1e-5)
+    curves = together(workers, work)
+    assert all(curve == curves[0] for curve in curves)
+    assert curves[0][0] == pytest.approx(alone, rel=1e-4)
+    assert curves[0][1] == pytest.approx(mean_loss(models[0], examples), rel=1e-5)
 
 
 @pytest.mark.parametrize("tensor_type", [torch.float32, torch.bfloat16])

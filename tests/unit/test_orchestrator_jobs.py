@@ -220,6 +220,24 @@ async def test_an_adapter_that_the_engine_refuses_fails_the_job_with_the_engines
         assert job.error.reason == "RANK_TOO_HIGH"
 
 
+async def test_a_methods_own_metrics_and_an_early_end_reach_events_mlflow_and_the_job(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        told = {"step": 3, "total_steps": 9, "loss": 0.5, "accuracy": 0.75, "margin": 0.1, "validation_accuracy": 0.5}
+        end = {"message": "Stopped early at step 3 of 9.", "best_step": 1, "best_validation_loss": 0.4}
+        it.runs.reports = [Report(1, "started", 0.0), Report(2, "metrics", 1.0, told), Report(3, "finished", 1.1, end)]
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            job = await it.until("job-1", JobState.SUCCEEDED)
+        assert (job.metrics["best_step"], job.metrics["best_validation_loss"]) == (1, 0.4)
+        (event,) = await it.events("job-1", "metrics")
+        assert event.message == "Step 3 of 9, loss 0.5000, accuracy 0.75."
+        assert (event.data["margin"], event.data["validation_accuracy"]) == (0.1, 0.5)
+        step, logged = it.registry.runs["run-default-job-1-1"]["metrics"][0]
+        assert step == 3
+        assert {"accuracy", "margin", "validation_accuracy"} <= set(logged)
+        assert "Stopped early at step 3 of 9." in [event.message for event in await it.events("job-1")]
+
+
 async def test_an_engine_that_is_away_is_waited_for_and_told_once(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         it.close_gate(JobState.EVALUATING)

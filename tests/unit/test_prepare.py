@@ -7,6 +7,7 @@ import pytest
 from graft.data.canonical import Chat, Pair
 from graft.data.prepare import prepare
 from graft.data.rendering import render
+from graft.data.tasks import catalog
 from graft.domain.errors import InvalidArgument
 from graft.domain.jobs import OverLengthPolicy
 from graft.domain.resources import DatasetFormat
@@ -112,3 +113,18 @@ def test_over_length_rows_fail_the_job_when_it_says_so(tmp_path: Path, tokenizer
     with pytest.raises(InvalidArgument, match="2 of 3 rows") as caught:
         _prepare(_file(tmp_path, 25, 10, 30), tokenizer, OverLengthPolicy.FAIL)
     assert [violation.field for violation in caught.value.violations] == ["row 1", "row 3"]
+
+
+def test_rows_of_fields_are_learned_through_a_task_and_one_that_does_not_fit_is_named(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [{"review": "A joy.", "sentiment": "positive"}, {"review": "Dull.", "sentiment": "negative"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = catalog.builtin("sentiment")
+    made = prepare(path, DatasetFormat.FIELDS, tokenizer, 512, OverLengthPolicy.DROP, task=task)
+    assert [_learned(one, tokenizer) for one in made.examples] == ["positive<|im_end|>", "negative<|im_end|>"]
+    with open(path, "a") as file:
+        file.write(json.dumps({"review": "So so.", "sentiment": "mixed"}) + "\n")
+    with pytest.raises(InvalidArgument, match="Row 3: sentiment: 'mixed' is no label"):
+        prepare(path, DatasetFormat.FIELDS, tokenizer, 512, OverLengthPolicy.DROP, task=task)

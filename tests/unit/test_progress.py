@@ -65,6 +65,23 @@ def test_a_log_gets_progress_from_time_to_time_with_the_time_left() -> None:
     ]
 
 
+def test_what_a_method_has_beside_its_loss_is_shown_from_the_newest_step() -> None:
+    console, out = log()
+    with JobsProgress(console, plain_seconds=0) as progress:
+        progress.add("ft-1", "pairs")
+        progress.update("ft-1", job("STATE_RUNNING"))
+        for step, accuracy in ((10, 0.5), (20, 0.875)):
+            event = Event(type="metrics", level=Event.LEVEL_INFO)
+            event.data["accuracy"] = accuracy
+            progress.update("ft-1", job("STATE_RUNNING", step, 0.5, left_seconds=0), event)
+    assert out.getvalue().splitlines() == [
+        "pairs  running",
+        "pairs  running      step 10/40  loss 0.5000  accuracy 0.50  153 tokens/s",
+        # Nothing is left although steps are: training has stopped early.
+        "pairs  running      step 20/40  loss 0.5000  accuracy 0.88  153 tokens/s",
+    ]
+
+
 def test_warnings_and_failures_are_told_once() -> None:
     console, out = log()
     with JobsProgress(console) as progress:

@@ -1,7 +1,7 @@
 """The `graft` command: the local stack, and the groups of commands that talk to a gateway.
 
-Those are in `graft.cli.models`, `graft.cli.remote`, `graft.cli.tuning` and `graft.cli.talking`. Settings and stack are imported only by
-the commands that need them.
+Those are in `graft.cli.models`, `graft.cli.remote`, `graft.cli.tuning`, `graft.cli.evaluating` and
+`graft.cli.talking`; `graft.cli.tasks` needs none. Settings and stack are imported only by the commands that need them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from graft.cli import models, remote, talking, tuning
+from graft.cli import evaluating, models, remote, talking, tasks, tuning
 from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table
 
 if TYPE_CHECKING:
@@ -190,7 +190,9 @@ def doctor(as_json: Json = False) -> None:
 
 app.add_typer(models.models, name="models")
 remote.add_to(app)
+evaluating.add_to(app)
 app.add_typer(tuning.tune, name="tune")
+app.add_typer(tasks.tasks, name="tasks")
 talking.add_to(app)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graft.cli import deploying
 from graft.cli.connect import connect
 from graft.cli.deriving import Deriving
 from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table, show, size_text
@@ -25,6 +26,9 @@ class Choice(StrEnum):
 
 
 models = typer.Typer(invoke_without_command=True, help="List base models, and add to them.")
+
+
+deploying.add_to(models)
 
 
 @models.callback()
@@ -51,6 +55,7 @@ def models_list(
             "SIZE": lambda m: size_text(m.size_bytes),
             "CONTEXT": lambda m: f"{m.context_tokens} tokens",
             "LICENCE": lambda m: m.license,
+            "SERVED": lambda m: "yes" if m.served else "no",
         }
         show(graft.base_models(), columns, as_json=as_json, none="No base model is ready yet.")
 
@@ -124,7 +129,10 @@ def models_pull(name: Name, as_json: Json = False) -> None:
     if as_json:
         print_json(told)
     else:
-        print(f"{name} is ready: {told['parameter_count'] / 1e6:.0f}M parameters, {size_text(told['size_bytes'])}, in {told['folder']}.")
+        print(
+            f"{name} is ready: {told['parameter_count'] / 1e6:.0f}M parameters, {size_text(told['size_bytes'])}, "
+            f"in {told['folder']}."
+        )
 
 
 @models.command("derive")
@@ -227,5 +235,3 @@ def _plain(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(_plain, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-

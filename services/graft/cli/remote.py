@@ -137,6 +137,7 @@ def adapters_get(
         fields = {
             "model": version.model,
             "aliases": ", ".join(version.aliases),
+            "task": version.task,
             "rank": version.rank,
             "size": size_text(version.size_bytes),
             **{name: f"{value:g}" for name, value in sorted(version.metrics.items())},

@@ -9,14 +9,18 @@ import typer
 
 from graft.cli.connect import connect
 from graft.cli.output import Json, JsonLines, as_dict, failures, print_failure, print_json, show_one
-from graft.domain.errors import GraftError
+from graft.domain.errors import FieldViolation, GraftError, InvalidArgument
 
 if TYPE_CHECKING:
     from graft.client import Graft
 
 Model = Annotated[str, typer.Argument(help="base, base:adapter, base:adapter@version or base:adapter@alias.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an answer; 128 when not given.")]
-Temperature = Annotated[float | None, typer.Option(help="0, always the likeliest token, when not given.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Most tokens of an answer; when not given the task's for --input, else 128.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="When not given the task's for --input, else 0: always the likeliest token.")
+]
 TopP = Annotated[float | None, typer.Option(help="Nucleus: only the likeliest tokens with this mass together.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
@@ -29,7 +33,13 @@ def add_to(app: typer.Typer) -> None:
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Raw text to go on from; `-` reads it from standard input.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="Raw text to go on from; `-` reads it from standard input.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=TEXT", help="A field of the task that MODEL was trained with; repeat."),
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -38,11 +48,12 @@ def generate(
     choice: Annotated[list[str] | None, typer.Option(help="Answer with one of these; repeat.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a raw PROMPT, without a chat template."""
+    """Continue a raw PROMPT, without a chat template, or answer the --input fields of MODEL's task."""
     with failures(as_json=as_json), connect() as graft:
         answer = graft.generate(
             model,
             prompt=sys.stdin.read() if prompt == "-" else prompt,
+            inputs=_named(inputs) if inputs else None,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -51,6 +62,22 @@ def generate(
             choices=choice or [],
         )
         show_one(answer, answer.text, as_json=as_json)
+
+
+def _named(inputs: list[str]) -> dict[str, str]:
+    """`NAME=TEXT`s by name; `-` as a text reads it from standard input. Raises InvalidArgument."""
+    named: dict[str, str] = {}
+    for given in inputs:
+        name, equals, text = given.partition("=")
+        if not equals or not name or name in named:
+            description = "was given already" if name in named else "is not NAME=TEXT"
+            raise InvalidArgument(
+                f"--input {given[:80]}: {description}.",
+                reason="INVALID_VALUE",
+                violations=(FieldViolation("input", description),),
+            )
+        named[name] = sys.stdin.read() if text == "-" else text
+    return named
 
 
 def chat(

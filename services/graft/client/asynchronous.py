@@ -19,6 +19,10 @@ from graft.api.v1 import (
     dataset_report_pb2,
     dataset_service_pb2,
     dataset_service_pb2_grpc,
+    deployment_pb2,
+    evaluation_pb2,
+    evaluation_service_pb2,
+    evaluation_service_pb2_grpc,
     fine_tuning_job_pb2,
     fine_tuning_service_pb2,
     fine_tuning_service_pb2_grpc,
@@ -48,6 +52,7 @@ class AsyncGraft:
         channel = self._channel
         self._datasets = dataset_service_pb2_grpc.DatasetServiceStub(channel)
         self._jobs = fine_tuning_service_pb2_grpc.FineTuningServiceStub(channel)
+        self._evaluations = evaluation_service_pb2_grpc.EvaluationServiceStub(channel)
         self._adapters = adapter_service_pb2_grpc.AdapterServiceStub(channel)
         self._models = base_model_service_pb2_grpc.BaseModelServiceStub(channel)
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
@@ -85,6 +90,36 @@ class AsyncGraft:
         """The catalogue, by id."""
         request = base_model_service_pb2.ListBaseModelsRequest(parent=self.connection.parent)
         return [item async for item in self._pages(self._models.ListBaseModels, request, "base_models")]
+
+    async def deploy_model(self, model: str, deployment_id: str = "") -> deployment_pb2.Deployment:
+        """Asks for a base model, or a full model's version, to be served; `deployment` tells how far it is.
+
+        `deployment_id` is what requests will call a full model; `base-adapter-version` when empty.
+        """
+        request = base_model_service_pb2.DeployModelRequest(
+            parent=self.connection.parent, model=model, deployment_id=deployment_id
+        )
+        result: deployment_pb2.Deployment = await self._call(self._models.DeployModel, request)
+        return result
+
+    async def undeploy_model(self, deployment: str) -> deployment_pb2.Deployment:
+        """Asks for its end; `deployment` raises NotFound when it has come."""
+        name = requests.deployment(self.connection.parent, deployment)
+        request = base_model_service_pb2.UndeployModelRequest(name=name)
+        result: deployment_pb2.Deployment = await self._call(self._models.UndeployModel, request)
+        return result
+
+    async def deployment(self, deployment: str) -> deployment_pb2.Deployment:
+        """One deployment, by id or resource name."""
+        name = requests.deployment(self.connection.parent, deployment)
+        request = base_model_service_pb2.GetDeploymentRequest(name=name)
+        result: deployment_pb2.Deployment = await self._call(self._models.GetDeployment, request)
+        return result
+
+    async def deployments(self) -> list[deployment_pb2.Deployment]:
+        """What is served beside the stack's first base model, by id."""
+        request = base_model_service_pb2.ListDeploymentsRequest(parent=self.connection.parent)
+        return [item async for item in self._pages(self._models.ListDeployments, request, "deployments")]
 
     # Data sets
 
@@ -202,6 +237,41 @@ class AsyncGraft:
         request = fine_tuning_service_pb2.ListFineTuningJobCheckpointsRequest(parent=parent)
         return [item async for item in self._pages(self._jobs.ListFineTuningJobCheckpoints, request, "checkpoints")]
 
+    # Evaluations
+
+    async def create_evaluation(
+        self, dataset: str, contestants: Sequence[str | tuple[str, int]], **options: Unpack[requests.EvaluationOptions]
+    ) -> evaluation_pb2.Evaluation:
+        """Compares models on held-out data. A contestant is a `model`, or a model and its number of shots."""
+        request = requests.create_evaluation(self.connection.parent, dataset, contestants, **options)
+        result: evaluation_pb2.Evaluation = await self._call(self._evaluations.CreateEvaluation, request)
+        return result
+
+    async def evaluation(self, evaluation: str) -> evaluation_pb2.Evaluation:
+        """One evaluation, by id or resource name."""
+        name = requests.evaluation(self.connection.parent, evaluation)
+        request = evaluation_service_pb2.GetEvaluationRequest(name=name)
+        result: evaluation_pb2.Evaluation = await self._call(self._evaluations.GetEvaluation, request)
+        return result
+
+    async def evaluations(self) -> list[evaluation_pb2.Evaluation]:
+        """All evaluations, newest first."""
+        request = evaluation_service_pb2.ListEvaluationsRequest(parent=self.connection.parent)
+        return [item async for item in self._pages(self._evaluations.ListEvaluations, request, "evaluations")]
+
+    async def cancel_evaluation(self, evaluation: str) -> evaluation_pb2.Evaluation:
+        """Asks to cancel; it ends in STATE_CANCELLED soon after."""
+        name = requests.evaluation(self.connection.parent, evaluation)
+        request = evaluation_service_pb2.CancelEvaluationRequest(name=name)
+        result: evaluation_pb2.Evaluation = await self._call(self._evaluations.CancelEvaluation, request)
+        return result
+
+    async def evaluation_report(self, evaluation: str) -> bytes:
+        """The report, one HTML page. Raises FailedPrecondition before the evaluation has succeeded."""
+        name = requests.evaluation(self.connection.parent, evaluation)
+        request = evaluation_service_pb2.GetEvaluationReportRequest(name=name)
+        return bytes((await self._call(self._evaluations.GetEvaluationReport, request)).html)
+
     # Adapters
 
     async def adapters(self, base_model: str = "-") -> list[adapter_pb2.Adapter]:
@@ -259,10 +329,13 @@ class AsyncGraft:
         *,
         prompt: str | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        inputs: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> generation_service_pb2.GenerateResponse:
-        """Answers a raw prompt or a chat; `sampling` as in `graft.client.requests.generate`."""
-        request = requests.generate(self.connection.parent, model, prompt=prompt, messages=messages, **sampling)
+        """Answers a raw prompt, a chat, or the inputs of a task; `sampling` as in `graft.client.requests.generate`."""
+        request = requests.generate(
+            self.connection.parent, model, prompt=prompt, messages=messages, inputs=inputs, **sampling
+        )
         result: generation_service_pb2.GenerateResponse = await self._call(self._generation.Generate, request)
         return result
 
@@ -272,10 +345,13 @@ class AsyncGraft:
         *,
         prompt: str | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
+        inputs: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> AsyncIterator[generation_service_pb2.StreamGenerateResponse]:
         """The same, token by token."""
-        inner = requests.generate(self.connection.parent, model, prompt=prompt, messages=messages, **sampling)
+        inner = requests.generate(
+            self.connection.parent, model, prompt=prompt, messages=messages, inputs=inputs, **sampling
+        )
         request = generation_service_pb2.StreamGenerateRequest(request=inner)
         call = self._generation.StreamGenerate(request, metadata=self.connection.metadata)
         try:

@@ -10,6 +10,8 @@ from graft.api.v1 import (
     adapter_service_pb2,
     dataset_pb2,
     dataset_service_pb2,
+    evaluation_pb2,
+    evaluation_service_pb2,
     fine_tuning_job_pb2,
     fine_tuning_service_pb2,
     generation_pb2,
@@ -174,6 +176,8 @@ class JobOptions(TypedDict, total=False):
     from_adapter: str
     """`base:adapter@version`."""
     hyperparameters: Mapping[str, Any]
+    sweep: Mapping[str, Any]
+    """Of `Sweep`: `{"learning_rates": [1e-4, 5e-4], "ranks": [4, 8]}`; empty for one whose values are derived."""
     metadata: Mapping[str, str]
     request_id: str
     """A UUID4; one is made when left out."""
@@ -234,9 +238,60 @@ def create_job(
     job.hyperparameters.CopyFrom(
         _built("hyperparameters", fine_tuning_job_pb2.Hyperparameters, **options.get("hyperparameters", {}))
     )
+    if (sweep := options.get("sweep")) is not None:
+        job.sweep.CopyFrom(_built("sweep", fine_tuning_job_pb2.Sweep, **sweep))
     return fine_tuning_service_pb2.CreateFineTuningJobRequest(
         parent=parent, fine_tuning_job=job, request_id=options.get("request_id") or str(uuid.uuid4())
     )
+
+
+class EvaluationOptions(TypedDict, total=False):
+    """What an evaluation may say beside its data and contestants. Data sets are ids or resource names."""
+
+    metrics: Sequence[str]
+    task: str
+    task_definition: str
+    """YAML."""
+    grader: Mapping[str, Any]
+    """`{"kind": …, "settings": {…}}`."""
+    shots_dataset: str
+    max_rows: int
+    samples: int
+    max_tokens: int
+    display_name: str
+    request_id: str
+
+
+def create_evaluation(
+    parent: str,
+    dataset_name: str,
+    contestants: Sequence[str | tuple[str, int]],
+    **options: Unpack[EvaluationOptions],
+) -> evaluation_service_pb2.CreateEvaluationRequest:
+    """Raises InvalidArgument for an unknown option or a value of the wrong type."""
+    unknown = sorted(options.keys() - EvaluationOptions.__annotations__.keys())
+    if unknown:
+        known = ", ".join(EvaluationOptions.__annotations__)
+        raise _invalid(unknown[0], f"is not an option of an evaluation; use: {known}")
+    given = {name: value for name, value in options.items() if name not in ("request_id", "shots_dataset")}
+    if shots := options.get("shots_dataset", ""):
+        given["shots_dataset"] = dataset(parent, shots)
+    pairs = [(one, 0) if isinstance(one, str) else one for one in contestants]
+    made = _built(
+        "evaluation",
+        evaluation_pb2.Evaluation,
+        dataset=dataset(parent, dataset_name),
+        contestants=[evaluation_pb2.Contestant(model=model, shots=shots) for model, shots in pairs],
+        **given,
+    )
+    return evaluation_service_pb2.CreateEvaluationRequest(
+        parent=parent, evaluation=made, request_id=options.get("request_id") or str(uuid.uuid4())
+    )
+
+
+def evaluation(parent: str, id_or_name: str) -> str:
+    """Resource name of an evaluation."""
+    return id_or_name if "/" in id_or_name else f"{parent}/evaluations/{id_or_name}"
 
 
 def _chosen(field: str, kinds: Mapping[str, Callable[..., Any]], name: str, values: Mapping[str, Any]) -> Any:
@@ -267,6 +322,11 @@ def dataset(parent: str, id_or_name: str) -> str:
 def job(parent: str, id_or_name: str) -> str:
     """Resource name of a job."""
     return id_or_name if "/" in id_or_name else f"{parent}/fineTuningJobs/{id_or_name}"
+
+
+def deployment(parent: str, id_or_name: str) -> str:
+    """Resource name of a deployment."""
+    return id_or_name if "/" in id_or_name else f"{parent}/deployments/{id_or_name}"
 
 
 def adapter(parent: str, model: str) -> str:
@@ -301,6 +361,7 @@ def generate(
     *,
     prompt: str | None = None,
     messages: Sequence[Mapping[str, str]] | None = None,
+    inputs: Mapping[str, str] | None = None,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -308,13 +369,15 @@ def generate(
     stop: Sequence[str] = (),
     choices: Sequence[str] = (),
 ) -> generation_service_pb2.GenerateRequest:
-    """Exactly one of `prompt` (raw text) and `messages` (role and content). Raises InvalidArgument otherwise, and for a
-    number that does not fit its field."""
-    if (prompt is None) == (messages is None):
-        raise InvalidArgument("Give either a prompt or messages.", reason="INVALID_INPUT")
+    """Exactly one of `prompt` (raw text), `messages` (role and content) and `inputs` (the texts of a task's fields).
+    Raises InvalidArgument otherwise, and for a value that does not fit its field."""
+    if sum(given is not None for given in (prompt, messages, inputs)) != 1:
+        raise InvalidArgument("Give either a prompt or messages, or the inputs of a task.", reason="INVALID_INPUT")
     request = generation_service_pb2.GenerateRequest(parent=parent, model=model)
     if prompt is not None:
         request.prompt = prompt
+    elif inputs is not None:
+        request.inputs.CopyFrom(_built("inputs", generation_pb2.TaskInputs, values=inputs))
     else:
         for message in messages or ():
             request.chat.messages.append(generation_pb2.ChatMessage(role=message["role"], content=message["content"]))

@@ -1,52 +1,76 @@
-"""Reads a validated data set into examples that fit the context, and measures it.
+"""Reads a validated data set into what a method learns from, within the context, and measures it.
 
-Owns the over-length policy. Does not know batches or devices (`graft.training`).
+Owns the over-length policy, the cutting of documents and which tokens have loss. Does not know batches or devices
+(`graft.training`).
 """
 
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from graft.data.canonical import canonical
+from graft.data.canonical import Preference, canonical
+from graft.data.preference import PreferenceExample, render_preference
 from graft.data.reading import read_rows
 from graft.data.rendering import Example, Tokenizer, render
 from graft.data.split import Split
+from graft.data.tasks.definition import TaskDefinition
+from graft.data.tasks.rows import trained_as
 from graft.domain.errors import FieldViolation, InvalidArgument
-from graft.domain.jobs import OverLengthPolicy
+from graft.domain.jobs import LossOn, Method, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
 
-__all__ = ["DataStats", "Example", "Prepared", "prepare", "render_row"]
+__all__ = ["DataStats", "Example", "PreferenceExample", "Prepared", "prepare", "render_row"]
 
 REPORTED_ROWS = 20
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """Measurements of a data set under one tokenizer, context and policy."""
+    """Measurements of a data set under one tokenizer, context, policy and method."""
 
     row_count: int
     example_count: int
-    """Rows that are trained on."""
+    """What an epoch has: rows that are trained on, or pieces of documents."""
     tokens: int
-    """Prompt and completion, over all examples."""
+    """Prompt and completion, over all examples; of a preference both answers, each with its prompt."""
     completion_tokens: int
     """Tokens with loss."""
     longest_tokens: int
-    """Longest row before the policy was applied."""
+    """Longest row before the policy was applied; of a preference its longer answer with the prompt."""
     median_tokens: int
+    """Of the sequences."""
     over_length_count: int
     """Rows longer than the context, whatever became of them."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples in the file's order, and their measurements."""
+    """What is learned from, in the file's order, and its measurements. `pairs` are those of the preference method,
+    which has no `examples`."""
 
     examples: tuple[Example, ...]
     stats: DataStats
+    pairs: tuple[PreferenceExample, ...] = ()
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What a model should come to say: the examples, or the chosen answers."""
+        return self.examples or tuple(pair.chosen for pair in self.pairs)
+
+    def within(self, items: int, tokens: int) -> "Prepared":
+        """The first of the examples or pairs, so many or so few that they have at most so many tokens; at least one."""
+        sizes = [len(example.token_ids) for example in self.examples] or [pair.tokens for pair in self.pairs]
+        count, total = 0, 0
+        for size in sizes[:items]:
+            total += size
+            if count and total > tokens:
+                break
+            count += 1
+        return replace(self, examples=self.examples[:count], pairs=self.pairs[:count])
 
 
 def prepare(
@@ -56,31 +80,42 @@ def prepare(
     context_tokens: int,
     policy: OverLengthPolicy,
     split: Split | None = None,
+    *,
+    method: Method = Method.SUPERVISED,
+    loss_on: LossOn = LossOn.COMPLETION,
+    task: TaskDefinition | None = None,
 ) -> Prepared:
     """Renders every row, or those on one side of a `split`, and applies the policy to those with more than
-    `context_tokens` tokens.
+    `context_tokens` tokens. Of a preference both answers must fit; what is cut from the prompt is cut from both. Rows
+    of fields are rendered through the `task`.
+
+    The policy does not apply to self-supervised learning: longer documents are cut into pieces, and nothing is lost.
+    `loss_on` is supervised learning's choice; the other methods have none.
 
     Raises InvalidArgument: OVER_LENGTH_EXAMPLES under the policy `fail`, naming the first 20 rows, NO_EXAMPLES when
     nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.
     """
-    examples: list[Example] = []
+    kept: list[tuple[Example, ...]] = []
     lengths = array("L")
     over: list[FieldViolation] = []
     over_count = 0
     for row_number, row in enumerate(read_rows(path), start=1):
         if split is not None and not split.takes(row):
             continue
-        example = render_row(row, format, tokenizer, row_number)
-        lengths.append(len(example.token_ids))
-        if len(example.token_ids) <= context_tokens:
-            examples.append(example)
-            continue
-        over_count += 1
-        if len(over) < REPORTED_ROWS:
-            over.append(FieldViolation(f"row {row_number}", f"has {len(example.token_ids)} tokens"))
-        if policy is OverLengthPolicy.TRUNCATE and (cut := _cut_prompt(example, context_tokens)) is not None:
-            examples.append(cut)
-    if over and policy is OverLengthPolicy.FAIL:
+        sequences = _sequences(row, format, tokenizer, row_number, method, task)
+        length = max(len(sequence.token_ids) for sequence in sequences)
+        lengths.append(length)
+        if length > context_tokens:
+            over_count += 1
+            if len(over) < REPORTED_ROWS:
+                over.append(FieldViolation(f"row {row_number}", f"has {length} tokens"))
+        if method is Method.SELF_SUPERVISED:
+            kept += ((piece,) for sequence in sequences for piece in _pieces(sequence, context_tokens))
+        elif length <= context_tokens:
+            kept.append(sequences)
+        elif policy is OverLengthPolicy.TRUNCATE and (cut := _cut_prompt(sequences, length - context_tokens)):
+            kept.append(cut)
+    if over and policy is OverLengthPolicy.FAIL and method is not Method.SELF_SUPERVISED:
         raise InvalidArgument(
             f"{over_count} of {len(lengths)} rows are longer than {context_tokens} tokens "
             f"(the longest has {max(lengths)}), and over_length_policy is fail. Shorten them, or drop or truncate.",
@@ -95,29 +130,70 @@ def prepare(
             "validation data set.",
             reason="NO_EXAMPLES",
         )
-    if not examples:
+    if not kept:
         raise InvalidArgument(
             f"None of the {len(lengths)} {format} rows fits {context_tokens} tokens; "
             f"the shortest has {min(lengths, default=0)}.",
             reason="NO_EXAMPLES",
         )
-    kept = [len(example.token_ids) for example in examples]
+    if method is Method.SUPERVISED and loss_on is LossOn.ALL:
+        # Only now: the mask has said where a prompt may be cut.
+        kept = [tuple(_all_learned(sequence) for sequence in sequences) for sequences in kept]
+    sizes = [len(sequence.token_ids) for sequences in kept for sequence in sequences]
     stats = DataStats(
         row_count=len(lengths),
-        example_count=len(examples),
-        tokens=sum(kept),
-        completion_tokens=sum(sum(example.loss_mask) for example in examples),
+        example_count=len(kept),
+        tokens=sum(sizes),
+        # The first token of a sequence is predicted from nothing.
+        completion_tokens=sum(sum(sequence.loss_mask[1:]) for sequences in kept for sequence in sequences),
         longest_tokens=max(lengths),
-        median_tokens=int(median(kept)),
+        median_tokens=int(median(sizes)),
         over_length_count=over_count,
     )
-    return Prepared(tuple(examples), stats)
+    if method is Method.PREFERENCE:
+        return Prepared((), stats, tuple(PreferenceExample(*answers) for answers in kept))
+    return Prepared(tuple(sequence for sequences in kept for sequence in sequences), stats)
 
 
-def render_row(row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokenizer, row_number: int) -> Example:
+def render_row(
+    row: Mapping[str, Any],
+    format: DatasetFormat,
+    tokenizer: Tokenizer,
+    row_number: int,
+    task: TaskDefinition | None = None,
+) -> Example:
     """The example of a file's row. A refusal names the row, counted from 1."""
+    with _naming(row_number):
+        return render(canonical(*trained_as(task, row, format)), tokenizer)
+
+
+def _sequences(
+    row: Mapping[str, Any],
+    format: DatasetFormat,
+    tokenizer: Tokenizer,
+    row_number: int,
+    method: Method,
+    task: TaskDefinition | None,
+) -> tuple[Example, ...]:
+    """The example of a row, or the two answers of a preference."""
+    if method is not Method.PREFERENCE:
+        return (render_row(row, format, tokenizer, row_number, task),)
+    with _naming(row_number):
+        found = canonical(row, format)
+        if not isinstance(found, Preference):
+            raise InvalidArgument(
+                f"{format} rows have no two answers to choose from. Use `prompt`/`chosen`/`rejected` rows, or the "
+                "supervised method.",
+                reason="NOT_A_PREFERENCE",
+            )
+        pair = render_preference(found, tokenizer)
+        return pair.chosen, pair.rejected
+
+
+@contextmanager
+def _naming(row_number: int) -> Iterator[None]:
     try:
-        return render(canonical(row, format), tokenizer)
+        yield
     except InvalidArgument as error:
         raise InvalidArgument(
             f"Row {row_number}: {error.message}",
@@ -127,10 +203,21 @@ def render_row(row: Mapping[str, Any], format: DatasetFormat, tokenizer: Tokeniz
         ) from None
 
 
-def _cut_prompt(example: Example, context_tokens: int) -> Example | None:
-    """Drops tokens from the start, never a learned one. None when the learned part alone is too long."""
-    start = len(example.token_ids) - context_tokens
+def _pieces(document: Example, context_tokens: int) -> Iterator[Example]:
+    """A document in pieces. Each begins with the last token of the one before: every token but the first is predicted,
+    and once."""
+    for start in range(0, max(1, len(document.token_ids) - 1), context_tokens - 1):
+        end = start + context_tokens
+        yield Example(document.token_ids[start:end], document.loss_mask[start:end])
+
+
+def _cut_prompt(sequences: Sequence[Example], tokens: int) -> tuple[Example, ...] | None:
+    """Drops so many tokens from the start of each, never a learned one. None when the learned part is too long."""
     # One token must stay before the first learned one: it is predicted from something.
-    if any(example.loss_mask[: start + 1]):
+    if any(any(sequence.loss_mask[: tokens + 1]) for sequence in sequences):
         return None
-    return Example(example.token_ids[start:], example.loss_mask[start:])
+    return tuple(Example(sequence.token_ids[tokens:], sequence.loss_mask[tokens:]) for sequence in sequences)
+
+
+def _all_learned(example: Example) -> Example:
+    return Example(example.token_ids, bytes([1]) * len(example.token_ids))

@@ -96,6 +96,8 @@ class ContestantResult:
     parameter_count: int = 0
     size_bytes: int = 0
     confusion: Confusion | None = None
+    memory_bytes: int = 0
+    """Of the engine that answered, with all its adapters."""
 
 
 @dataclass(frozen=True)

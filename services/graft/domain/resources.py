@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from graft.domain.jobs import ServedAs
+
 
 class DatasetFormat(StrEnum):
     """Row layout of a data set. What each looks like is in `graft.data.layouts`."""
@@ -51,11 +53,16 @@ class BaseModel:
     target_modules: tuple[str, ...]
     """Names of its linear layers, without the LM head, for example `q_proj`."""
     max_lora_rank: int
+    project: str = ""
+    """Whose it is alone: a full model that one project trained. Empty for all others, which every project sees."""
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One immutable version in the registry, as the read model and the registry know it."""
+    """One immutable version in the registry, as the read model and the registry know it.
+
+    Its content, digest and size are those of the adapter that is served, or of the model where that is what is served.
+    """
 
     project: str
     base_model: str
@@ -70,6 +77,9 @@ class AdapterVersion:
     mlflow_run_id: str
     create_time: datetime
     metrics: dict[str, float] = field(default_factory=dict)
+    served_as: ServedAs = ServedAs.ADAPTER
+    task_definition: str = ""
+    """YAML of the task that it was trained with; empty without one."""
 
     @property
     def model(self) -> str:

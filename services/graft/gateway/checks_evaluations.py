@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from graft.domain.errors import FieldViolation, GraftError, InvalidArgument, NotFound
+from graft.domain.errors import FailedPrecondition, FieldViolation, GraftError, InvalidArgument, NotFound
 from graft.domain.evaluations import Contestant, EvaluationSpec
 from graft.domain.grading import check_grader
-from graft.domain.names import parse_model
+from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import Dataset
+from graft.gateway.checks_tasks import with_task
+from graft.gateway.resolving import resolve
 from graft.store.protocol import Store
 
 MAX_CONTESTANTS = 16
@@ -43,8 +45,8 @@ def measured_from(dataset: Dataset) -> str:
     return found.get(dataset.format.value, "answers")
 
 
-async def check_evaluation(store: Store, project: str, spec: EvaluationSpec) -> EvaluationSpec:
-    """Returns the specification with versions in the place of aliases.
+async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, first: str) -> EvaluationSpec:
+    """Returns the specification with versions in the place of aliases. `first` is the stack's first base model.
 
     Raises InvalidArgument with every fault. When the only faults are names that do not exist, raises NotFound.
     """
@@ -64,12 +66,15 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec) -> 
     for index, contestant in enumerate(spec.contestants):
         field = f"contestants[{index}].model"
         try:
-            contestants.append(replace(contestant, model=await _resolved(store, project, contestant.model)))
-        except InvalidArgument as error:
+            found = await resolve(store, project, contestant.model, first)
+            contestants.append(replace(contestant, model=found.public_model))
+        except (InvalidArgument, FailedPrecondition) as error:
             wrong.append(FieldViolation(field, error.message))
         except NotFound as error:
             missing.append(FieldViolation(field, error.message))
     wrong += [*_check_contestants(spec, contestants), *_check_numbers(spec), *_check_metrics(spec, dataset)]
+    spec, faults = await _with_task(spec, dataset)
+    wrong += faults
     if wrong or missing:
         violations = (*wrong, *missing)
         kind: type[GraftError] = InvalidArgument if wrong else NotFound
@@ -81,13 +86,14 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec) -> 
     return replace(spec, contestants=tuple(contestants))
 
 
-async def _resolved(store: Store, project: str, model: str) -> str:
-    name = parse_model(model)
-    await store.get_base_model(name.base)
-    if name.adapter is None:
-        return model
-    found = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
-    return found.model
+async def _with_task(spec: EvaluationSpec, dataset: Dataset | None) -> tuple[EvaluationSpec, list[FieldViolation]]:
+    """As a job's task is checked, its data being the data that is asked."""
+    job = JobSpec("", spec.dataset, task=spec.task, task_definition=spec.task_definition)
+    if dataset is not None and measured_from(dataset) == "grades":
+        job = replace(job, method=Method.REINFORCEMENT)
+    job, faults = await with_task(job, dataset, None, None)
+    renamed = [replace(fault, field=fault.field.replace("training_dataset", "dataset")) for fault in faults]
+    return replace(spec, task=job.task, task_definition=job.task_definition), renamed
 
 
 def _check_contestants(spec: EvaluationSpec, resolved: list[Contestant]) -> Iterator[FieldViolation]:

@@ -14,6 +14,8 @@ from graft.domain.errors import FieldViolation, GraftError, InvalidArgument, Not
 from graft.domain.jobs import Hyperparameters, JobSpec, Lora, Method, Reinforcement, ServedAs, Tuning
 from graft.domain.names import check_id, parse_model
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
+from graft.gateway.checks_sweep import check_sweep
+from graft.gateway.checks_tasks import with_task
 from graft.settings import Settings
 from graft.store.protocol import Store
 
@@ -64,19 +66,21 @@ WITH_TASK = frozenset({Method.SUPERVISED, Method.INSTRUCTION, Method.REINFORCEME
 
 
 async def check_job(store: Store, settings: Settings, project: str, spec: JobSpec) -> JobSpec:
-    """Returns the specification with everything chosen that its data and what it tunes decide: the method, how the
-    result is served, the version behind an alias; and `all-linear` as the empty tuple that means it.
+    """Returns the specification with everything chosen that its data and what it tunes decide: the method, the task's
+    definition, how the result is served, the version behind an alias; and `all-linear` as the empty tuple it means.
 
     Raises InvalidArgument with every fault. When the only faults are names that do not exist, raises NotFound.
     """
     missing: list[FieldViolation] = []
-    base = await _found(store.get_base_model(spec.base_model), "base_model", missing)
+    base = await _found(store.get_base_model(spec.base_model, project), "base_model", missing)
     training = await _found(store.get_dataset(project, spec.training_dataset), "training_dataset", missing)
     validation = None
     if spec.validation_dataset is not None:
         validation = await _found(store.get_dataset(project, spec.validation_dataset), "validation_dataset", missing)
     wrong: list[FieldViolation] = []
     start = await _start(store, project, spec, wrong, missing)
+    spec, unfit = await with_task(spec, training, validation, start)
+    wrong += unfit
     if spec.method is None:
         known = METHOD_OF_FORMAT.get(training.format.value) if training else None
         spec = replace(spec, method=known or Method.SUPERVISED)
@@ -89,6 +93,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         *_check_served_as(spec, base, settings),
         *_check_hyperparameters(spec.hyperparameters, base, validation),
         *_check_data(training, validation),
+        *check_sweep(spec, _highest_rank(base, settings), loads_as_it_is(spec)),
         *_check_metadata(spec.metadata),
     ]
     if wrong or missing:
@@ -153,10 +158,10 @@ def _check_names(spec: JobSpec) -> Iterator[FieldViolation]:
 
 def _check_method(spec: JobSpec, training: Dataset | None, validation: Dataset | None) -> Iterator[FieldViolation]:
     method = spec.method or Method.SUPERVISED
-    with_task = bool(spec.task or spec.task_definition)
-    if with_task and method not in WITH_TASK:
+    has_task = bool(spec.task or spec.task_definition)
+    if has_task and method not in WITH_TASK:
         yield FieldViolation("task", f"has a prompt and a completion, which {method} does not learn from")
-    fitting = FORMATS_OF_METHOD[method] | ({"fields"} if with_task and method in WITH_TASK else set())
+    fitting = FORMATS_OF_METHOD[method] | ({"fields"} if has_task and method in WITH_TASK else set())
     for field, dataset in (("training_dataset", training), ("validation_dataset", validation)):
         if dataset is None or dataset.format.value in fitting:
             continue
@@ -237,6 +242,12 @@ def _check_lora(lora: Lora, base: BaseModel | None, settings: Settings) -> Itera
             "lora.base_quantization",
             "needs a GPU and bitsandbytes on every training node, and this installation does not say that it has them "
             "(GRAFT_TRAINING_QUANTIZED_BASE)",
+        )
+    if lora.base_quantization and (lora.use_dora or lora.modules_to_save):
+        yield FieldViolation(
+            "lora.base_quantization",
+            "rounds the base, and what use_dora or modules_to_save trains is served as a change of the base as it is; "
+            "leave one of them out",
         )
     for index, module in enumerate(lora.modules_to_save):
         if module != HEAD:

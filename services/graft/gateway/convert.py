@@ -1,16 +1,28 @@
 """Domain types to protobuf and back, for the gRPC edge. The only module that knows both."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from datetime import datetime
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from graft.api.v1 import adapter_pb2, base_model_pb2, dataset_pb2, dataset_report_pb2
-from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.api.v1 import (
+    adapter_pb2,
+    base_model_pb2,
+    dataset_pb2,
+    dataset_report_pb2,
+    deployment_pb2,
+    fine_tuning_job_pb2,
+)
+from graft.data.tasks.catalog import name_of
+from graft.domain.deployments import Deployment
+from graft.domain.errors import KINDS, FieldViolation, Internal, InvalidArgument
+from graft.domain.jobs import JobError
 from graft.domain.names import dataset_name, job_name, resource
 from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
+from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2
 
 _FORMATS = {format: dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.name}") for format in DatasetFormat}
@@ -24,6 +36,11 @@ def timestamp(time: datetime | None) -> Timestamp | None:
     made = Timestamp()
     made.FromDatetime(time)
     return made
+
+
+def status(error: JobError) -> Any:
+    """A stored error as `google.rpc.Status`."""
+    return to_status(KINDS.get(error.code, Internal)(error.message, reason=error.reason))
 
 
 # Data sets and base models
@@ -61,8 +78,8 @@ def declared_format(number: int) -> DatasetFormat | None:
     return _DECLARED[number]
 
 
-def base_model(project: str, found: BaseModel) -> base_model_pb2.BaseModel:
-    """A base model as the project sees it, without where it lies."""
+def base_model(project: str, found: BaseModel, served: Collection[str]) -> base_model_pb2.BaseModel:
+    """A base model as the project sees it, without where it lies. `served` are the ids that engines carry."""
     return base_model_pb2.BaseModel(
         name=resource("projects", project, "baseModels", found.id),
         model=found.id,
@@ -74,6 +91,19 @@ def base_model(project: str, found: BaseModel) -> base_model_pb2.BaseModel:
         target_modules=found.target_modules,
         max_lora_rank=found.max_lora_rank,
         source=found.source,
+        served=found.id in served,
+    )
+
+
+def deployment(found: Deployment) -> deployment_pb2.Deployment:
+    """A deployment, with the reason when it failed."""
+    return deployment_pb2.Deployment(
+        name=resource("projects", found.project, "deployments", found.base_model),
+        model=found.base_model,
+        source=found.source,
+        state=deployment_pb2.Deployment.State.Value(f"STATE_{found.state}"),
+        error=None if found.error is None else status(found.error),
+        create_time=timestamp(found.create_time),
     )
 
 
@@ -108,6 +138,9 @@ def version(found: AdapterVersion, aliases: dict[str, int]) -> adapter_pb2.Adapt
         metrics=found.metrics,
         create_time=timestamp(found.create_time),
         mlflow_run_id=found.mlflow_run_id,
+        served_as=fine_tuning_job_pb2.ServedAs.Value(f"SERVED_AS_{found.served_as.name}"),
+        task=name_of(found.task_definition),
+        task_definition=found.task_definition,
     )
 
 
@@ -131,6 +164,7 @@ def replicas(found: Iterable[engine_pb2.Replica]) -> list[adapter_pb2.ReplicaRes
             ],
             ready=replica.ready,
             engine_restarts=replica.engine_restarts,
+            memory_bytes=replica.memory_bytes,
         )
         for replica in found
     ]

@@ -6,8 +6,8 @@ from graft.api.v1 import evaluation_pb2
 from graft.domain.evaluations import Contestant, ContestantResult, Evaluation, EvaluationSpec, Figure
 from graft.domain.grading import GraderSpec
 from graft.domain.names import dataset_name, resource
-from graft.gateway.convert import timestamp
-from graft.gateway.convert_jobs import dataset_id, status
+from graft.gateway.convert import status, timestamp
+from graft.gateway.convert_jobs import dataset_id
 
 
 def evaluation_spec(project: str, asked: evaluation_pb2.Evaluation) -> EvaluationSpec:
@@ -77,6 +77,7 @@ def _result(found: ContestantResult) -> evaluation_pb2.ContestantResult:
         tokens_per_second=found.tokens_per_second,
         parameter_count=found.parameter_count,
         size_bytes=found.size_bytes,
+        memory_bytes=found.memory_bytes,
         confusion=evaluation_pb2.ConfusionMatrix(labels=found.confusion.labels, counts=found.confusion.counts)
         if found.confusion
         else None,

@@ -14,14 +14,15 @@ from pathlib import Path
 
 from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
 from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
-from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec
+from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, ServedAs
 from graft.domain.names import check_alias, check_id, parse_model
 from graft.domain.reports import REPORT_VERSION, DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
-from graft.gateway import generation, resolving
+from graft.gateway import generation, resolving, task_inputs
 from graft.gateway.checks import check_page_size, check_request_id
 from graft.gateway.checks_evaluations import check_evaluation
 from graft.gateway.checks_jobs import check_job
+from graft.gateway.deployments import Deployments
 from graft.gateway.generation import Answer
 from graft.gateway.resolving import Resolution
 from graft.gateway.uploads import Upload, dataset_file, remove_dataset_file
@@ -47,6 +48,7 @@ class Core:
         self.store = store
         self.engine = engine
         self.settings = settings
+        self.deployments = Deployments(store, engine, settings)
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -140,10 +142,13 @@ class Core:
     async def create_job(self, project: str, spec: JobSpec, request_id: str | None = None) -> Job:
         """Checks a specification against what exists and what the engine can load, and stores it in VALIDATING.
 
-        Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
+        Raises InvalidArgument with every fault as a field violation, NotFound naming what exists, or what
+        `resolving.check_served` raises when the result could not be proven in the engine of its base.
         """
         check_id(project, "project")
         spec = await check_job(self.store, self.settings, project, spec)
+        if spec.served_as is not ServedAs.MERGED_MODEL:  # else its base's engine is not needed to prove the result
+            await resolving.check_served(self.store, spec.base_model, self.settings.serving.base_model)
         return await self.store.create_job(project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id))
 
     async def get_job(self, project: str, job_id: str) -> Job:
@@ -209,7 +214,7 @@ class Core:
         Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
         """
         check_id(project, "project")
-        spec = await check_evaluation(self.store, project, spec)
+        spec = await check_evaluation(self.store, project, spec, self.settings.serving.base_model)
         name = f"ev-{secrets.token_hex(6)}"
         return await self.store.create_evaluation(project, name, spec, check_request_id(request_id))
 
@@ -246,13 +251,13 @@ class Core:
 
     # Base models and adapters
 
-    async def list_base_models(self) -> tuple[BaseModel, ...]:
+    async def list_base_models(self, project: str) -> tuple[BaseModel, ...]:
         """All, by id."""
-        return await self.store.list_base_models()
+        return await self.store.list_base_models(project)
 
-    async def get_base_model(self, base: str) -> BaseModel:
+    async def get_base_model(self, project: str, base: str) -> BaseModel:
         """Raises NotFound naming it and what exists."""
-        return await self.store.get_base_model(base)
+        return await self.store.get_base_model(base, project)
 
     async def get_adapter(self, project: str, base: str, adapter: str) -> Adapter:
         """Raises NotFound naming it and what exists."""
@@ -263,7 +268,7 @@ class Core:
     ) -> Page[Adapter]:
         """Adapters of one base model, or of all when None."""
         if base is not None:
-            await self.store.get_base_model(base)
+            await self.store.get_base_model(base, project)
         return await self.store.list_adapters(project, base, check_page_size(page_size), page_token)
 
     async def get_version(self, project: str, base: str, adapter: str, selector: str) -> AdapterVersion:
@@ -314,20 +319,24 @@ class Core:
     async def load_version(self, project: str, base: str, adapter: str, selector: str) -> list[engine_pb2.Replica]:
         """Loads a version and returns the replicas after it. Raises what the engine refused it with."""
         version = await self.get_version(project, base, adapter, selector)
-        resolving.check_served(base, self.settings.serving.base_model)
-        response = await self.engine.load(resolving.adapter_ref(version))
+        resolving.check_shared(version)
+        await resolving.check_served(self.store, base, self.settings.serving.base_model)
+        response = await self.engine.of(base).load(resolving.adapter_ref(version))
         return await self._named(project, list(response.replicas))
 
     async def unload_version(self, project: str, base: str, adapter: str, selector: str) -> list[engine_pb2.Replica]:
         """Takes a version out of the engine and returns the replicas after it."""
         version = await self.get_version(project, base, adapter, selector)
-        response = await self.engine.unload(version.digest)
+        await resolving.check_served(self.store, base, self.settings.serving.base_model)
+        response = await self.engine.of(base).unload(version.digest)
         return await self._named(project, list(response.replicas))
 
     async def residency(self, project: str) -> list[engine_pb2.Replica]:
-        """What every replica holds, asked now. A resident of another project keeps its digest but not its name."""
+        """What every replica of every application holds, asked now. A resident of another project keeps its digest but
+        not its name."""
+        others = await self.deployments.residency(project)
         response = await self.engine.residency()
-        return await self._named(project, list(response.replicas))
+        return await self._named(project, [*response.replicas, *others])
 
     async def _named(self, project: str, replicas: list[engine_pb2.Replica]) -> list[engine_pb2.Replica]:
         for replica in replicas:
@@ -343,15 +352,21 @@ class Core:
         return await resolving.resolve(self.store, project, model, self.settings.serving.base_model)
 
     async def generate(self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]) -> Answer:
-        """Answers an OpenAI body. OpenAI's own error objects come back in the Answer; all else is raised."""
+        """Answers an OpenAI body, which may hold a task's `inputs` instead of a prompt.
+
+        OpenAI's own error objects come back in the Answer; all else is raised.
+        """
         resolution = await self.resolve(project, generation.model_of(body))
-        return await generation.generate(self.engine, resolution, endpoint, body)
+        rendered = task_inputs.rendered(resolution, endpoint, body)
+        return await generation.generate(self.engine.of(resolution.base), resolution, *rendered)
 
     async def stream(
         self, project: str, endpoint: engine_pb2.Endpoint.ValueType, body: dict[str, object]
     ) -> AsyncGenerator[bytes, None]:
         """Answers an OpenAI body as payloads of `data:` lines. Every refusal is raised before the first payload."""
         resolution = await self.resolve(project, generation.model_of(body))
-        async with aclosing(generation.stream(self.engine, resolution, endpoint, body)) as payloads:
+        endpoint, body = task_inputs.rendered(resolution, endpoint, body)
+        engine = self.engine.of(resolution.base)
+        async with aclosing(generation.stream(engine, resolution, endpoint, body)) as payloads:
             async for payload in payloads:
                 yield payload

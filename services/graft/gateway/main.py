@@ -80,7 +80,7 @@ async def run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await asyncio.to_thread(_migrate, settings.store_url)
     store = open_store(settings.store_url)
-    engine = EngineClient(settings.engine_address)
+    engine = EngineClient(settings.engine_address, settings.serving.base_model)
     try:
         if removed := await asyncio.to_thread(remove_abandoned, settings):
             _log.info("abandoned uploads removed", files=removed)

@@ -41,9 +41,7 @@ class Catalogue:
         if stamp == self._read:
             return
         faults: dict[str, str] = {}
-        models = await call(
-            load_catalog, self._settings, lambda base, error: faults.update({base: error.message})
-        )
+        models = await call(load_catalog, self._settings, lambda base, error: faults.update({base: error.message}))
         await to_the_end(self._store.replace_base_models(models))
         self._read = stamp
         self._tell(faults)

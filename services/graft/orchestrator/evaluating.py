@@ -15,12 +15,12 @@ from typing import Any
 import structlog
 
 from graft.domain.errors import FailedPrecondition, GraftError, Internal, Unavailable
-from graft.domain.jobs import EventLevel, JobState
+from graft.domain.jobs import EventLevel, JobState, ServedAs
 from graft.domain.names import registered_model
 from graft.domain.resources import AdapterVersion
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.context import Context
-from graft.orchestrator.ports import Engine
+from graft.orchestrator.ports import Generates
 from graft.orchestrator.registering import REGISTERED
 
 log = structlog.get_logger()
@@ -56,7 +56,10 @@ class Trained:
 
 
 async def evaluate(context: Context) -> None:
-    """Loads the version, proves parity, applies the gate. Raises FailedPrecondition PARITY_FAILED."""
+    """Loads the version, proves parity, applies the gate. Raises FailedPrecondition PARITY_FAILED.
+
+    A model of its own is not loaded: it does not fit beside the base in the shared engine.
+    """
     job, parts = context.job, context.parts
     said = context.said.get(REGISTERED)
     if said is None:
@@ -64,8 +67,18 @@ async def evaluate(context: Context) -> None:
     version = await parts.store.resolve_version(
         job.project, job.spec.base_model, job.adapter, version=int(str(said["version"])), alias=None
     )
+    if version.served_as is ServedAs.MERGED_MODEL:
+        await context.say(
+            "deploy",
+            f"{version.model} is a full model and is not loaded beside the adapters. Serve it with "
+            f"`graft models deploy {version.model}`.",
+            metrics={"model_bytes": float(version.size_bytes)},
+        )
+        await _finish(context, version, f"{version.model} is trained.")
+        return
     adapter = adapter_ref(version)
-    loaded = await context.patiently("The engine", lambda: parts.engine.load(adapter))
+    engine = parts.engine.of(version.base_model)
+    loaded = await context.patiently("The engine", lambda: engine.load(adapter))
     metrics = {"adapter_bytes": float(version.size_bytes), "load_seconds": loaded.load_seconds}
     if isinstance(started := said.get("publish_start_time_seconds"), int | float):
         metrics["publish_seconds"] = max(time.time() - started, 0.0)
@@ -74,7 +87,7 @@ async def evaluate(context: Context) -> None:
     trained = read_trained(context.output_dir / "adapter" / "graft.json")
     dtypes = {trained.dtype, *(replica.dtype for replica in loaded.replicas)}
     limit = PARITY_NATS if dtypes <= {"float32"} else HALF_PARITY_NATS
-    fitting = [probe for probe in trained.probes if _fits(probe, parts.settings.serving.context_tokens)]
+    fitting = [probe for probe in trained.probes if fits(probe, parts.settings.serving.context_tokens)]
     if not fitting:
         raise FailedPrecondition(
             f"None of the {len(trained.probes)} probes of {version.model} can be scored by the engine, so that nothing "
@@ -83,7 +96,7 @@ async def evaluate(context: Context) -> None:
         )
     difference = 0.0
     for probe in fitting:
-        mean_logprob = await context.patiently("The engine", partial(score, parts.engine, adapter, probe))
+        mean_logprob = await context.patiently("The engine", partial(score, engine, adapter, probe))
         difference = max(difference, abs(mean_logprob - probe.mean_logprob))
     text = f"Parity of {version.model} over {len(fitting)} probes: the engine differs by at most {difference:.4f} nats."
     passed = difference <= limit
@@ -96,7 +109,7 @@ async def evaluate(context: Context) -> None:
     )
     if not passed:
         try:
-            await parts.engine.unload(version.digest)
+            await engine.unload(version.digest)
         except GraftError as error:  # it leaves by itself when others need its place
             log.warning("not_unloaded", model=version.model, error=error.message)
         raise FailedPrecondition(
@@ -105,14 +118,17 @@ async def evaluate(context: Context) -> None:
             reason="PARITY_FAILED",
             metadata={"max_abs_difference": f"{difference:.6f}"},
         )
+    await _finish(context, version, f"{version.model} is trained, proven and loaded.")
+
+
+async def _finish(context: Context, version: AdapterVersion, message: str) -> None:
+    """Promotes the version if it is its adapter's first, and ends the job and its MLflow run."""
     if await context.patiently("The registry", lambda: context.mirror.promote_first(version)):
         await context.say("champion", f"{version.model} is its adapter's champion.")
     tracker = context.track(await context.material())
     tracker.log(context.job.metrics, context.job.progress.step if context.job.progress else 0)
     tracker.finish("FINISHED")
-    await context.move(
-        JobState.SUCCEEDED, f"{version.model} is trained, proven and loaded.", fine_tuned_model=version.model
-    )
+    await context.move(JobState.SUCCEEDED, message, fine_tuned_model=version.model)
 
 
 def adapter_ref(version: AdapterVersion) -> engine_pb2.AdapterRef:
@@ -147,10 +163,11 @@ def read_trained(path: Path) -> Trained:
         ) from error
 
 
-async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) -> float:
+async def score(engine: Generates, adapter: engine_pb2.AdapterRef, probe: Probe) -> float:
     """The engine's mean log-probability of the probe's completion, in nats a token.
 
-    `prompt_logprobs: 0` is vLLM's extension of the completions API: for each prompt token its own log-probability.
+    An `adapter` without a digest is a base model. `prompt_logprobs: 0` is vLLM's extension of the completions API: for
+    each prompt token its own log-probability.
     Raises Unavailable while the engine cannot answer, FailedPrecondition for an answer without scores.
     """
     body = {
@@ -164,7 +181,7 @@ async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) ->
         engine_pb2.GenerateRequest(
             endpoint=engine_pb2.ENDPOINT_COMPLETIONS,
             body=json.dumps(body).encode(),
-            adapter=adapter,
+            adapter=adapter if adapter.digest else None,
             public_model=adapter.model,
         ),
         GENERATE_TIMEOUT_SECONDS,
@@ -199,7 +216,8 @@ async def score(engine: Engine, adapter: engine_pb2.AdapterRef, probe: Probe) ->
     return mean_logprob
 
 
-def _fits(probe: Probe, context_tokens: int) -> bool:
+def fits(probe: Probe, context_tokens: int) -> bool:
+    """Whether the engine can score it."""
     # The engine must have room for the one token that every request generates.
     return bool(probe.completion_token_ids) and (
         len(probe.prompt_token_ids) + len(probe.completion_token_ids) < context_tokens

@@ -17,6 +17,7 @@ from graft.orchestrator.context import Context
 from graft.orchestrator.threads import call
 from graft.orchestrator.tracking import Tracker
 from graft.training.spec import ENDS, Report, RunStatus
+from graft.training.sweep import choose
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -103,8 +104,8 @@ def _end_key(context: Context) -> str:
 class _Follower:
     context: Context
     tracker: Tracker
-    pending: Report | None = None
-    """The newest metrics report that no event tells yet."""
+    pending: dict[object, Report] = field(default_factory=dict)
+    """The newest metrics report that no event tells yet; of a sweep, by trial."""
     kept_report_seconds: float = float("-inf")
     kept_wall_seconds: float = float("-inf")
     seen: int = field(init=False)
@@ -132,8 +133,12 @@ class _Follower:
             self.seen = report.sequence
             if report.kind == "metrics":
                 self._log(report)
-                self.pending = report
-                if report.time_seconds - self.kept_report_seconds >= interval_seconds:
+                trial = report.data.get("trial")
+                self.pending.pop(trial, None)
+                self.pending[trial] = report
+                # By its held-out loss a trial is judged: none is left out.
+                judged = trial is not None and "validation_loss" in report.data
+                if judged or report.time_seconds - self.kept_report_seconds >= interval_seconds:
                     await self._flush()
                 continue
             await self._flush()
@@ -148,7 +153,13 @@ class _Follower:
         return None
 
     def _log(self, report: Report) -> None:
-        metrics = {name: value for name, value in _numbers(report.data).items() if name not in ("step", "total_steps")}
+        trial = report.data.get("trial")
+        prefix = "" if trial is None else f"trial-{trial}/"
+        metrics = {
+            prefix + name: value
+            for name, value in _numbers(report.data).items()
+            if name not in ("step", "total_steps", "trial")
+        }
         self.tracker.log(metrics, _step(report))
 
     def _data(self, report: Report) -> dict[str, object]:
@@ -157,17 +168,27 @@ class _Follower:
         return {**told, "attempt": self.context.job.attempt, "report": report.sequence}
 
     async def _flush(self) -> None:
-        report, self.pending = self.pending, None
-        if report is None:
-            return
+        reports, self.pending = self.pending, {}
+        for report in reports.values():  # by sequence, so that the cursor passes none
+            await self._keep(report)
+
+    async def _keep(self, report: Report) -> None:
         self.kept_report_seconds, self.kept_wall_seconds = report.time_seconds, time.monotonic()
         before = self.context.job.progress or Progress()
-        told = {name: value for name, value in _numbers(report.data).items() if name in _PROGRESS}
+        trial, sweep = report.data.get("trial"), report.data.get("sweep")
+        whole = sweep if isinstance(sweep, dict) else {}
+        told = {name: value for name, value in _numbers({**report.data, **whole}).items() if name in _PROGRESS}
         for name in ("step", "total_steps", "trained_tokens"):
             if name in told:
                 told[name] = int(told[name])
         progress = replace(before, **told)  # type: ignore[arg-type] # names are Progress's own, values its numbers
-        message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}."
+        message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}"
+        if trial is not None:
+            message = f"Trial {trial}: step {_step(report)}, loss {progress.loss:.4f}"
+        for name in ("reward", "accuracy"):
+            if name in (numbers := _numbers(report.data)):
+                message += f", {name} {numbers[name]:.2f}"
+        message += "."
         await self.context.record(progress=progress, event=(EventLevel.INFO, "metrics", message, self._data(report)))
         self.context.cursor = report.sequence
 
@@ -193,13 +214,15 @@ class _Follower:
 
     async def _end(self, report: Report) -> dict[str, object]:
         texts = {
-            "finished": "The last step is done.",
+            "finished": str(report.data.get("message") or "The last step is done."),
             "failed": "The run has failed.",
             "cancelled": "The run was stopped.",
         }
         data = {**self._data(report), "kind": report.kind}
         metrics = _numbers(report.data) if report.kind == "finished" else None
-        await self.context.say(_end_key(self.context), texts[report.kind], data, metrics=metrics)
+        chosen = report.data.get("chosen")
+        resolved = choose(self.context.job.resolved, chosen) if isinstance(chosen, dict) else None
+        await self.context.say(_end_key(self.context), texts[report.kind], data, metrics=metrics, resolved=resolved)
         self.context.cursor = report.sequence
         return data
 

@@ -18,6 +18,7 @@ from graft.domain.errors import Aborted, GraftError, Internal, Unavailable
 from graft.domain.jobs import FINAL, LIVE, Job, JobState
 from graft.orchestrator.checking import Checker
 from graft.orchestrator.context import Context, job_error
+from graft.orchestrator.evaluations import Evaluations
 from graft.orchestrator.following import stop_run
 from graft.orchestrator.mirror import Mirror
 from graft.orchestrator.ports import Parts
@@ -66,6 +67,7 @@ class Orchestrator:
     async def run(self) -> None:
         """Until cancelled; then leaves every job where it is and frees its leases."""
         mirror = asyncio.create_task(self.mirror.run())
+        evaluations = asyncio.create_task(Evaluations(self.parts, self.owner).run())
         checks = asyncio.create_task(self._checker.run())
         try:
             while True:
@@ -79,8 +81,10 @@ class Orchestrator:
                 await asyncio.sleep(self._poll_seconds)
         finally:
             mirror.cancel()
+            evaluations.cancel()
             checks.cancel()
             await self._leave()
+            await asyncio.wait({evaluations}, timeout=self.parts.limits.stop_seconds)  # it frees its lease
 
     async def _turn(self) -> None:
         store = self.parts.store

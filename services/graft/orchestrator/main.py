@@ -20,6 +20,7 @@ from graft import settings as graft_settings
 from graft.domain.errors import GraftError
 from graft.internal.engine_client import EngineClient
 from graft.orchestrator.catalogue import Catalogue
+from graft.orchestrator.deployments import Deployments
 from graft.orchestrator.loop import Orchestrator
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.preparer import TokenizingPreparer, import_tokenizers
@@ -75,16 +76,18 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     store = open_store(settings.store_url)
-    engine = EngineClient(settings.engine_address)
+    engine = EngineClient(settings.engine_address, settings.serving.base_model)
     try:
         await call(ensure_base_model, settings, settings.serving.base_model)
         catalogue = Catalogue(store, settings)
         await catalogue.refresh()
+        registry = Registry(settings.tracking_uri, settings.home.cache)
+        deployments = Deployments(store, engine, registry, catalogue.refresh, settings)
         orchestrator = Orchestrator(
             Parts(
                 store=store,
                 runs=RayRuns(),
-                registry=Registry(settings.tracking_uri, settings.home.cache),
+                registry=registry,
                 engine=engine,
                 preparer=TokenizingPreparer(),
                 capacity=cluster_cpus,
@@ -92,7 +95,7 @@ async def serve(settings: Settings) -> None:
             )
         )
         work = asyncio.create_task(orchestrator.run())
-        following = asyncio.create_task(catalogue.run())
+        beside = [asyncio.create_task(catalogue.run()), asyncio.create_task(deployments.run())]
         stopping = asyncio.create_task(stop.wait())
         settings.orchestrator_pid_file.parent.mkdir(parents=True, exist_ok=True)
         settings.orchestrator_pid_file.write_text(str(os.getpid()))
@@ -100,7 +103,8 @@ async def serve(settings: Settings) -> None:
         await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
         log.info("orchestrator_stopping")
         stopping.cancel()
-        following.cancel()
+        for task in beside:
+            task.cancel()
         work.cancel()
         with suppress(asyncio.CancelledError):
             await work

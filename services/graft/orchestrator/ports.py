@@ -17,7 +17,8 @@ from graft.internal.v1 import engine_pb2
 from graft.registry.mlflow_registry import Publication
 from graft.settings import Settings
 from graft.store.protocol import Store
-from graft.training.spec import RunSpec, RunStatus
+from graft.training.memory import Memory
+from graft.training.spec import RunSpec, RunStatus, StartFrom
 
 
 class Runs(Protocol):
@@ -38,20 +39,58 @@ class RegistryPort(Protocol):
         self, project: str, job_id: str, attempt: int, params: dict[str, str], tags: dict[str, str]
     ) -> str: ...
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int) -> None: ...
+    def log_file(self, run_id: str, path: Path) -> None: ...
     def finish_run(self, run_id: str, status: str) -> None: ...
     def publish(self, publication: Publication) -> AdapterVersion: ...
     def set_alias(self, project: str, base: str, adapter: str, alias: str, version: int) -> None: ...
     def snapshot(self) -> RegistrySnapshot: ...
+    def pull(self, registered_model: str, version: int, digest: str) -> Path: ...
 
 
-class Engine(Protocol):
-    """The inference engine."""
+class Generates(Protocol):
+    """What answers OpenAI bodies."""
 
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float
     ) -> engine_pb2.GenerateResponse: ...
+
+
+class Engine(Generates, Protocol):
+    """The inference engine of one base model."""
+
+    def of(self, base: str) -> "Engine":
+        """The one of another."""
+        ...
+
     async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse: ...
     async def unload(self, digest: str) -> engine_pb2.UnloadResponse: ...
+    async def residency(self) -> engine_pb2.ResidencyResponse: ...
+
+
+class ApplicationsPort(Protocol):
+    """The inference service's applications (`graft.internal.engine_client.EngineClient`)."""
+
+    def of(self, base: str) -> "ApplicationEngine": ...
+    async def deploy(self, model: BaseModel) -> None: ...
+    async def undeploy(self, base: str) -> None: ...
+    async def applications(self) -> list[engine_pb2.Application]: ...
+
+
+class ApplicationEngine(Generates, Protocol):
+    """The engine of one of them."""
+
+    async def residency(self) -> engine_pb2.ResidencyResponse: ...
+
+
+class ModelSource(Protocol):
+    """The part of the registry that keeps full models."""
+
+    def pull_model(self, registered_model: str, version: int, digest: str) -> Path:
+        """Downloads a version's full model, a Hugging Face folder, into the cache. Blocks.
+
+        Raises FailedPrecondition for a version that holds none.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +100,8 @@ class PreparedData:
     training: DataStats
     validation: DataStats | None
     resolved: tuple[Resolved, ...]
+    memory: Memory | None = None
+    """What a worker needs; None: not known."""
 
 
 class Preparer(Protocol):
@@ -71,7 +112,13 @@ class Preparer(Protocol):
         ...
 
     def plan(
-        self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
+        self,
+        job: Job,
+        base: BaseModel,
+        dataset: Dataset,
+        validation: Dataset | None,
+        output_dir: Path,
+        start_from: StartFrom | None,
     ) -> RunSpec:
         """The run's specification, every value concrete."""
         ...

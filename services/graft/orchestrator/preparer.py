@@ -3,16 +3,20 @@
 Tokenizers are all that this process needs of transformers.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from graft.data.prepare import DataStats, prepare
+from graft.data.split import Split
+from graft.data.tasks.definition import load
 from graft.data.tokenizers import import_tokenizers, load_tokenizer
 from graft.domain.errors import NotFound
-from graft.domain.jobs import Job
+from graft.domain.jobs import Job, Method
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
 from graft.training.derive import derive
-from graft.training.spec import RunSpec, run_spec
+from graft.training.memory import Memory, check_blocks, memory_bytes, read_shape
+from graft.training.spec import RunSpec, StartFrom, run_spec, settled
 
 __all__ = ["TokenizingPreparer", "import_tokenizers"]
 
@@ -22,17 +26,29 @@ class TokenizingPreparer:
 
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
         """Tokenises every row. Raises NotFound for a missing file, InvalidArgument for data that cannot be used."""
-        training_stats = self._stats(job, base, dataset)
-        validation_stats = self._stats(job, base, validation) if validation is not None else None
-        return PreparedData(training_stats, validation_stats, derive(job.spec, base, training_stats))
+        fraction = job.spec.hyperparameters.validation_fraction
+        if fraction:
+            training_stats = self._stats(job, base, dataset, Split(fraction, held_out=False))
+            validation_stats: DataStats | None = self._stats(job, base, dataset, Split(fraction, held_out=True))
+        else:
+            training_stats = self._stats(job, base, dataset)
+            validation_stats = self._stats(job, base, validation) if validation is not None else None
+        resolved = derive(job.spec, base, training_stats)
+        return PreparedData(training_stats, validation_stats, resolved, _memory(replace(job, resolved=resolved), base))
 
     def plan(
-        self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None, output_dir: Path
+        self,
+        job: Job,
+        base: BaseModel,
+        dataset: Dataset,
+        validation: Dataset | None,
+        output_dir: Path,
+        start_from: StartFrom | None,
     ) -> RunSpec:
         """The run's specification from the job's resolved hyperparameters."""
-        return run_spec(job, base, dataset, validation, output_dir)
+        return run_spec(job, base, dataset, validation, output_dir, start_from=start_from)
 
-    def _stats(self, job: Job, base: BaseModel, dataset: Dataset) -> DataStats:
+    def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:
         path = Path(dataset.uri)
         if not path.is_file():
             raise NotFound(
@@ -42,4 +58,23 @@ class TokenizingPreparer:
             )
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
-        return prepare(path, dataset.format, load_tokenizer(base.path), context_tokens, asked.over_length_policy).stats
+        task = load(job.spec.task_definition) if job.spec.task_definition else None
+        return prepare(
+            path,
+            dataset.format,
+            load_tokenizer(base.path),
+            context_tokens,
+            asked.over_length_policy,
+            split,
+            method=job.spec.method or Method.SUPERVISED,
+            loss_on=job.spec.loss_on,
+            task=task,
+        ).stats
+
+
+def _memory(job: Job, base: BaseModel) -> Memory:
+    """What a worker needs. Raises InvalidArgument for more blocks than the base has."""
+    shape = read_shape(Path(base.path))
+    lora, last_layers = settled(job)
+    check_blocks(shape, base.id, last_layers)
+    return memory_bytes(shape, job.spec.tuning, lora, last_layers)

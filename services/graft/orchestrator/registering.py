@@ -1,15 +1,16 @@
-"""REGISTERING: the run's adapter becomes a version without an alias, and the read model knows it at once."""
+"""REGISTERING: the run's adapter or model becomes a version without an alias, and the read model knows it at once."""
 
 import asyncio
 import time
+from pathlib import Path
 
 from graft.domain.errors import FailedPrecondition
-from graft.domain.jobs import JobState
+from graft.domain.jobs import Job, JobState, ServedAs
 from graft.orchestrator.context import Context
 from graft.orchestrator.following import ask_ray
 from graft.orchestrator.room import resolved_int
 from graft.orchestrator.threads import call
-from graft.registry.digest import FILES
+from graft.registry.digest import FILES, MODEL_CONFIG
 from graft.registry.mlflow_registry import Publication
 
 REGISTERED = "registered"
@@ -21,10 +22,12 @@ async def register(context: Context) -> None:
     job, parts = context.job, context.parts
     context.room.free(job.id)
     material = await context.material()
-    folder = context.output_dir / "adapter"
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
+    served_as = job.spec.served_as or ServedAs.ADAPTER
+    merged = served_as is ServedAs.MERGED_MODEL
+    served = context.output_dir / ("model" if merged else "adapter")
+    if missing := [name for name in ((MODEL_CONFIG,) if merged else FILES) if not (served / name).is_file()]:
         raise FailedPrecondition(
-            f"The run has finished, but runs/{job.id}/{job.attempt}/adapter lacks {' and '.join(missing)}.",
+            f"The run has finished, but runs/{job.id}/{job.attempt}/{served.name} lacks {' and '.join(missing)}.",
             reason="ADAPTER_MISSING",
         )
     # Both are idempotent and neither needs the other: ending worker processes takes seconds that publishing need not
@@ -40,11 +43,16 @@ async def register(context: Context) -> None:
             job_id=job.id,
             attempt=job.attempt,
             run_id=run_id,
-            folder=folder,
+            folder=None if merged else served,
             base_model_digest=material.base.digest,
             dataset_digest=material.dataset.digest,
-            rank=resolved_int(job, "lora.rank", 0),
+            rank=_rank(job, served_as),
             metrics=job.metrics,
+            task_definition=job.spec.task_definition,
+            served_as=served_as,
+            tuning=job.spec.tuning,
+            model_folder=_there(context.output_dir / "model"),
+            trained_folder=_there(context.output_dir / "trained_adapter"),
         )
         version = await context.patiently("The registry", lambda: call(parts.registry.publish, publication))
         await context.patiently("The registry", context.mirror.refresh)
@@ -56,4 +64,17 @@ async def register(context: Context) -> None:
         f"Registered as {version.model}.",
         {"version": version.version, "digest": version.digest, "publish_start_time_seconds": started},
     )
-    await context.move(JobState.EVALUATING, f"Loading {version.model} for its evaluation.")
+    await context.move(
+        JobState.EVALUATING,
+        f"{version.model} is a model of its own." if merged else f"Loading {version.model} for its evaluation.",
+    )
+
+
+def _rank(job: Job, served_as: ServedAs) -> int:
+    if served_as is ServedAs.MERGED_MODEL:
+        return 0
+    return resolved_int(job, "delta_rank" if served_as is ServedAs.LOW_RANK_DELTA else "lora.rank", 0)
+
+
+def _there(folder: Path) -> Path | None:
+    return folder if folder.is_dir() else None

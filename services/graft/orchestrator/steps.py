@@ -6,13 +6,16 @@ another orchestrator adopts the job exactly where it is. Cancellation, failure a
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 
-from graft.domain.jobs import EventLevel, JobState, Resolved
+from graft.domain.jobs import EventLevel, JobState, Method, Resolved
 from graft.orchestrator.context import Context
 from graft.orchestrator.evaluating import evaluate
 from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
+from graft.orchestrator.room import with_concurrency
+from graft.orchestrator.starting import say_start, start_from, with_start
 from graft.orchestrator.threads import call, to_the_end
 
 __all__ = ["STEPS"]
@@ -22,20 +25,23 @@ async def validate(context: Context) -> None:
     """VALIDATING: reads the data as training will and fixes every hyperparameter. Raises what is wrong with them."""
     if not context.job.resolved:
         material = await context.material()
-        prepared = await call(
-            context.parts.preparer.prepare, context.job, material.base, material.dataset, material.validation
-        )
+        job = await with_start(context)
+        prepared = await call(context.parts.preparer.prepare, job, material.base, material.dataset, material.validation)
+        resolved = say_start(context.job, prepared.resolved)
         await _tell_data(context, prepared)
+        if prepared.memory is not None:
+            text = f"Training needs about {prepared.memory} in a worker."
+            await context.say("memory", text, {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes})
         await context.say(
             "resolved",
-            "Hyperparameters: " + ", ".join(f"{item.name}={_value(item)}" for item in prepared.resolved) + ".",
+            "Hyperparameters: " + ", ".join(f"{item.name}={_value(item)}" for item in resolved) + ".",
             {
                 "hyperparameters": {
                     item.name: {"value": item.value, "derived": item.derived, "reason": item.reason}
-                    for item in prepared.resolved
+                    for item in resolved
                 }
             },
-            resolved=prepared.resolved,
+            resolved=resolved,
         )
     context.room.line_up(context.job)
     await context.move(JobState.QUEUED, "The data is valid. Waiting for room to train.")
@@ -43,7 +49,9 @@ async def validate(context: Context) -> None:
 
 async def queue(context: Context) -> None:
     """QUEUED: waits for CPUs. Raises FailedPrecondition for a job that can never have them."""
-    async with context.room.turn(context.job):
+    async with context.room.turn(context.job) as cpus:
+        if context.job.spec.sweep:
+            await context.record(resolved=with_concurrency(context.job, cpus))
         await context.move(JobState.STARTING, "Starting the training workers.")
 
 
@@ -52,7 +60,9 @@ async def start(context: Context) -> None:
     job, parts = context.job, context.parts
     material = await context.material()
     context.track(material)
-    spec = parts.preparer.plan(job, material.base, material.dataset, material.validation, context.output_dir)
+    spec = parts.preparer.plan(
+        job, material.base, material.dataset, material.validation, context.output_dir, await start_from(context)
+    )
     await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
     while not (status := await poll(context, 0)).reports:
         if not (status.exists and status.alive):
@@ -68,7 +78,7 @@ async def run(context: Context) -> None:
 
 
 def _value(item: Resolved) -> str:
-    return "/".join(item.value) if isinstance(item.value, list) else str(item.value)
+    return "/".join(map(str, item.value)) if isinstance(item.value, list) else str(item.value)
 
 
 async def _tell_data(context: Context, prepared: PreparedData) -> None:
@@ -81,8 +91,10 @@ async def _tell_data(context: Context, prepared: PreparedData) -> None:
             f"The {name} data: {stats.row_count} rows, {stats.example_count} examples, {stats.tokens} tokens "
             f"({stats.completion_tokens} of completions), the longest example {stats.longest_tokens}."
         )
+        cut = context.job.spec.method is Method.SELF_SUPERVISED
         if stats.over_length_count:
-            text += f" {stats.over_length_count} are longer than the context; policy: {policy.value}."
+            what = "they are cut into pieces" if cut else f"policy: {policy.value}"
+            text += f" {stats.over_length_count} are longer than the context; {what}."
         await context.say(
             f"data-{name}",
             text,
@@ -96,7 +108,7 @@ async def _tell_data(context: Context, prepared: PreparedData) -> None:
                 "over_length_count": stats.over_length_count,
                 "over_length_policy": policy.value,
             },
-            level=EventLevel.WARN if stats.over_length_count else EventLevel.INFO,
+            level=EventLevel.WARN if stats.over_length_count and not cut else EventLevel.INFO,
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from graft.domain.errors import GraftError
 from graft.domain.resources import BaseModel
-from graft.registry.catalog import UNKNOWN, Entry, entries, entry, own_file
+from graft.registry.catalog import UNKNOWN, Entry, Folder, entries, entry, own_file
 from graft.registry.facts import LINEAR, read_facts, read_lineage
 from graft.registry.sources import Progress, cache_folder, made_folder, ready_folder, source_text, unmade
 from graft.settings import Settings
@@ -84,4 +84,5 @@ def _describe(settings: Settings, one: Entry, folder: Path) -> BaseModel:
         source=source_text(one),
         target_modules=LINEAR,
         max_lora_rank=settings.serving.max_lora_rank,
+        project=one.source.project if isinstance(one.source, Folder) else "",
     )

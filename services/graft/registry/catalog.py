@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 """The licence of an entry that tells none."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _KINDS = {
-    "folder": {"folder", "license", "derived"},
+    "folder": {"folder", "license", "derived", "origin", "project"},
     "package": {"package", "file", "license"},
     "hub": {"hub", "revision", "license"},
 }
@@ -40,6 +40,10 @@ class Folder:
     """The base model that `graft models derive` made it from; empty for any other."""
     layers: int = 0
     """Blocks that were kept."""
+    origin: str = ""
+    """Which full model it is, of one that a job made and that was deployed; empty for any other."""
+    project: str = ""
+    """The project whose job that was, which alone may use it; empty for any other."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,10 @@ def _faults(base: object, fields: object) -> Iterator[tuple[str, str]]:
         return
     kinds = _KINDS.keys() & fields.keys()
     if len(kinds) != 1:
-        yield "", f"needs exactly one of {', '.join(_KINDS)}" + (f", and has {' and '.join(sorted(kinds))}" * bool(kinds))
+        yield (
+            "",
+            f"needs exactly one of {', '.join(_KINDS)}" + (f", and has {' and '.join(sorted(kinds))}" * bool(kinds)),
+        )
         return
     (kind,) = kinds
     for key, value in fields.items():
@@ -179,4 +186,10 @@ def _source(fields: Mapping[str, Any], home: Path) -> Source:
         return Hub(fields["hub"], fields.get("revision", "main"))
     derived = fields.get("derived", {})
     # A path without a root is one below the home, so that a home can be moved.
-    return Folder(home / Path(fields["folder"]).expanduser(), derived.get("from", ""), derived.get("layers", 0))
+    return Folder(
+        home / Path(fields["folder"]).expanduser(),
+        derived.get("from", ""),
+        derived.get("layers", 0),
+        fields.get("origin", ""),
+        fields.get("project", ""),
+    )

@@ -26,7 +26,7 @@ def download(base: str, source: Hub, folder: Path) -> None:
     is no base model for Graft, Unavailable when the hub cannot be reached.
     """
     offline.stay_but_for_the_hub()  # before the library, which reads its switches when it is imported
-    from huggingface_hub import HfApi, constants, snapshot_download, utils
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     if constants.HF_HUB_OFFLINE:
         raise FailedPrecondition(
@@ -51,16 +51,16 @@ def download(base: str, source: Hub, folder: Path) -> None:
         fetch(*_FILES, *_TOKENIZER_FILES)
     except GraftError:
         raise
-    except utils.RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise NotFound(
             f"{source.repository} has no revision {source.revision!r} on the hub.", reason="HUB_REVISION_NOT_FOUND"
         ) from None
-    except utils.GatedRepoError:
+    except errors.GatedRepoError:
         raise FailedPrecondition(
             f"{source.repository} asks for consent: give it on its page, then set HF_TOKEN to a token of your account.",
             reason="HUB_CONSENT_REQUIRED",
         ) from None
-    except utils.RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise NotFound(
             f"The hub has no {source.repository}, or only for some: then set HF_TOKEN to a token of your account.",
             reason="HUB_REPOSITORY_NOT_FOUND",

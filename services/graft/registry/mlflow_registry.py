@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from graft.domain.errors import FailedPrecondition, NotFound, Unavailable
+from graft.domain.jobs import ServedAs, Tuning
 from graft.domain.names import parse_registered_model, registered_model
 from graft.domain.resources import Adapter, AdapterVersion, RegistrySnapshot
-from graft.registry.digest import FILES, adapter_digest
+from graft.registry.digest import FILES, MODEL_CONFIG, adapter_digest, model_digest
 
 # A request to a server that is away fails within seconds; callers have their own patience.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -32,16 +33,21 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-ARTIFACT_PATH = "adapter"
-PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt")
+ADAPTER_PATH = "adapter"
+MODEL_PATH = "model"
+TRAINED_ADAPTER_PATH = "trained_adapter"
+PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".yaml", ".model")
 """Never a pickle: only these are kept of a download."""
+RETAINED = "delta_retained_fraction"
+"""Name of a job's metric."""
+TASK_TAG = "graft.task"
 PARAM_BATCH = 100
 """MLflow's limit of parameters in one call."""
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A trained adapter that is to become a version."""
+    """A trained adapter or model that is to become a version."""
 
     project: str
     base_model: str
@@ -49,11 +55,19 @@ class Publication:
     job_id: str
     attempt: int
     run_id: str
-    folder: Path
+    folder: Path | None
+    """The adapter as it is served; None where the model is what is served."""
     base_model_digest: str
     dataset_digest: str
     rank: int
     metrics: dict[str, float]
+    task_definition: str = ""
+    served_as: ServedAs = ServedAs.ADAPTER
+    tuning: Tuning = Tuning.LORA
+    model_folder: Path | None = None
+    """The whole model, where there is one."""
+    trained_folder: Path | None = None
+    """The adapter as it was trained, where another is served."""
 
 
 class Registry:
@@ -62,7 +76,7 @@ class Registry:
     def __init__(self, tracking_uri: str, cache: Path) -> None:
         self._uri = tracking_uri
         self._client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-        self._cache = cache / "adapters"
+        self._cache = cache
 
     def start_run(self, project: str, job_id: str, attempt: int, params: dict[str, str], tags: dict[str, str]) -> str:
         """The run of this attempt: made, or found when it was made before. Returns its id."""
@@ -91,28 +105,47 @@ class Registry:
             now_ms = int(datetime.now(UTC).timestamp() * 1000)
             self._client.log_batch(run_id, [Metric(key, value, now_ms, step) for key, value in metrics.items()])
 
+    def log_file(self, run_id: str, path: Path) -> None:
+        """Uploads one file as an artifact of its own name."""
+        with self._translated(f"run {run_id}"):
+            self._client.log_artifact(run_id, str(path))
+
     def finish_run(self, run_id: str, status: str) -> None:
         """`FINISHED`, `FAILED` or `KILLED`."""
         with self._translated(f"run {run_id}"):
             self._client.set_terminated(run_id, status)
 
     def publish(self, publication: Publication) -> AdapterVersion:
-        """Uploads the folder and makes a version of it. A version that this job made before is returned instead.
+        """Uploads the folders and makes a version of them. A version that this job made before is returned instead.
 
-        Raises FileNotFoundError when the folder lacks one of the adapter's two files.
+        Raises FileNotFoundError when the adapter's folder lacks one of its two files, or the model's its config.json.
         """
         name = registered_model(publication.project, publication.base_model, publication.adapter)
-        digest = adapter_digest(publication.folder)
+        model = None if publication.model_folder is None else model_digest(publication.model_folder)
+        if publication.folder is not None:
+            served, files, path = publication.folder, list(FILES), ADAPTER_PATH
+            digest = adapter_digest(served)
+        elif publication.model_folder is not None and model is not None:
+            served, path, digest = publication.model_folder, MODEL_PATH, model
+            files = [file.name for file in served.glob("*.safetensors")]
+        else:
+            raise ValueError(f"Job {publication.job_id} publishes neither an adapter nor a model.")
         with self._translated(f"registered model {name}"):
             self._make_registered_model(name)
             for version in self._versions(f"name = '{name}' and tags.`graft.job` = '{publication.job_id}'"):
                 if version.tags.get("graft.digest") == digest:
                     return _version(version)
-            self._client.log_artifacts(publication.run_id, str(publication.folder), ARTIFACT_PATH)
+            for folder, where in (
+                (publication.folder, ADAPTER_PATH),
+                (publication.model_folder, MODEL_PATH),
+                (publication.trained_folder, TRAINED_ADAPTER_PATH),
+            ):
+                if folder is not None:
+                    self._client.log_artifacts(publication.run_id, str(folder), where)
             root = self._client.get_run(publication.run_id).info.artifact_uri
             made = self._client.create_model_version(
                 name,
-                f"{root}/{ARTIFACT_PATH}",
+                f"{root}/{path}",
                 run_id=publication.run_id,
                 tags={
                     "graft.job": publication.job_id,
@@ -121,9 +154,18 @@ class Registry:
                     "graft.base_model_digest": publication.base_model_digest,
                     "graft.dataset_digest": publication.dataset_digest,
                     "graft.rank": str(publication.rank),
-                    "graft.size_bytes": str(sum((publication.folder / name).stat().st_size for name in FILES)),
+                    "graft.size_bytes": str(sum((served / file).stat().st_size for file in files)),
                     "graft.metrics": json.dumps(publication.metrics),
                     "graft.code_version": code_version(),
+                    **({TASK_TAG: publication.task_definition} if publication.task_definition else {}),
+                    "graft.served_as": publication.served_as.value,
+                    "graft.tuning": publication.tuning.value,
+                    **({} if model is None else {"graft.model_digest": model}),
+                    **(
+                        {"graft.delta_retained_fraction": f"{publication.metrics[RETAINED]:.6g}"}
+                        if RETAINED in publication.metrics
+                        else {}
+                    ),
                 },
             )
             return _version(self._client.get_model_version(name, made.version))
@@ -154,36 +196,56 @@ class Registry:
         return RegistrySnapshot(tuple(adapters), versions)
 
     def pull(self, registered_model: str, version: int, digest: str) -> Path:
-        """The version's folder, downloaded once, proven against `digest`, then kept. Safe to call at once by many.
+        """The version's adapter folder, downloaded once, proven against `digest`, then kept. Safe to call at once by
+        many.
 
         Raises FailedPrecondition when the files are not those of the digest.
         """
-        target = self._cache / digest.removeprefix("sha256:")
+
+        def download(temporary: Path) -> Path:
+            source = self._client.get_model_version(registered_model, str(version)).source
+            download_artifacts(artifact_uri=source, dst_path=str(temporary), tracking_uri=self._uri)
+            folder = next((path.parent for path in temporary.rglob(FILES[0])), temporary)
+            _prove(folder, adapter_digest, digest, registered_model, version)
+            return folder
+
+        return self._pull_once(self._cache / "adapters", registered_model, version, digest, download)
+
+    def pull_model(self, registered_model: str, version: int, digest: str) -> Path:
+        """The version's whole model as `pull` brings its adapter: a folder that transformers and vLLM load.
+
+        `digest` is the version's own, also where that is an adapter's beside the model. Raises FailedPrecondition for
+        a version without a model, and when the files are not those that were registered.
+        """
+
+        def download(temporary: Path) -> Path:
+            found = self._client.get_model_version(registered_model, str(version))
+            if found.tags.get("graft.digest") != digest:
+                raise _changed(registered_model, version, digest, str(found.tags.get("graft.digest")))
+            if "graft.model_digest" not in found.tags:
+                raise FailedPrecondition(
+                    f"Version {version} of registered model {registered_model} is an adapter without a model of its "
+                    "own: it is served beside its base and needs no deployment.",
+                    reason="NO_MODEL",
+                )
+            self._client.download_artifacts(found.run_id, MODEL_PATH, str(temporary))
+            folder = next((path.parent for path in temporary.rglob(MODEL_CONFIG)), temporary)
+            _prove(folder, model_digest, found.tags["graft.model_digest"], registered_model, version)
+            return folder
+
+        return self._pull_once(self._cache / "models", registered_model, version, digest, download)
+
+    def _pull_once(
+        self, cache: Path, registered_model: str, version: int, digest: str, download: Callable[[Path], Path]
+    ) -> Path:
+        """What `download` makes of an empty folder, kept by digest."""
+        target = cache / digest.removeprefix("sha256:")
         if target.is_dir():
             return target
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._cache, prefix=".pull-") as temporary:
-            what = f"version {version} of registered model {registered_model}"
-            with self._translated(what):
-                source = self._client.get_model_version(registered_model, str(version)).source
-                download_artifacts(artifact_uri=source, dst_path=temporary, tracking_uri=self._uri)
-            folder = next((path.parent for path in Path(temporary).rglob(FILES[0])), Path(temporary))
-            for path in folder.iterdir():
-                if path.suffix not in PULLED_SUFFIXES and path.is_file():
-                    path.unlink()
-            try:
-                found = adapter_digest(folder)
-            except FileNotFoundError as error:
-                raise FailedPrecondition(
-                    f"The files of {what} are incomplete: {Path(error.filename).name} is missing. Train it again.",
-                    reason="ADAPTER_INCOMPLETE",
-                ) from None
-            if found != digest:
-                raise FailedPrecondition(
-                    f"The files of {what} have changed: {digest} was registered, {found} was downloaded.",
-                    reason="ADAPTER_DIGEST_MISMATCH",
-                    metadata={"expected": digest, "found": found},
-                )
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".pull-") as temporary:
+            with self._translated(f"version {version} of registered model {registered_model}"):
+                folder = download(Path(temporary))
             try:
                 folder.rename(target)
             except OSError:
@@ -262,6 +324,32 @@ def code_version() -> str:
         return version
 
 
+def _prove(folder: Path, digest_of: Callable[[Path], str], expected: str, registered_model: str, version: int) -> None:
+    """Drops what is no part of a version and compares the rest with its digest. Raises FailedPrecondition."""
+    for path in folder.iterdir():
+        if path.suffix not in PULLED_SUFFIXES and path.is_file():
+            path.unlink()
+    try:
+        found = digest_of(folder)
+    except FileNotFoundError as error:
+        raise FailedPrecondition(
+            f"The files of version {version} of registered model {registered_model} are incomplete: "
+            f"{Path(error.filename).name} is missing. Train it again.",
+            reason="ADAPTER_INCOMPLETE",
+        ) from None
+    if found != expected:
+        raise _changed(registered_model, version, expected, found)
+
+
+def _changed(registered_model: str, version: int, expected: str, found: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"The files of version {version} of registered model {registered_model} have changed: {expected} was "
+        f"registered, {found} was downloaded.",
+        reason="ADAPTER_DIGEST_MISMATCH",
+        metadata={"expected": expected, "found": found},
+    )
+
+
 def _is_ours(entry: Any) -> bool:
     return parse_registered_model(entry.name) is not None and "graft.digest" in entry.tags
 
@@ -286,4 +374,6 @@ def _version(entry: Any) -> AdapterVersion:
         mlflow_run_id=entry.run_id,
         create_time=_time(entry.creation_timestamp),
         metrics=json.loads(tags["graft.metrics"]),
+        task_definition=tags.get(TASK_TAG, ""),
+        served_as=ServedAs(tags.get("graft.served_as", ServedAs.ADAPTER)),
     )

@@ -35,8 +35,8 @@ def source_text(entry: Entry) -> str:
             return f"package {package}"
         case Hub(repository, revision):
             return f"hub {repository}@{revision}"
-        case Folder(derived_from=""):
-            return "folder"
+        case Folder(derived_from="", origin=origin):
+            return origin or "folder"
         case Folder(derived_from=base, layers=layers):
             return f"{layers} layers of {base}"
 

@@ -1,4 +1,4 @@
-"""The Ray Serve application: one deployment that answers `graft.internal.v1.Engine` behind Serve's gRPC proxy.
+"""A Ray Serve application of one base model: its deployment answers `graft.internal.v1.Engine` behind Serve's proxy.
 
 A replica's constructor returns at once and the engine starts in the background, so that the door answers early:
 requests get Unavailable with a retry hint, and Residency says `ready: false`. Every error is told inside the response,
@@ -18,10 +18,13 @@ import structlog
 from google.protobuf import timestamp_pb2
 from ray import serve
 
-from graft.domain.errors import GraftError, Internal, InvalidArgument
+from graft.domain.errors import GraftError, Internal, InvalidArgument, Unavailable
 from graft.domain.resources import BaseModel
+from graft.internal.engine_client import APPLICATION, RETRY_SECONDS, STARTING
 from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2
+from graft.process_memory import tree_bytes
+from graft.serving.applications import Applications
 from graft.serving.keeper import Keeper
 from graft.serving.processes import prepare_environment, start_fork_server
 from graft.serving.pulling import ProvingPuller, Registry
@@ -36,6 +39,9 @@ MAX_ONGOING_REQUESTS = 1024
 """vLLM queues what it cannot batch, in order; Serve's default of 5 would starve its batches."""
 MAX_QUEUED_REQUESTS = 1024
 """Beyond it Serve answers RESOURCE_EXHAUSTED: refused by limit, not by memory."""
+
+WEIGH_SECONDS = 10.0
+"""Residency is asked by probes every few seconds; to sum a process tree's memory takes tens of milliseconds."""
 
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 """Serve's own logs: a line a call is the gateway's to write, with the request's id and who asked."""
@@ -67,7 +73,15 @@ class EngineReplica:
         capacity = max(settings.max_cpu_loras, settings.max_loras)
         self._residency = Residency(capacity, self._keeper, self._puller)
         self._keeping = asyncio.create_task(self._keeper.run(self._residency))
+        self._applications = (
+            Applications(base.id, settings.kv_cache_gib, lambda other: _bind(settings, other, tracking_uri, cache))
+            if context.app_name == APPLICATION
+            else None
+        )
+        """Those beside this one, which the first application answers for."""
         self._warming: asyncio.Task[None] | None = None
+        self._weighed = float("-inf")
+        self._held_bytes = 0
 
     async def _build(self) -> "Engine":
         engine = await asyncio.to_thread(self._build_blocking)
@@ -122,7 +136,7 @@ class EngineReplica:
         """Pulls, proves and loads an adapter version on every replica."""
         started = time.perf_counter()
         response = engine_pb2.LoadResponse()
-        for answer in await self._everywhere("load_here", request.adapter.SerializeToString()):
+        for answer in await self._everywhere("load_here", request.SerializeToString()):
             response.MergeFrom(engine_pb2.LoadResponse.FromString(answer))
         response.load_seconds = time.perf_counter() - started
         return response
@@ -141,10 +155,37 @@ class EngineReplica:
             response.MergeFrom(engine_pb2.ResidencyResponse.FromString(answer))
         return response
 
-    async def load_here(self, adapter: bytes) -> bytes:
-        """`Load` on this replica; messages travel between replicas as bytes."""
-        ref = engine_pb2.AdapterRef.FromString(adapter)
+    async def Deploy(self, request: engine_pb2.DeployRequest) -> engine_pb2.DeployResponse:
+        """Starts an application for another base model."""
         try:
+            await self._others().deploy(_model(request.model, self._settings))
+        except Exception as error:  # noqa: BLE001  # the boundary, as above
+            return engine_pb2.DeployResponse(error=to_status(_known(error, request.model.id)))
+        return engine_pb2.DeployResponse()
+
+    async def Undeploy(self, request: engine_pb2.UndeployRequest) -> engine_pb2.UndeployResponse:
+        """Ends the application of another base model."""
+        try:
+            await self._others().undeploy(request.base_model)
+        except Exception as error:  # noqa: BLE001  # the boundary, as above
+            return engine_pb2.UndeployResponse(error=to_status(_known(error, request.base_model)))
+        return engine_pb2.UndeployResponse()
+
+    async def ListApplications(
+        self, _request: engine_pb2.ListApplicationsRequest
+    ) -> engine_pb2.ListApplicationsResponse:
+        """Tells every application."""
+        try:
+            return engine_pb2.ListApplicationsResponse(applications=await self._others().all())
+        except Exception as error:  # noqa: BLE001  # the boundary, as above
+            return engine_pb2.ListApplicationsResponse(error=to_status(_known(error, "applications")))
+
+    async def load_here(self, request: bytes) -> bytes:
+        """`Load` on this replica; messages travel between replicas as bytes."""
+        asked = engine_pb2.LoadRequest.FromString(request)
+        ref = asked.adapter
+        try:
+            self._check_base(asked.base_model)
             self._keeper.engine()
             await self._residency.load(_ref(ref))
         except Exception as error:  # noqa: BLE001  # the boundary, as above
@@ -161,7 +202,15 @@ class EngineReplica:
 
     async def held_here(self) -> bytes:
         """`Residency` on this replica."""
-        return engine_pb2.ResidencyResponse(replicas=[self._state()]).SerializeToString()
+        state = self._state()
+        state.memory_bytes = await self._memory_bytes()
+        return engine_pb2.ResidencyResponse(replicas=[state]).SerializeToString()
+
+    async def _memory_bytes(self) -> int:
+        if time.monotonic() - self._weighed >= WEIGH_SECONDS:
+            self._weighed = time.monotonic()
+            self._held_bytes = await asyncio.to_thread(tree_bytes, os.getpid())
+        return self._held_bytes
 
     async def check_health(self) -> None:
         """Serve replaces the replica when the keeper itself has ended, which is a defect."""
@@ -179,8 +228,19 @@ class EngineReplica:
         results: list[bytes] = await self._handle.broadcast(method, *arguments).results_async()
         return results
 
+    def _check_base(self, base: str) -> None:
+        """Serve's proxy hands every request to the only application that there is, whichever it names."""
+        if base and base != self._base.id:
+            raise Unavailable(STARTING, reason="ENGINE_STARTING", retry_after_seconds=RETRY_SECONDS)
+
+    def _others(self) -> Applications:
+        if self._applications is None:  # as above: the first is not there yet, and this one was asked in its place
+            raise Unavailable(STARTING, reason="ENGINE_STARTING", retry_after_seconds=RETRY_SECONDS)
+        return self._applications
+
     @asynccontextmanager
     async def _adapter(self, request: engine_pb2.GenerateRequest) -> AsyncIterator[str | None]:
+        self._check_base(request.base_model)
         self._keeper.engine()
         if not request.HasField("adapter"):
             yield None
@@ -198,6 +258,7 @@ class EngineReplica:
             engine_restarts=self._keeper.restarts,
             max_lora_rank=self._settings.max_lora_rank,
             dtype=self._keeper.engine().dtype if self._keeper.ready else "",
+            start_error=self._keeper.start_error,
         )
         for held in self._residency.held():
             used = timestamp_pb2.Timestamp()
@@ -236,12 +297,32 @@ def _known(error: Exception, request_id: str) -> GraftError:
     )
 
 
+def _model(served: engine_pb2.ServedModel, settings: ServingSettings) -> BaseModel:
+    """What an engine needs of a base model; what people are told of it stays in the catalogue."""
+    return BaseModel(
+        id=served.id,
+        path=served.path,
+        digest=served.digest,
+        parameter_count=served.parameter_count,
+        size_bytes=served.size_bytes,
+        context_tokens=served.context_tokens,
+        license="",
+        source="",
+        target_modules=tuple(served.target_modules),
+        max_lora_rank=settings.max_lora_rank,
+    )
+
+
 def build_app(settings: Settings, base: BaseModel) -> Any:
-    """The application, for `serve.run` under the name `engine_client.APPLICATION`."""
+    """The application, for `serve.run` under the name `engine_client.application_name`."""
+    return _bind(settings.serving, base, settings.tracking_uri, settings.home.cache)
+
+
+def _bind(settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path) -> Any:
     deployment = serve.deployment(
         EngineReplica,
         name=DEPLOYMENT,
-        num_replicas=settings.serving.num_replicas,
+        num_replicas=settings.num_replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_QUEUED_REQUESTS,
         # The cores serve training and inference alike. A tenth of one, reserved here, would keep the last training
@@ -250,4 +331,4 @@ def build_app(settings: Settings, base: BaseModel) -> Any:
         graceful_shutdown_timeout_s=10,
         logging_config=QUIET,
     )
-    return deployment.bind(settings.serving, base, settings.tracking_uri, settings.home.cache)
+    return deployment.bind(settings, base, tracking_uri, cache)

@@ -58,6 +58,11 @@ class Keeper(Generic[EngineT]):
         """True while requests are answered."""
         return self._ready and self._engine is not None and not self._engine.dead
 
+    @property
+    def start_error(self) -> str:
+        """Why the last attempt to start an engine failed; empty once one has started."""
+        return self._failure
+
     def engine(self) -> EngineT:
         """The engine. Raises Unavailable with a retry hint while there is none."""
         if self._engine is not None and self.ready:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from graft.domain.errors import FailedPrecondition
+from graft.process_memory import pss_bytes
 from graft.stack.local import read_status
 
 SAMPLE_SECONDS = 3.0
@@ -71,17 +72,6 @@ def stack_processes(home: Path) -> list[psutil.Process]:
         return [supervisor, *supervisor.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-
-
-def pss_bytes(pid: int) -> int:
-    """Proportional set size of one process (proc(5), `smaps_rollup`); 0 once it is gone."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return 0  # a zombie has no memory
 
 
 class CpuMeter:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import RowMapping
 
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import (
     Checkpoint,
@@ -26,6 +27,7 @@ from graft.domain.jobs import (
     Reinforcement,
     Resolved,
     ServedAs,
+    Sweep,
     Tuning,
 )
 from graft.domain.reports import report_from_json
@@ -50,9 +52,13 @@ def spec_from_json(value: Mapping[str, Any]) -> JobSpec:
     reinforcement = dict(value.get("reinforcement", {}))
     if reinforcement.get("grader") is not None:
         reinforcement["grader"] = GraderSpec(**reinforcement["grader"])
+    sweep = value.get("sweep")
+    if sweep is not None:
+        sweep = Sweep(**{**sweep, **{name: tuple(sweep[name]) for name in ("learning_rates", "ranks")}})
     return JobSpec(
         **{
             **value,
+            "sweep": sweep,
             "method": Method(value["method"]),
             "loss_on": LossOn(value.get("loss_on", LossOn.COMPLETION)),
             "preference": Preference(**value.get("preference", {})),
@@ -116,7 +122,8 @@ def adapter(row: Row) -> Adapter:
 
 def adapter_version(row: Row) -> AdapterVersion:
     """A row of `adapter_versions`."""
-    return AdapterVersion(**{field.name: row[field.name] for field in fields(AdapterVersion)})
+    values = {field.name: row[field.name] for field in fields(AdapterVersion)}
+    return AdapterVersion(**{**values, "served_as": ServedAs(row["served_as"])})
 
 
 def alias_wish(row: Row) -> AliasWish:
@@ -130,3 +137,10 @@ def dataset_check(row: Row) -> DatasetCheck:
     values = {field.name: row[field.name] for field in fields(DatasetCheck)}
     values["report"] = None if row["report"] is None else report_from_json(row["report"])
     return DatasetCheck(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+
+
+def deployment(row: Row) -> Deployment:
+    """A row of `deployments`."""
+    values = {field.name: row[field.name] for field in fields(Deployment)}
+    error = None if row["error"] is None else JobError(**row["error"])
+    return Deployment(**{**values, "state": DeploymentState(row["state"]), "error": error})

@@ -48,15 +48,15 @@ class MirrorStore:
             if models:
                 await connection.execute(insert(base_models), [_json_ready(asdict(model)) for model in models])
 
-    async def get_base_model(self, base: str) -> BaseModel:
-        """Raises NotFound naming it and what exists."""
+    async def get_base_model(self, base: str, project: str | None = None) -> BaseModel:
+        """Raises NotFound naming it and what exists, as `project` sees it: without other projects' own."""
         async with self._database.read() as connection:
-            return await _base_model(connection, base)
+            return await _base_model(connection, base, project)
 
-    async def list_base_models(self) -> tuple[BaseModel, ...]:
-        """In order of id."""
+    async def list_base_models(self, project: str | None = None) -> tuple[BaseModel, ...]:
+        """In order of id, as `project` sees them; all when None."""
         async with self._database.read() as connection:
-            rows = (await connection.execute(select(base_models).order_by(base_models.c.id))).mappings()
+            rows = (await connection.execute(_visible(project).order_by(base_models.c.id))).mappings()
             return tuple(convert.base_model(row) for row in rows)
 
     async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
@@ -80,7 +80,7 @@ class MirrorStore:
         query = select(adapters).where(adapters.c.project == project)
         async with self._database.read() as connection:
             if base is not None:
-                await _base_model(connection, base)
+                await _base_model(connection, base, project)
                 query = query.where(adapters.c.base_model == base)
             keys = [adapters.c.base_model, adapters.c.adapter]
             page = await by_key(connection, query, keys, page_size, page_token, down=False)
@@ -161,11 +161,18 @@ def _versions(project: str, base: str, adapter: str) -> Select[Any]:
     )
 
 
-async def _base_model(connection: AsyncConnection, base: str) -> BaseModel:
-    row = (await connection.execute(select(base_models).where(base_models.c.id == base))).mappings().one_or_none()
+def _visible(project: str | None) -> Select[Any]:
+    every = select(base_models)
+    return every if project is None else every.where(base_models.c.project.in_(("", project)))
+
+
+async def _base_model(connection: AsyncConnection, base: str, project: str | None) -> BaseModel:
+    visible = _visible(project)
+    row = (await connection.execute(visible.where(base_models.c.id == base))).mappings().one_or_none()
     if row is not None:
         return convert.base_model(row)
-    existing = (await connection.execute(select(base_models.c.id).order_by(base_models.c.id))).scalars()
+    ids = visible.with_only_columns(base_models.c.id).order_by(base_models.c.id)
+    existing = (await connection.execute(ids)).scalars()
     raise unknown("base model", base, list(existing))
 
 
@@ -174,7 +181,7 @@ async def _adapter(connection: AsyncConnection, project: str, base: str, adapter
     row = (await connection.execute(mine.where(adapters.c.adapter == adapter))).mappings().one_or_none()
     if row is not None:
         return convert.adapter(row)
-    await _base_model(connection, base)
+    await _base_model(connection, base, project)
     existing = (
         await connection.execute(mine.with_only_columns(adapters.c.adapter).order_by(adapters.c.adapter))
     ).scalars()

@@ -1,7 +1,8 @@
 """What the gateway and the orchestrator ask of the store. `graft.store.sql` is the one implementation.
 
 All methods are coroutines; times are timezone-aware UTC. Who may write what: the gateway creates data sets, jobs and
-wishes (`request_cancel`, `request_alias`, `request_dataset_check`); everything else is the orchestrator's.
+wishes (`request_cancel`, `request_alias`, `request_dataset_check`, `create_deployment`, `request_undeploy`); everything
+else is the orchestrator's.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Generic, Protocol, TypeVar
 
+from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.evaluations import ContestantResult, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
 from graft.domain.reports import DatasetReport
@@ -174,8 +176,11 @@ class Store(Protocol):
 
     # Registry's read model and wishes
     async def replace_base_models(self, models: Sequence[BaseModel]) -> None: ...
-    async def get_base_model(self, base: str) -> BaseModel: ...
-    async def list_base_models(self) -> tuple[BaseModel, ...]: ...
+    async def get_base_model(self, base: str, project: str | None = None) -> BaseModel:
+        """Raises NotFound naming it and what exists, as `project` sees it: without other projects' own."""
+        ...
+
+    async def list_base_models(self, project: str | None = None) -> tuple[BaseModel, ...]: ...
     async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
         """Makes the read model equal to the snapshot, in one transaction."""
         ...
@@ -209,6 +214,33 @@ class Store(Protocol):
     async def finish_dataset_check(
         self, check_id: str, report: DatasetReport | None, error: JobError | None
     ) -> None: ...
+
+    # Deployments. Wishes (gateway)
+    async def create_deployment(self, wish: Deployment) -> Deployment:
+        """Stores the wish, or returns the deployment that there is; a FAILED one starts anew. Raises AlreadyExists when
+        the id names another model, FailedPrecondition while a deployment of that id is on its way out."""
+        ...
+
+    async def get_deployment(self, project: str, base: str) -> Deployment:
+        """Raises NotFound naming it and what exists in the project."""
+        ...
+
+    async def find_deployment(self, base: str) -> Deployment | None:
+        """The deployment that serves `base`, whoever asked for it."""
+        ...
+
+    async def list_deployments(self, project: str, page_size: int, page_token: str) -> Page[Deployment]: ...
+    async def request_undeploy(self, project: str, base: str) -> Deployment: ...
+
+    # Deployments (orchestrator)
+    async def every_deployment(self) -> tuple[Deployment, ...]: ...
+    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
+        """Tells how far it is. A wish to undeploy that came meanwhile stays."""
+        ...
+
+    async def remove_deployment(self, base: str) -> None:
+        """Forgets one that was STOPPING and has ended."""
+        ...
 
     # API keys, stored as SHA-256 of the secret
     async def add_key(self, key_hash: str, project: str, label: str) -> None: ...

@@ -12,6 +12,7 @@ from graft.domain.errors import FailedPrecondition
 from graft.store.checks import CheckStore
 from graft.store.database import Database, parse_url, ping
 from graft.store.datasets import DatasetStore
+from graft.store.deployments import DeploymentStore
 from graft.store.evaluations import EvaluationStore
 from graft.store.jobs import JobStore
 from graft.store.keys import KeyStore
@@ -22,7 +23,7 @@ _MIGRATION_LOCK = 0x67726166
 """PostgreSQL advisory lock ("graf" in ASCII), so that two processes that start together migrate once."""
 
 
-class SqlStore(DatasetStore, CheckStore, JobStore, LeaseStore, EvaluationStore, MirrorStore, KeyStore):
+class SqlStore(DatasetStore, CheckStore, JobStore, LeaseStore, EvaluationStore, MirrorStore, DeploymentStore, KeyStore):
     """`graft.store.protocol.Store` on one database."""
 
     async def close(self) -> None:

@@ -141,6 +141,7 @@ base_models = Table(
     Column("source", String, nullable=False),
     Column("target_modules", JSON, nullable=False),
     Column("max_lora_rank", Integer, nullable=False),
+    Column("project", String(63), nullable=False, server_default=""),
 )
 
 adapters = Table(
@@ -170,6 +171,8 @@ adapter_versions = Table(
     Column("mlflow_run_id", String, nullable=False),
     Column("create_time", UtcTime, nullable=False),
     Column("metrics", JSON, nullable=False),
+    Column("task_definition", String, nullable=False),
+    Column("served_as", String(32), nullable=False, server_default="adapter"),
 )
 
 evaluations = Table(
@@ -226,6 +229,18 @@ dataset_checks = Table(
     Column("report", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),
     Column("create_time", UtcTime, nullable=False),
+)
+
+deployments = Table(
+    "deployments",
+    metadata,
+    # Base models are shared by all projects, so their ids are unique without one.
+    Column("base_model", String(63), primary_key=True),
+    Column("project", String(63), nullable=False),
+    Column("source", String, nullable=False),
+    Column("create_time", UtcTime, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("error", JSON(none_as_null=True)),
 )
 
 api_keys = Table(

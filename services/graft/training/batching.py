@@ -11,10 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from graft.data.prepare import Example
-
-MICROBATCH_TOKENS = 1024
-"""Tokens in one forward pass. What backward needs kept is some 1.7 MB a token at 135M parameters in float32: 1.7 GB.
-Speed has levelled off long before."""
+from graft.training.memory import MICROBATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -62,29 +59,43 @@ def batches(count: int, batch_size: int, total_steps: int, seed: int) -> Iterato
 
 
 def share(batch: Sequence[Example], rank: int, world_size: int) -> list[Example]:
-    """This worker's part: longest first to whoever has the fewest tokens, so that nobody waits long for another."""
+    """This worker's part of a batch."""
+    return [batch[index] for index in shared([len(example.token_ids) for example in batch], rank, world_size)]
+
+
+def shared(tokens: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """Which of a batch's items, given the tokens of each, are this worker's.
+
+    Longest first to whoever has the fewest tokens, so that nobody waits long for another.
+    """
     loads = [(0, worker) for worker in range(world_size)]
     mine = []
-    for example in sorted(batch, key=lambda item: len(item.token_ids), reverse=True):
-        tokens, worker = heapq.heappop(loads)
-        heapq.heappush(loads, (tokens + len(example.token_ids), worker))
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
+        load, worker = heapq.heappop(loads)
+        heapq.heappush(loads, (load + tokens[index], worker))
         if worker == rank:
-            mine.append(example)
+            mine.append(index)
     return mine
 
 
 def microbatches(examples: Sequence[Example], most_tokens: int = MICROBATCH_TOKENS) -> Iterator[Packed]:
     """All examples, packed by ascending length, each row within `most_tokens` or of one example."""
-    current: list[Example] = []
-    tokens = 0
-    for example in sorted(examples, key=lambda item: len(item.token_ids)):
-        if current and tokens + len(example.token_ids) > most_tokens:
-            yield pack(current)
-            current, tokens = [], 0
-        current.append(example)
-        tokens += len(example.token_ids)
+    for indices in rows([len(example.token_ids) for example in examples], most_tokens):
+        yield pack([examples[index] for index in indices])
+
+
+def rows(tokens: Sequence[int], most_tokens: int = MICROBATCH_TOKENS) -> Iterator[list[int]]:
+    """Which items, given the tokens of each, make up each row: ascending, within `most_tokens` or one alone."""
+    current: list[int] = []
+    total = 0
+    for index in sorted(range(len(tokens)), key=tokens.__getitem__):
+        if current and total + tokens[index] > most_tokens:
+            yield current
+            current, total = [], 0
+        current.append(index)
+        total += tokens[index]
     if current:
-        yield pack(current)
+        yield current
 
 
 def pack(examples: Sequence[Example]) -> Packed:

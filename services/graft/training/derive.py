@@ -10,6 +10,7 @@ from typing import Any
 from graft.data.prepare import DataStats
 from graft.domain.jobs import JobSpec, Method, Resolved, ServedAs, Tuning
 from graft.domain.resources import BaseModel
+from graft.training.sweep import settle_sweep
 
 DEFAULT_RANK = 8
 """Hu et al. 2021 (arXiv:2106.09685), table 6: ranks above 8 gain nothing on most tasks."""
@@ -127,7 +128,8 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
             "over_length_policy",
             asked.over_length_policy.value,
             False,
-            f"{stats.over_length_count} of {_count(stats.row_count, 'row')} are longer than the context.",
+            f"{stats.over_length_count} of {_count(stats.row_count, 'row')} are longer than the context"
+            + (" and cut into pieces: it does not apply." if spec.method is Method.SELF_SUPERVISED else "."),
         )
     )
     settle("validation_fraction", asked.validation_fraction, 0.0, "0: no training row is held out.")
@@ -140,7 +142,7 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
         settle("last_layers.blocks", spec.last_layers.blocks or None, DEFAULT_BLOCKS, f"The last {DEFAULT_BLOCKS}.")
     if spec.served_as is ServedAs.LOW_RANK_DELTA:
         settle("delta_rank", spec.delta_rank or None, base.max_lora_rank, "The highest that the engine loads.")
-    return tuple(resolved)
+    return tuple(resolved) if spec.sweep is None else settle_sweep(spec.sweep, resolved)
 
 
 def _settle_method(spec: JobSpec, settle: Settle) -> None:

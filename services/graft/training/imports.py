@@ -20,7 +20,7 @@ try:
 finally:
     transformers.utils.is_sklearn_available = _asked
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
@@ -31,5 +31,6 @@ __all__ = [
     "AutoTokenizer",
     "LoraConfig",
     "LoraLinear",
+    "PeftModel",
     "get_peft_model",
 ]

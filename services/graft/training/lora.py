@@ -47,6 +47,8 @@ class _FusedLora(torch.autograd.Function):  # type: ignore[misc] # torch is unty
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    if module.disable_adapters:
+        return module.base_layer(x)
     adapter = module.active_adapters[0]
     answer_N_O = _FusedLora.apply(
         x.flatten(0, -2),

@@ -1,35 +1,98 @@
-"""Writes adapters: checkpoints, and the final folder with the probes that prove it. Does not train."""
+"""Writes adapters and whole models, checkpoints among them, and the probes that prove them. Does not train."""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from graft.data.prepare import Example
 from graft.training.batching import completion_tokens
+from graft.training.imports import PeftModel
 from graft.training.objectives.supervised import mean_loss
 from graft.training.spec import RunSpec
+from graft.training.tuning import TRAINED
 
 PROBES = 4
 """Examples whose mean log-probability is kept with the adapter, for proof that the engine computes the same."""
 PROBE_CANDIDATES = 64
 """The probes are the shortest of so many: cheap to score, and the likeliest to fit the engine's context."""
+LINEAGE = "graft.json"
+SHARD_SIZE = "2GB"
+"""Of a whole model's files: small enough to be uploaded and, when a transfer breaks, sent again."""
+KEPT_MODELS = 2
+"""Checkpoints of whole models that stay on disk. Each is as large as the model: one more than the newest, for the case
+that it is the one being written when the machine stops."""
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+About = dict[str, Any]
 
 
-def save_adapter(model: Any, folder: Path, about: dict[str, Any] | None = None) -> None:
-    """Writes beside `folder` and renames: a folder of that name is always whole. `about` becomes `graft.json`."""
+def write_whole(folder: Path, write: Callable[[Path], object], about: About | None = None, task: str = "") -> None:
+    """Lets `write` fill a folder beside `folder` and renames it: a folder of that name is always whole.
+
+    `about` becomes `graft.json`, and the definition of a `task` becomes `task.yaml`.
+    """
     temporary = folder.with_name(f".{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    (temporary / "README.md").unlink(missing_ok=True)  # peft's model card template, empty but for its headings
+    write(temporary)
     if about is not None:
-        (temporary / "graft.json").write_text(json.dumps(about, indent=1))
+        (temporary / LINEAGE).write_text(json.dumps(about, indent=1))
+    if task:
+        (temporary / "task.yaml").write_text(task, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> dict[str, Any]:
+def save_adapter(model: Any, folder: Path, about: About | None = None, task: str = "") -> None:
+    """PEFT's own files of the adapter that trains."""
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary, safe_serialization=True, selected_adapters=[TRAINED])
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's model card template, empty but for its headings
+
+    write_whole(folder, write, about, task)
+
+
+def save_model(model: Any, base_model: Path, folder: Path, about: About | None = None, task: str = "") -> None:
+    """A folder that plain transformers loads: sharded weights in the model's own type, and the base's tokenizer files.
+
+    They are copied byte for byte, so that tokens and chat template are the base's. float32, where it was trained in it,
+    is kept: rounded to 16 bits, a weight forgets most of a small change.
+    """
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+        for name in _TOKENIZER_FILES:
+            if (base_model / name).is_file():
+                shutil.copyfile(base_model / name, temporary / name)
+
+    write_whole(folder, write, about, task)
+
+
+def save_checkpoint(model: Any, base_model: Path, folder: Path) -> None:
+    """The adapter, or the whole model; of whole models only the newest KEPT_MODELS stay in `folder`'s parent."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        save_adapter(model, folder)
+        return
+    save_model(model, base_model, folder)
+    kept = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    for old in kept[:-KEPT_MODELS]:
+        shutil.rmtree(old)
+
+
+def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> About:
     """The content of `graft.json`: what was trained, and the probes as `model` scores them now."""
     candidates = [example for example in examples if completion_tokens(example)][:PROBE_CANDIDATES]
     probes = []
@@ -50,6 +113,6 @@ def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> dict[str
         "base_model_digest": spec.base_model_digest,
         "job": spec.job_id,
         "attempt": spec.attempt,
-        "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "probes": probes,
     }

@@ -18,6 +18,7 @@ from graft.domain.jobs import (
     Tuning,
 )
 from graft.domain.resources import BaseModel, Dataset, DatasetFormat
+from graft.training.sweep import SearchSpec, search_spec
 
 ENDS = frozenset({"finished", "failed", "cancelled"})
 
@@ -33,6 +34,7 @@ class StartFrom:
     tracking_uri: str
     cache: str
     """Where pulled versions are kept, by content."""
+    served_as: ServedAs = ServedAs.ADAPTER
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class RunSpec:
     engine_address: str = ""
     """The internal gRPC, where reinforcement samples."""
     project: str = ""
+    search: SearchSpec | None = None
+    """The trials of a sweep; None: the run is one training."""
 
     @property
     def name(self) -> str:
@@ -133,6 +137,7 @@ def run_spec(
     """The specification of the job's current attempt, from its resolved hyperparameters."""
     value: dict[str, Any] = {item.name: item.value for item in job.resolved}
     asked = job.spec
+    lora, last_layers = settled(job)
     return RunSpec(
         job_id=job.id,
         attempt=job.attempt,
@@ -155,15 +160,7 @@ def run_spec(
         num_workers=int(value["num_workers"]),
         checkpoint_steps=int(value["checkpoint_steps"]),
         over_length_policy=OverLengthPolicy(value["over_length_policy"]),
-        lora=Lora()
-        if asked.tuning is not Tuning.LORA
-        else replace(
-            asked.lora,
-            rank=int(value["lora.rank"]),
-            alpha=float(value["lora.alpha"]),
-            dropout=float(value["lora.dropout"]),
-            target_modules=tuple(value["lora.target_modules"]),
-        ),
+        lora=lora,
         method=asked.method or Method.SUPERVISED,
         loss_on=asked.loss_on,
         preference=replace(asked.preference, beta=float(value.get("preference.beta", 0))),
@@ -175,7 +172,7 @@ def run_spec(
             epsilon=float(value.get("reinforcement.epsilon", 0)),
         ),
         tuning=asked.tuning,
-        last_layers=replace(asked.last_layers, blocks=int(value.get("last_layers.blocks", 0))),
+        last_layers=last_layers,
         served_as=asked.served_as or ServedAs.ADAPTER,
         delta_rank=int(value.get("delta_rank", 0)),
         validation_fraction=float(value.get("validation_fraction", 0)),
@@ -185,7 +182,26 @@ def run_spec(
         start_from=start_from,
         engine_address=engine_address,
         project=job.project,
+        search=None if asked.sweep is None else search_spec(job.resolved),
     )
+
+
+def settled(job: Job) -> tuple[Lora, LastLayers]:
+    """What changes, with every value as resolved; what the job's tuning does not use is as never asked for."""
+    value: dict[str, Any] = {item.name: item.value for item in job.resolved}
+    asked = job.spec
+    if asked.tuning is Tuning.LAST_LAYERS:
+        return Lora(), replace(asked.last_layers, blocks=int(value["last_layers.blocks"]))
+    if asked.tuning is Tuning.FULL:
+        return Lora(), LastLayers()
+    lora = replace(
+        asked.lora,
+        rank=int(value["lora.rank"]),
+        alpha=float(value["lora.alpha"]),
+        dropout=float(value["lora.dropout"]),
+        target_modules=tuple(value["lora.target_modules"]),
+    )
+    return lora, LastLayers()
 
 
 class Clock:

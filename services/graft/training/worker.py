@@ -1,58 +1,62 @@
-"""What each training worker does: load the base, attach LoRA, train its share, and on rank 0 save and report.
+"""What each training worker does: load the base, make it trainable, train its share, and on rank 0 save and report.
 
 Does not know Ray: who its companions are, how many threads it may use and whom to tell is passed in.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graft.data.prepare import Example, prepare
 from graft.domain.errors import InvalidArgument
-from graft.domain.resources import DatasetFormat
+from graft.domain.jobs import Method
 from graft.training.batching import microbatches
-from graft.training.imports import AutoModelForCausalLM, AutoTokenizer, LoraConfig, get_peft_model
-from graft.training.loop import LoopSettings, StepReport, train
-from graft.training.lora import fuse
+from graft.training.heldout import HeldOut
+from graft.training.imports import AutoTokenizer
+from graft.training.loop import LoopSettings, StepReport, Stop, train
+from graft.training.methods import HELD_OUT_EXAMPLES, HELD_OUT_TOKENS, learned_from, objective_of, read_data
 from graft.training.objectives.objective import Group
-from graft.training.objectives.supervised import Supervised, mean_loss
-from graft.training.packing import PACKED, check_packing
-from graft.training.saving import describe, save_adapter
+from graft.training.objectives.supervised import mean_loss
+from graft.training.packing import check_packing
+from graft.training.results import Yardstick, save_result
+from graft.training.saving import save_checkpoint
 from graft.training.spec import Clock, RunSpec
+from graft.training.tuning import load_base, tune
 
-HELD_OUT_EXAMPLES = 256
-"""Held-out loss is measured on the first so many validation examples after each epoch: its standard error is then a
-sixteenth of the spread of single losses, and more would take longer than the steps between."""
 THREADS_SECONDS = 5.0
 """How often a worker asks how many cores are its own: another run on the node may begin or end."""
-
-SMALL_BASE_BYTES = 32 * 1024 * 1024
-"""A base below it is bound by overheads and not by products: bfloat16 would only cost it precision."""
 
 Tell = Callable[[str, dict[str, Any]], None]
 
 
-def compute_dtype(base_model: Path) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32: on AVX2 bf16 products are 7 to 15 times slower.
+@dataclass(frozen=True)
+class Measured:
+    """The held-out loss as it was measured after a step, before the next one."""
 
-    What it gains is in `benchmarks/results/training.json`, both types in one run. LoRA's own weights, gradients and
-    optimizer state are float32 in either case.
-    """
-    if sum(file.stat().st_size for file in base_model.glob("*.safetensors")) < SMALL_BASE_BYTES:
-        return torch.float32
-    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
+    step: int
+    loss: float
+    result: dict[str, float]
+    """Metrics as the last report would give them if training ended here."""
+    save: Callable[[Path], dict[str, float]]
+    """Writes below a folder what the run would leave if it ended here, and returns the numbers of that. For results
+    that are served as they are trained: other forms use the model up."""
 
 
-def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], int], clock: Clock) -> None:
+def run_worker(
+    spec: RunSpec,
+    tell: Tell,
+    group: Group,
+    threads: Callable[[], int],
+    clock: Clock,
+    on_measured: Callable[[Measured], None] | None = None,
+) -> None:
     """Trains `spec` as one of the group's workers. `tell(kind, data)` reports, and is called on rank 0 only.
 
-    `threads()` tells how many this worker may use now.
+    `threads()` tells how many this worker may use now; `on_measured` is called on rank 0 after each measurement of the
+    held-out loss and may end training by an exception of its own.
 
     Raises InvalidArgument or FailedPrecondition when data, base model or hyperparameters are at fault.
     """
@@ -66,35 +70,14 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
         )
     tokenizer = AutoTokenizer.from_pretrained(spec.base_model_path, local_files_only=True)
 
-    def read(path: str, layout: DatasetFormat) -> tuple[Example, ...]:
-        return prepare(Path(path), layout, tokenizer, spec.context_tokens, spec.over_length_policy).examples
-
-    examples = read(spec.dataset_path, spec.dataset_format)
-    held_out: tuple[Example, ...] = ()
-    if spec.validation_path is not None and spec.validation_format is not None:
-        held_out = read(spec.validation_path, spec.validation_format)[:HELD_OUT_EXAMPLES]
+    data, held_out_data = read_data(spec, tokenizer)
     clock.lap("data")
 
-    base = AutoModelForCausalLM.from_pretrained(
-        spec.base_model_path,
-        dtype=compute_dtype(Path(spec.base_model_path)),
-        attn_implementation=PACKED,
-        local_files_only=True,
-    ).to(device)
-    torch.manual_seed(spec.seed)  # LoRA's A is drawn: every worker must draw the same
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            r=spec.lora.rank,
-            lora_alpha=spec.lora.alpha,
-            lora_dropout=spec.lora.dropout,
-            target_modules=list(spec.lora.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
-    fuse(model)
+    base = load_base(spec, device)
+    dtype = base.dtype
+    model = tune(spec, base)
     torch.manual_seed(spec.seed + group.rank)  # dropout, if any, must differ
-    shortest = sorted(examples, key=lambda item: len(item.token_ids))[:2]
+    shortest = sorted(data.sequences, key=lambda item: len(item.token_ids))[:2]
     check_packing(
         model,
         next(microbatches(shortest, most_tokens=2 * spec.context_tokens)).to(device),
@@ -106,12 +89,11 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
         tell(
             "started",
             {
-                "message": f"Training on {len(examples)} examples with {workers} of {torch.get_num_threads()} threads "
-                f"in {str(base.dtype).removeprefix('torch.')}.",
+                "message": f"Training on {data.stats.example_count} examples with {workers} of "
+                f"{torch.get_num_threads()} threads in {str(dtype).removeprefix('torch.')}.",
                 "startup_seconds": clock.laps,
             },
         )
-    follow = _Follower(spec, model, held_out, tell, group, threads)
     settings = LoopSettings(
         total_steps=spec.total_steps,
         batch_size=spec.batch_size,
@@ -121,26 +103,45 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
     )
-    train(model, Supervised(examples, device), settings, follow.on_step, group)
+    if spec.method is Method.PREFERENCE and group.rank == 0:
+        tell("message", {"message": "The model as it is scores the pairs first: it is the reference."})
+    objective = objective_of(spec, model, data, learned_from(spec, data), device, group)
+    measured = None
+    if held_out_data is not None:
+        measured = objective_of(spec, model, held_out_data, range(len(held_out_data.sequences)), device, group)
+    held_out = HeldOut(spec, model, measured, group)
+    if held_out_data is not None:
+        yardstick = Yardstick(held_out_data.sequences, True, held_out.loss)
+    else:
+        first = data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS).sequences
+        yardstick = Yardstick(first, False, lambda final: mean_loss(final, first))
+
+    def save(folder: Path) -> dict[str, float]:
+        return save_result(replace(spec, output_dir=str(folder)), model, yardstick, tell)
+
+    follow = _Follower(spec, model, held_out, tell, group, threads, save, on_measured)
+    train(model, objective, settings, follow.on_step, group)
+    held_out.restore()
     if group.rank == 0:
-        folder = Path(spec.output_dir) / "adapter"
-        save_adapter(model, folder, describe(spec, model, held_out or examples))
-        tell("finished", {**follow.result, "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size})
+        result = save(Path(spec.output_dir))
+        tell("finished", {"message": held_out.summary, **follow.result, **result})
     # Nobody leaves before rank 0 has told the end: a worker that is gone is a failure to those that remain.
     group.reduce(torch.zeros(1))
 
 
 class _Follower:
-    """What happens between steps: reports, held-out loss, checkpoints, threads."""
+    """What happens between steps: reports, checkpoints, threads."""
 
     def __init__(
         self,
         spec: RunSpec,
         model: Any,
-        held_out: tuple[Example, ...],
+        held_out: HeldOut,
         tell: Tell,
         group: Group,
         threads: Callable[[], int],
+        save: Callable[[Path], dict[str, float]],
+        on_measured: Callable[[Measured], None] | None,
     ) -> None:
         self._spec = spec
         self._model = model
@@ -148,32 +149,43 @@ class _Follower:
         self._tell = tell
         self._group = group
         self._threads = threads
+        self._save = save
+        self._on_measured = on_measured
         self._asked = time.monotonic()
-        self.result: dict[str, float] = {}
-        """Data of the last report."""
+        self._trained: dict[str, float] = {}
+
+    @property
+    def result(self) -> dict[str, float]:
+        """Data of the last report: of training as it was after its last step, and of the held-out data."""
+        return self._trained | self._held_out.result
 
     def on_step(self, report: StepReport) -> None:
-        """Called on every worker; the held-out loss is measured by all."""
+        """Called on every worker; the held-out loss is measured by all. Raises Stop when it no longer falls."""
         metrics: dict[str, Any] = asdict(report)
         metrics |= metrics.pop("metrics")
-        self.result |= {"train_loss": report.loss, "trained_tokens": report.trained_tokens}
+        self._trained = {"train_loss": report.loss, "trained_tokens": report.trained_tokens}
+        self._trained |= {f"train_{name}": value for name, value in report.metrics.items()}
         last = report.step == report.total_steps
-        if self._held_out and (report.epoch.is_integer() or last):
-            metrics["validation_loss"] = mean_loss(self._model, self._held_out, self._group)
-            self.result["validation_loss"] = metrics["validation_loss"]
+        measured = self._held_out.after(report)
+        metrics |= measured
+        stopping = self._held_out.exhausted and not last
+        if stopping:
+            metrics["remaining_seconds"] = 0.0
         if self._group.rank == 0:
             self._tell("metrics", metrics)
             if report.step % self._spec.checkpoint_steps == 0 and not last:
                 self._checkpoint(report.step, metrics)
+            if measured and self._on_measured is not None:
+                self._on_measured(Measured(report.step, measured["validation_loss"], self.result, self._save))
         if time.monotonic() - self._asked >= THREADS_SECONDS:
             self._asked = time.monotonic()
             torch.set_num_threads(self._threads())
+        if stopping:
+            raise Stop
 
     def _checkpoint(self, step: int, metrics: dict[str, Any]) -> None:
         folder = Path(self._spec.output_dir) / "checkpoints" / f"step-{step}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        save_adapter(self._model, folder)
+        save_checkpoint(self._model, Path(self._spec.base_model_path), folder)
         kept = {"train_loss": metrics["loss"]}
-        if "validation_loss" in metrics:
-            kept["validation_loss"] = metrics["validation_loss"]
+        kept |= {name: value for name, value in metrics.items() if name.startswith("validation_")}
         self._tell("checkpoint", {"step": step, "uri": str(folder), "metrics": kept})

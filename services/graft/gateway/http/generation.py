@@ -1,4 +1,7 @@
-"""`/v1/chat/completions` and `/v1/completions`: bodies are passed to the engine, whose own handlers check them."""
+"""`/v1/chat/completions` and `/v1/completions`: bodies are passed to the engine, whose own handlers check them.
+
+Beside OpenAI's fields a body may hold `inputs`, an object of texts, which take the place of messages or prompt.
+"""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing

@@ -16,7 +16,7 @@ _NO_AGE = 0
 async def list_models(request: Request) -> Response:
     """Every name that can be asked for. Not paged, as OpenAI's is not."""
     core, project = core_of(request), project_of(request)
-    data = [_model(base.id) for base in await core.list_base_models()]
+    data = [_model(base.id) for base in await core.list_base_models(project)]
     token = ""
     while True:
         page = await core.list_adapters(project, page_token=token)
@@ -32,7 +32,7 @@ async def retrieve_model(request: Request) -> Response:
     core, project = core_of(request), project_of(request)
     name = parse_model(request.path_params["model"])
     if name.adapter is None:
-        return JSONResponse(_model((await core.get_base_model(name.base)).id))
+        return JSONResponse(_model((await core.get_base_model(project, name.base)).id))
     selector = str(name.version) if name.version is not None else str(name.alias)
     version = await core.get_version(project, name.base, name.adapter, selector)
     return JSONResponse(_model(request.path_params["model"], project, version.create_time))

@@ -65,11 +65,13 @@ def openai_body(
 ) -> tuple[engine_pb2.Endpoint.ValueType, dict[str, object]]:
     """The endpoint and the body that mean the same. Raises InvalidArgument without a model or an input."""
     sampling = request.sampling
-    body: dict[str, object] = {
-        "model": request.model,
-        "max_tokens": sampling.max_tokens if sampling.HasField("max_tokens") else DEFAULT_MAX_TOKENS,
-        "temperature": sampling.temperature if sampling.HasField("temperature") else 0.0,
-    }
+    body: dict[str, object] = {"model": request.model}
+    if request.WhichOneof("input") != "inputs":  # else the task's own come first
+        body |= {"max_tokens": DEFAULT_MAX_TOKENS, "temperature": 0.0}
+    if sampling.HasField("max_tokens"):
+        body["max_tokens"] = sampling.max_tokens
+    if sampling.HasField("temperature"):
+        body["temperature"] = sampling.temperature
     if sampling.HasField("top_p"):
         body["top_p"] = sampling.top_p
     if sampling.HasField("seed"):
@@ -84,10 +86,13 @@ def openai_body(
     if request.WhichOneof("input") == "prompt":
         body["prompt"] = request.prompt
         return engine_pb2.ENDPOINT_COMPLETIONS, body
+    if request.WhichOneof("input") == "inputs":
+        body["inputs"] = dict(request.inputs.values)
+        return engine_pb2.ENDPOINT_UNSPECIFIED, body
     raise InvalidArgument(
-        "input: give `chat` or `prompt`.",
+        "input: give `chat`, `prompt` or `inputs`.",
         reason="INPUT_REQUIRED",
-        violations=(FieldViolation("input", "is required: chat or prompt"),),
+        violations=(FieldViolation("input", "is required: chat, prompt or inputs"),),
     )
 
 

@@ -1,0 +1,112 @@
+"""What the task of a job must satisfy, and the definition that is stored with the job.
+
+Reads the first rows of the training data: whether they have the task's fields, and the labels of a task that takes them
+from its data. Every row is rendered when the job is validated.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from graft.data.reading import read_rows
+from graft.data.tasks import catalog
+from graft.data.tasks.definition import TaskDefinition, load
+from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labels_of
+from graft.domain.errors import FieldViolation, InvalidArgument, NotFound
+from graft.domain.jobs import JobSpec, Method
+from graft.domain.resources import AdapterVersion, Dataset, DatasetFormat
+
+LABEL_ROWS = 10_000
+"""Rows whose labels are collected: a label that is rarer has too few examples to be learned from."""
+
+
+async def with_task(
+    spec: JobSpec, training: Dataset | None, validation: Dataset | None, start: AdapterVersion | None
+) -> tuple[JobSpec, list[FieldViolation]]:
+    """The specification with the task's whole definition in it, and what is wrong with the task.
+
+    Rows of fields without a task are of the task of the version that training goes on from, if that has one.
+    """
+    if not (spec.task or spec.task_definition) and start and training and training.format is DatasetFormat.FIELDS:
+        spec = replace(spec, task_definition=start.task_definition)
+    if not spec.task and not spec.task_definition:
+        return spec, []
+    try:
+        task = definition_of(spec.task, spec.task_definition)
+    except InvalidArgument as error:
+        return spec, list(error.violations)
+    wrong = [
+        *_check_format(task, training, "training_dataset"),
+        *_check_format(task, validation, "validation_dataset"),
+    ]
+    if wrong or training is None:
+        return spec, wrong
+    try:
+        graded = spec.method is Method.REINFORCEMENT
+        task = await asyncio.to_thread(_with_data, task, training, graded=graded)
+    except InvalidArgument as error:
+        return spec, list(error.violations)
+    return replace(spec, task=task.name, task_definition=task.to_text()), []
+
+
+def definition_of(name: str, text: str) -> TaskDefinition:
+    """The built-in task `name`, or the one that `text` defines.
+
+    Raises InvalidArgument with the faults as the fields `task` and `task_definition`.
+    """
+    if name and text:
+        raise _refused("task", "names a built-in task, and task_definition is given too; give one of them")
+    try:
+        return load(text) if text else catalog.builtin(name)
+    except NotFound as error:
+        raise _refused("task", error.message) from None
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            error.message,
+            reason=error.reason,
+            violations=tuple(
+                FieldViolation(f"task_definition.{fault.field}".rstrip("."), fault.description)
+                for fault in error.violations
+            ),
+        ) from None
+
+
+def _check_format(task: TaskDefinition, dataset: Dataset | None, field: str) -> Iterator[FieldViolation]:
+    if dataset is None or dataset.format in FORMATS or (task.conversations and dataset.format in CONVERSATIONS):
+        return
+    yield FieldViolation(
+        field,
+        f"has {dataset.format} rows, which hold their prompt already, and the task {task.name!r} makes prompts of "
+        f"{', '.join(task.required)}; leave the task out, or upload rows of fields ({DatasetFormat.FIELDS})",
+    )
+
+
+def _with_data(task: TaskDefinition, training: Dataset, *, graded: bool) -> TaskDefinition:
+    """The task with its labels. Rows whose answers are `graded` need hold none.
+
+    Raises InvalidArgument when the data does not fit it.
+    """
+    if training.format in CONVERSATIONS or not (path := Path(training.uri)).is_file():
+        return task  # a file that is gone is told when the job is validated
+    needed = task.required if graded else (*task.required, task.completion.field)
+    first = next(read_rows(path), {})
+    if missing := [name for name in needed if name not in first]:
+        raise _refused(
+            "training_dataset",
+            f"has no {' and no '.join(map(repr, missing))}, which the task {task.name!r} needs; it has: "
+            f"{', '.join(first)[:200]}. Rename columns, or write the task for them (`graft tasks new`)",
+        )
+    if not task.labels_from_data:
+        return task
+    try:
+        return task.with_labels(labels_of(task, islice(read_rows(path), LABEL_ROWS)))
+    except InvalidArgument as error:
+        raise _refused("task", error.message) from None
+
+
+def _refused(field: str, description: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{field}: {description}", reason="INVALID_JOB", violations=(FieldViolation(field, description),)
+    )

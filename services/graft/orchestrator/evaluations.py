@@ -1,0 +1,262 @@
+"""Evaluations as jobs: claims one at a time by lease, asks each contestant, measures, and logs what was found.
+
+One at a time, and one contestant after another, so that latency and tokens/s are each contestant's own. Answers are
+kept as they come (`graft.orchestrator.asking`): a restarted orchestrator asks only what is missing.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import structlog
+
+from graft.data.questions import Grade, Questions, choose_shots, read_questions
+from graft.data.tasks.definition import TaskDefinition
+from graft.data.tasks.definition import load as load_task
+from graft.data.tokenizers import load_tokenizer
+from graft.domain.errors import Aborted, GraftError, Internal, Unavailable
+from graft.domain.evaluations import Contestant, ContestantResult, Evaluation, EvaluationState
+from graft.domain.jobs import JobError
+from graft.domain.names import parse_model
+from graft.domain.resources import Dataset
+from graft.evaluation.comparison_page import write
+from graft.evaluation.outcome import Measured, Subject, compare, results_of
+from graft.grading import GradeItem, build_grader
+from graft.orchestrator.asking import Answer, Answers, Asked, ask_all, scores
+from graft.orchestrator.evaluating import adapter_ref
+from graft.orchestrator.ports import Parts
+from graft.orchestrator.threads import call
+
+log = structlog.get_logger()
+
+TELL_SECONDS = 1.0
+"""How often progress is written, and a wish to cancel is seen."""
+_METRIC_NAME = re.compile(r"[^\w\-./ ]")
+"""What MLflow's names of metrics may not hold."""
+
+
+class Evaluations:
+    """The loop. `run` until cancelled; an evaluation in its hands is then free for the next owner."""
+
+    def __init__(self, parts: Parts, owner: str) -> None:
+        self._parts = parts
+        self._owner = owner
+        self._lease = timedelta(seconds=parts.settings.orchestrator.lease_seconds)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                found = await self._parts.store.claim_evaluation(self._owner, self._lease)
+                if found is not None:
+                    await self._take(found)
+                    continue
+            except Unavailable as error:
+                log.warning("evaluations_wait", error=error.message)
+            except Aborted as error:
+                log.warning("evaluation_dropped", error=error.message)
+            await asyncio.sleep(self._parts.settings.orchestrator.poll_seconds)
+
+    async def _take(self, evaluation: Evaluation) -> None:
+        work = _Work(self._parts, self._owner, self._lease, evaluation)
+        asking = asyncio.create_task(work.do())
+        try:
+            while True:
+                done, _ = await asyncio.wait({asking}, timeout=TELL_SECONDS)
+                if done:
+                    break
+                told = await work.tell()
+                if told.cancel_requested:
+                    asking.cancel()
+                    await asyncio.wait({asking})
+                    await work.end(EvaluationState.CANCELLED)
+                    return
+            await self._finish(work, asking)
+        except asyncio.CancelledError:
+            with suppress(GraftError):
+                await self._parts.store.release_evaluation(evaluation, self._owner)
+            raise
+        finally:
+            asking.cancel()
+            await asyncio.wait({asking})
+
+    async def _finish(self, work: "_Work", asking: asyncio.Task[None]) -> None:
+        error = asking.exception()
+        if error is None:
+            return
+        if isinstance(error, Aborted) or (isinstance(error, Unavailable) and error.reason == "STORE_UNAVAILABLE"):
+            raise error
+        if not isinstance(error, GraftError):
+            log.error("evaluation_failed", evaluation=work.evaluation.id, exc_info=error)
+            error = Internal(
+                f"A defect in Graft ended the evaluation: {type(error).__name__}. The orchestrator's log has the rest "
+                f"under evaluation {work.evaluation.id}.",
+                reason="INTERNAL",
+            )
+        await work.end(EvaluationState.FAILED, JobError(error.code, error.reason, error.message))
+
+
+@dataclass
+class _Work:
+    """One evaluation, from its data to its report."""
+
+    parts: Parts
+    owner: str
+    lease: timedelta
+    evaluation: Evaluation
+    answered: int = 0
+    total: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where answers and report are kept."""
+        return self.parts.settings.evaluation_dir(self.evaluation.project, self.evaluation.id)
+
+    async def tell(self) -> Evaluation:
+        """Writes how far it is, and holds the lease. Raises Aborted when it is lost."""
+        return await self.parts.store.renew_evaluation(
+            self.evaluation, self.owner, self.lease, self.answered, self.total
+        )
+
+    async def end(self, state: EvaluationState, error: JobError | None = None) -> None:
+        """Ends it without results."""
+        await self.tell()
+        await self.parts.store.end_evaluation(self.evaluation, self.owner, state, error=error)
+        log.info("evaluation_ended", evaluation=self.evaluation.id, state=state.value, reason=error and error.reason)
+
+    async def do(self) -> None:
+        """Asks, measures and ends in SUCCEEDED. Raises what keeps it from that."""
+        spec, store = self.evaluation.spec, self.parts.store
+        dataset = await store.get_dataset(self.evaluation.project, spec.dataset)
+        task = load_task(spec.task_definition) if spec.task_definition else None
+        questions = await call(_read, dataset, task, spec.max_rows)
+        shown: Questions | None = None
+        if spec.shots_dataset is not None:
+            shown = await call(_read, await store.get_dataset(self.evaluation.project, spec.shots_dataset), task, 0)
+        asked = [await self._asked(contestant, questions, shown) for contestant in spec.contestants]
+        answers = [Answers(self.folder / f"answers-{place}.jsonl") for place in range(len(asked))]
+        self.answered = sum(len(each.found) for each in answers)
+        self.total = len(questions.items) * len(asked)
+        measured = []
+        for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True):
+            resumed = bool(kept.found)
+            seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
+            passed = await call(self._grade, questions, kept)
+            subject = replace(await self._subject(contestant), memory_bytes=await self._memory_bytes(one.base.id))
+            measured.append(Measured(subject, _in_order(kept, questions), passed, 0.0 if resumed else seconds))
+        metrics = spec.metrics or questions.metrics
+        comparison = await call(
+            compare,
+            questions,
+            metrics,
+            measured,
+            title=spec.display_name or f"{dataset.display_name}, {len(questions.items)} held-out rows",
+            dataset=dataset,
+            created=datetime.now(UTC),
+        )
+        await call(write, comparison, self.folder / "report.html")
+        results = await call(results_of, comparison, spec.contestants, measured)
+        run_id = await call(self._log, comparison.headline, dataset, results)
+        await self.tell()
+        await store.end_evaluation(
+            self.evaluation,
+            self.owner,
+            EvaluationState.SUCCEEDED,
+            results=results,
+            verdicts=(comparison.headline, *comparison.remarks),
+            mlflow_run_id=run_id,
+        )
+        log.info("evaluation_ended", evaluation=self.evaluation.id, state="SUCCEEDED")
+
+    async def _memory_bytes(self, base: str) -> int | None:
+        """Of the base's largest replica."""
+        held = await self.parts.engine.of(base).residency()
+        return max((replica.memory_bytes for replica in held.replicas), default=0) or None
+
+    def _count(self) -> None:
+        self.answered += 1
+
+    async def _asked(self, contestant: Contestant, questions: Questions, shown: Questions | None) -> Asked:
+        spec, store, project = self.evaluation.spec, self.parts.store, self.evaluation.project
+        name = parse_model(contestant.model)
+        base = await store.get_base_model(name.base, project)
+        adapter = None
+        if name.adapter is not None:
+            found = await store.resolve_version(
+                project, name.base, name.adapter, version=name.version, alias=name.alias
+            )
+            adapter = adapter_ref(found)
+        return Asked(
+            adapter=adapter,
+            public_model=contestant.model,
+            base=base,
+            context_tokens=min(base.context_tokens, self.parts.settings.serving.context_tokens),
+            tokenizer=await call(load_tokenizer, base.path) if scores(questions) else None,
+            shots=tuple(choose_shots(shown, contestant.shots)) if shown and contestant.shots else (),
+            samples=spec.samples or 1,
+            max_tokens=spec.max_tokens,
+        )
+
+    async def _subject(self, contestant: Contestant) -> Subject:
+        store, project, name = self.parts.store, self.evaluation.project, parse_model(contestant.model)
+        base = await store.get_base_model(name.base, project)
+        if name.adapter is None:
+            # A project's own base model is a full model that one of its jobs has trained.
+            tuned = bool(base.project)
+            return Subject(contestant.label, contestant.model, tuned, base.parameter_count, base.size_bytes)
+        found = await store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
+        # An adapter's weights are float32: four bytes each.
+        return Subject(
+            contestant.label,
+            contestant.model,
+            True,
+            base.parameter_count + found.size_bytes // 4,
+            base.size_bytes + found.size_bytes,
+        )
+
+    def _grade(self, questions: Questions, answers: Answers) -> list[int]:
+        """How many samples of each question passed; empty where nothing is graded."""
+        grader = self.evaluation.spec.grader
+        if grader is None:
+            return []
+        items, rows = [], []
+        for row, item in enumerate(questions.items):
+            assert isinstance(item, Grade)
+            for text in answers.found[row].texts:
+                items.append(GradeItem(item.row, text))
+                rows.append(row)
+        passed = [0] * len(questions.items)
+        for row, grade in zip(rows, build_grader(grader).grade(items), strict=True):
+            passed[row] += int(grade.passed)
+        return passed
+
+    def _log(self, headline: str, dataset: Dataset, results: Sequence[ContestantResult]) -> str:
+        spec, registry = self.evaluation.spec, self.parts.registry
+        params = {"dataset": spec.dataset, "contestants": ", ".join(one.label for one in spec.contestants)}
+        tags = {
+            "graft.evaluation": self.evaluation.id,
+            "graft.dataset_digest": dataset.digest,
+            "graft.verdict": headline,
+        }
+        run_id = registry.start_run(self.evaluation.project, self.evaluation.id, 1, params, tags)
+        figures = {
+            _METRIC_NAME.sub("_", f"{result.label}/{figure.metric}"): figure.value
+            for result in results
+            for figure in result.figures
+        }
+        registry.log_metrics(run_id, figures, 0)
+        registry.log_file(run_id, self.folder / "report.html")
+        registry.finish_run(run_id, "FINISHED")
+        return run_id
+
+
+def _read(dataset: Dataset, task: TaskDefinition | None, max_rows: int) -> Questions:
+    return read_questions(Path(dataset.uri), dataset.format, task, max_rows=max_rows)
+
+
+def _in_order(answers: Answers, questions: Questions) -> tuple[Answer, ...]:
+    return tuple(answers.found[row] for row in range(len(questions.items)))

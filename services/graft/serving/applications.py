@@ -1,0 +1,127 @@
+"""Applications beside the first: other base models, each with replicas and an engine of its own.
+
+The first application's replica answers for all of them, since it is the one that is always there. Owns their names, the
+check of memory and what Ray Serve is told; does not know which are wished for (the orchestrator's part), nor engines.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import psutil
+import structlog
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from graft.domain.resources import BaseModel
+from graft.internal.engine_client import APPLICATION, application_name
+from graft.internal.v1 import engine_pb2
+
+GIB = 1024**3
+PROCESSES_BYTES = 3 * GIB // 2
+"""Replica, fork server and engine core without weights and KV cache, PyTorch and vLLM imported in each: 1.3 GiB
+measured (PSS)."""
+WEIGHTS_FACTOR = 2
+"""Files are of 16 bits; an engine on a CPU without bfloat16 arithmetic holds 32."""
+
+_log = structlog.get_logger("graft.serving")
+_STATES = {
+    ApplicationStatus.RUNNING: engine_pb2.Application.STATE_RUNNING,
+    ApplicationStatus.DEPLOY_FAILED: engine_pb2.Application.STATE_FAILED,
+    ApplicationStatus.DELETING: engine_pb2.Application.STATE_STOPPING,
+}
+"""All others are steps to RUNNING, or back to it."""
+
+
+def check_memory(model: BaseModel, kv_cache_gib: int, available_bytes: int) -> None:
+    """Raises ResourceExhausted with the numbers when an engine for `model` would not fit into what is available.
+
+    An engine that does not fit is not refused by the kernel: it ends some process, perhaps another engine.
+    """
+    needed = WEIGHTS_FACTOR * model.size_bytes + kv_cache_gib * GIB + PROCESSES_BYTES
+    if needed <= available_bytes:
+        return
+    raise ResourceExhausted(
+        f"Serving {model.id} takes {needed / GIB:.1f} GiB ({WEIGHTS_FACTOR} x {model.size_bytes / GIB:.1f} of weights, "
+        f"{kv_cache_gib} of KV cache, {PROCESSES_BYTES / GIB} of processes), and {available_bytes / GIB:.1f} GiB "
+        "are available. Undeploy another model (`graft models undeploy`), or set GRAFT_SERVING_KV_CACHE_GIB lower.",
+        reason="NOT_ENOUGH_MEMORY",
+        metadata={"needed_bytes": str(needed), "available_bytes": str(available_bytes)},
+    )
+
+
+class Applications:
+    """Those of this cluster. `build` makes the Serve application of a base model."""
+
+    def __init__(self, first: str, kv_cache_gib: int, build: Callable[[BaseModel], Any]) -> None:
+        self._first = first
+        self._kv_cache_gib = kv_cache_gib
+        self._build = build
+        self._lock = asyncio.Lock()
+        """One change at a time: two engines that start at once would both count the same free memory."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def deploy(self, model: BaseModel) -> None:
+        """Starts an application and returns when its replicas run, or at once when it is there.
+
+        Raises InvalidArgument for the first base model, ResourceExhausted when memory does not suffice, and
+        FailedPrecondition when Ray Serve does not start it.
+        """
+        self._check_other(model.id)
+        # Shielded: a caller that goes away must not free the lock while Serve is at work in its thread.
+        await asyncio.shield(self._kept(self._deploy(model)))
+
+    async def undeploy(self, base: str) -> None:
+        """Ends an application and returns when its processes have; unknown ones are already gone."""
+        self._check_other(base)
+        await asyncio.shield(self._kept(self._undeploy(base)))
+
+    async def _deploy(self, model: BaseModel) -> None:
+        async with self._lock:
+            if model.id in {application.base_model for application in await self.all()}:
+                return
+            check_memory(model, self._kv_cache_gib, psutil.virtual_memory().available)
+            await asyncio.to_thread(self._run, model)
+
+    async def _undeploy(self, base: str) -> None:
+        async with self._lock:
+            if base in {application.base_model for application in await self.all()}:
+                await asyncio.to_thread(serve.delete, application_name(base, self._first))
+
+    async def all(self) -> list[engine_pb2.Application]:
+        """Every application, the first one too."""
+        status = await asyncio.to_thread(serve.status)
+        return [
+            engine_pb2.Application(
+                base_model=self._first if name == APPLICATION else name.removeprefix(f"{APPLICATION}-"),
+                state=_STATES.get(application.status, engine_pb2.Application.STATE_STARTING),
+            )
+            for name, application in status.applications.items()
+        ]
+
+    def _kept(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself holds tasks weakly
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _check_other(self, base: str) -> None:
+        if not base or base == self._first:
+            raise InvalidArgument(
+                f"{base or 'An empty name'} is not a base model beside the first.", reason="INVALID_DEPLOYMENT"
+            )
+
+    def _run(self, model: BaseModel) -> None:
+        name = application_name(model.id, self._first)
+        try:
+            # Without a route Serve's proxy would not know the application at all, not even over gRPC.
+            serve.run(self._build(model), name=name, route_prefix=f"/{name}")
+        # Whatever Serve raises may hold traces and addresses: its log has them.
+        except Exception as error:
+            _log.error("application did not start", application=name, exc_info=error)
+            serve.delete(name)
+            raise FailedPrecondition(
+                f"Ray Serve could not start an application for {model.id}; the inference service's log says why.",
+                reason="APPLICATION_FAILED",
+            ) from error

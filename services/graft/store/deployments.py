@@ -1,0 +1,117 @@
+"""Which base models are to be served beside the first one. The gateway writes the wish, the orchestrator how far it is.
+
+A row is the wish: it outlives a stack that stops, and goes when what it asked for has ended.
+"""
+
+from dataclasses import asdict
+
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from graft.domain.deployments import Deployment, DeploymentState
+from graft.domain.errors import AlreadyExists, FailedPrecondition, unknown
+from graft.domain.jobs import JobError
+from graft.store import convert
+from graft.store.database import Database, by_key
+from graft.store.protocol import Page
+from graft.store.tables import deployments
+
+
+class DeploymentStore:
+    """The part of the store that keeps deployments."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create_deployment(self, wish: Deployment) -> Deployment:
+        """Stores the wish, or returns the deployment that there is; a FAILED one starts anew.
+
+        Raises AlreadyExists when the id names another model or is another project's, FailedPrecondition while a
+        deployment of that id is on its way out.
+        """
+        try:
+            async with self._database.write() as connection:
+                await connection.execute(insert(deployments).values(**asdict(wish)))
+            return wish
+        except IntegrityError:
+            pass
+        async with self._database.write() as connection:
+            query = select(deployments).where(deployments.c.base_model == wish.base_model)
+            found = convert.deployment((await connection.execute(query)).mappings().one())
+            if (found.project, found.source) != (wish.project, wish.source):
+                raise AlreadyExists(
+                    f"{wish.base_model!r} is deployed already"
+                    + (f", from {found.source}" if found.project == wish.project else " by another project")
+                    + ". Take another name.",
+                    reason="DEPLOYMENT_EXISTS",
+                    metadata={"name": wish.base_model},
+                )
+            if found.state is DeploymentState.STOPPING:
+                raise FailedPrecondition(
+                    f"{wish.base_model!r} is still being undeployed. Try again in a moment.",
+                    reason="DEPLOYMENT_STOPPING",
+                    metadata={"name": wish.base_model},
+                )
+            if found.state is DeploymentState.FAILED:
+                values = {"state": DeploymentState.STARTING, "error": None, "create_time": wish.create_time}
+                await connection.execute(
+                    update(deployments).where(deployments.c.base_model == wish.base_model).values(values)
+                )
+                return wish
+        return found
+
+    async def get_deployment(self, project: str, base: str) -> Deployment:
+        """Raises NotFound naming it and what exists in the project."""
+        mine = select(deployments).where(deployments.c.project == project)
+        async with self._database.read() as connection:
+            row = (await connection.execute(mine.where(deployments.c.base_model == base))).mappings().one_or_none()
+            if row is not None:
+                return convert.deployment(row)
+            names = mine.with_only_columns(deployments.c.base_model).order_by(deployments.c.base_model)
+            existing = (await connection.execute(names)).scalars().all()
+        raise unknown("deployment", base, list(existing))
+
+    async def find_deployment(self, base: str) -> Deployment | None:
+        """The deployment that serves `base`, whoever asked for it, or None."""
+        query = select(deployments).where(deployments.c.base_model == base)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).mappings().one_or_none()
+        return None if row is None else convert.deployment(row)
+
+    async def list_deployments(self, project: str, page_size: int, page_token: str) -> Page[Deployment]:
+        """In order of id. Raises InvalidArgument for a bad token."""
+        query = select(deployments).where(deployments.c.project == project)
+        async with self._database.read() as connection:
+            page = await by_key(connection, query, [deployments.c.base_model], page_size, page_token, down=False)
+        return Page(tuple(convert.deployment(row) for row in page.items), page.next_page_token)
+
+    async def every_deployment(self) -> tuple[Deployment, ...]:
+        """Of all projects, oldest first."""
+        query = select(deployments).order_by(deployments.c.create_time, deployments.c.base_model)
+        async with self._database.read() as connection:
+            return tuple(convert.deployment(row) for row in (await connection.execute(query)).mappings())
+
+    async def request_undeploy(self, project: str, base: str) -> Deployment:
+        """Marks it as STOPPING, which the orchestrator carries out. Idempotent. Raises NotFound."""
+        await self.get_deployment(project, base)
+        mine = update(deployments).where(deployments.c.project == project, deployments.c.base_model == base)
+        async with self._database.write() as connection:
+            await connection.execute(mine.values(state=DeploymentState.STOPPING, error=None))
+        return await self.get_deployment(project, base)
+
+    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
+        """Tells how far it is. A wish to undeploy that came meanwhile stays."""
+        moving = update(deployments).where(
+            deployments.c.base_model == base, deployments.c.state != DeploymentState.STOPPING
+        )
+        values = {"state": state, "error": None if error is None else asdict(error)}
+        async with self._database.write() as connection:
+            await connection.execute(moving.values(values))
+
+    async def remove_deployment(self, base: str) -> None:
+        """Forgets one whose engine has ended."""
+        gone = delete(deployments).where(
+            deployments.c.base_model == base, deployments.c.state == DeploymentState.STOPPING
+        )
+        async with self._database.write() as connection:
+            await connection.execute(gone)

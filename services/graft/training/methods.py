@@ -1,0 +1,77 @@
+"""What each method reads and which objective it trains on. The one place that tells methods apart in a worker."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graft.data.prepare import Prepared, prepare
+from graft.data.split import Split
+from graft.data.tasks.definition import load
+from graft.domain.jobs import Method
+from graft.domain.resources import DatasetFormat
+from graft.training.batching import batches
+from graft.training.objectives.objective import Group, Objective
+from graft.training.objectives.preference import Preference, reference_log_probs
+from graft.training.objectives.supervised import Supervised
+from graft.training.spec import RunSpec
+
+HELD_OUT_EXAMPLES = 256
+"""Held-out loss is measured on the first so many validation examples: its standard error is then a sixteenth of the
+spread of single losses, and more would take longer than the steps between."""
+HELD_OUT_TOKENS = 65_536
+"""And on so many tokens at most, for the same reason: pieces of documents are as long as the context."""
+
+
+def read_data(spec: RunSpec, tokenizer: Any) -> tuple[Prepared, Prepared | None]:
+    """What is trained on, and what is held out of it for measurements: a validation data set, a share of the rows, or
+    nothing. Raises as `prepare`."""
+
+    task = load(spec.task_definition) if spec.task_definition else None
+
+    def read(path: str, format: DatasetFormat, split: Split | None = None) -> Prepared:
+        return prepare(
+            Path(path),
+            format,
+            tokenizer,
+            spec.context_tokens,
+            spec.over_length_policy,
+            split,
+            method=spec.method,
+            loss_on=spec.loss_on,
+            task=task,
+        )
+
+    if spec.validation_path is not None and spec.validation_format is not None:
+        training = read(spec.dataset_path, spec.dataset_format)
+        held_out = read(spec.validation_path, spec.validation_format)
+    elif spec.validation_fraction:
+        fraction = spec.validation_fraction
+        training = read(spec.dataset_path, spec.dataset_format, Split(fraction, held_out=False))
+        held_out = read(spec.dataset_path, spec.dataset_format, Split(fraction, held_out=True))
+    else:
+        return read(spec.dataset_path, spec.dataset_format), None
+    return training, held_out.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS)
+
+
+def learned_from(spec: RunSpec, data: Prepared) -> Iterator[int]:
+    """Indices of the examples or pairs that training will come to; each once."""
+    count = data.stats.example_count
+    steps = min(spec.total_steps, math.ceil(count / spec.batch_size))  # an epoch has every index
+    return chain.from_iterable(batches(count, spec.batch_size, steps, spec.seed))
+
+
+def objective_of(
+    spec: RunSpec, model: Any, data: Prepared, indices: Iterable[int], device: torch.device, group: Group
+) -> Objective[Any, Any]:
+    """The method's objective over `data`, of which `indices` will be used.
+
+    `model` is as training begins from it: for preferences it is scored here, by all workers together.
+    """
+    if spec.method is Method.PREFERENCE:
+        reference_N_2 = reference_log_probs(model, data.pairs, indices, device, group)
+        return Preference(data.pairs, reference_N_2, spec.preference.beta, device)
+    return Supervised(data.examples, device)

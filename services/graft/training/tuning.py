@@ -1,0 +1,189 @@
+"""What may change: loads the base and makes of it the model that trains. LoRA and its kin, the last blocks, or all.
+
+Does not know what is learned, and saves nothing (`graft.training.results`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from graft.domain.errors import FailedPrecondition
+from graft.domain.jobs import LastLayers, ServedAs, Tuning
+from graft.training.imports import AutoModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from graft.training.lora import fuse
+from graft.training.memory import check_blocks, check_memory, memory_bytes, read_shape
+from graft.training.packing import PACKED
+from graft.training.spec import RunSpec, StartFrom
+
+SMALL_BASE_BYTES = 32 * 1024 * 1024
+"""A base below it is bound by overheads and not by products: bfloat16 would only cost it precision."""
+TRAINED = "default"
+"""PEFT's name of the adapter that trains."""
+REFERENCE = "reference"
+"""The frozen copy of the adapter that training began from; never saved."""
+
+
+def compute_dtype(base_model: Path) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32: on AVX2 bf16 products are 7 to 15 times slower.
+
+    What it gains is in `benchmarks/results/training.json`, both types in one run. LoRA's own weights, gradients and
+    optimizer state are float32 in either case.
+    """
+    if sum(file.stat().st_size for file in base_model.glob("*.safetensors")) < SMALL_BASE_BYTES:
+        return torch.float32
+    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_base(spec: RunSpec, device: torch.device) -> Any:
+    """The base model on `device`, with packed attention, in the type that it trains in.
+
+    Where weights of the base itself train (`full`, `last_layers`, `modules_to_save`) it is float32 on all hardware: at
+    their learning rates AdamW moves a weight by less than the half of 2^-8 of it that bfloat16 could tell, so most
+    steps would round to nothing. Autocast over float32 weights would multiply faster on some hardware, and cast every
+    weight in every microbatch; the plain choice is the same everywhere.
+
+    Raises FailedPrecondition when the node's memory does not hold what training needs, or for a quantized base
+    without a GPU and bitsandbytes.
+    """
+    folder = Path(spec.base_model_path)
+    shape = read_shape(folder)
+    if spec.tuning is Tuning.LAST_LAYERS:
+        check_blocks(shape, spec.base_model, spec.last_layers)
+    check_memory(memory_bytes(shape, spec.tuning, spec.lora, spec.last_layers), _node_memory_bytes(device))
+    options: dict[str, Any] = {}
+    if spec.lora.base_quantization:
+        options = {"quantization_config": _quantization(), "device_map": {"": device}}
+    if spec.start_from is not None and spec.start_from.served_as is ServedAs.MERGED_MODEL:
+        folder = _pull(spec.start_from)
+    of_base = spec.tuning is not Tuning.LORA or bool(spec.lora.modules_to_save)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32 if of_base else compute_dtype(folder),
+        attn_implementation=PACKED,
+        local_files_only=True,
+        **options,
+    )
+    return model if options else model.to(device)
+
+
+def tune(spec: RunSpec, base: Any) -> Any:
+    """The model that trains: its parameters with gradients are what may change. `base` is of `load_base`, and changed.
+
+    LoRA (Hu et al. 2021, arXiv:2106.09685), rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732) and DoRA (Liu et
+    al. 2024, arXiv:2402.09353) are PEFT's. Started from an adapter, LoRA goes on with that adapter's own rank, alpha
+    and modules; otherwise it is merged into the base first. Draws LoRA's A from `spec.seed`: every worker draws alike.
+    """
+    torch.manual_seed(spec.seed)
+    if spec.tuning is Tuning.LORA:
+        model = _adapted(spec, base)
+        fuse(model)
+        return model
+    if spec.start_from is not None and spec.start_from.served_as is not ServedAs.MERGED_MODEL:
+        base = PeftModel.from_pretrained(base, _pull(spec.start_from)).merge_and_unload()
+    if spec.tuning is Tuning.FULL:
+        return base.requires_grad_(True)
+    return _last_layers(base, spec.last_layers)
+
+
+@contextmanager
+def reference(model: Any) -> Iterator[None]:
+    """While it is entered, `model` computes what training began from: the frozen base, or the adapter it started with.
+
+    Without dropout. Raises FailedPrecondition where the base itself changes: its outputs must be kept beforehand.
+    """
+    if not isinstance(model, PeftModel):
+        raise FailedPrecondition(
+            "A model whose own weights train has no reference beside it; compute what is needed of it before the "
+            "first step.",
+            reason="NO_REFERENCE",
+        )
+    was_training = model.training
+    model.eval()
+    try:
+        if REFERENCE not in model.peft_config:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(REFERENCE, inference_mode=True)
+            try:
+                yield
+            finally:
+                model.set_adapter(TRAINED)
+    finally:
+        model.train(was_training)
+
+
+def _adapted(spec: RunSpec, base: Any) -> Any:
+    if spec.start_from is not None:
+        folder = _pull(spec.start_from)
+        config = LoraConfig.from_pretrained(folder)
+        config.lora_dropout = spec.lora.dropout  # of the training and not of the weights
+        config.inference_mode = False
+        model = PeftModel.from_pretrained(base, folder, adapter_name=TRAINED, is_trainable=True, config=config)
+        model.load_adapter(folder, adapter_name=REFERENCE, is_trainable=False)
+        model.set_adapter(TRAINED)
+        return model
+    return get_peft_model(
+        base,
+        LoraConfig(
+            r=spec.lora.rank,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules=list(spec.lora.target_modules),
+            use_rslora=spec.lora.use_rslora,
+            use_dora=spec.lora.use_dora,
+            modules_to_save=list(spec.lora.modules_to_save) or None,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _last_layers(base: Any, asked: LastLayers) -> Any:
+    """Freezes all but the last blocks, the final norm and, if asked, the head, which is its own from then on."""
+    base.requires_grad_(False)
+    decoder = base.get_decoder()
+    for module in (*decoder.layers[-asked.blocks :], decoder.norm):
+        module.requires_grad_(True)
+    if asked.train_head:
+        head = base.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    return base
+
+
+def _quantization() -> Any:
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        lacking = "a GPU" if not torch.cuda.is_available() else "the package bitsandbytes"
+        raise FailedPrecondition(
+            f"A base in nf4 needs a GPU and bitsandbytes, and this node lacks {lacking}. Leave base_quantization out.",
+            reason="QUANTIZATION_UNAVAILABLE",
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _node_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _pull(start: StartFrom) -> Path:
+    from graft.registry.mlflow_registry import Registry  # whose client takes seconds to import
+
+    registry = Registry(start.tracking_uri, Path(start.cache))
+    pull = registry.pull_model if start.served_as is ServedAs.MERGED_MODEL else registry.pull
+    return pull(start.registered_model, start.version, start.digest)
