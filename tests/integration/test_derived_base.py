@@ -27,7 +27,20 @@ async def test_a_smaller_base_is_derived_and_entered_with_its_lineage(deep: Path
     rows = [{"text": f"Line {number}: the quick brown fox and its {number % 7} cubs. " * 12} for number in range(60)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows))
     derived = await graft(
-        *("models", "derive", "deep", "--layers", "2", "--name", "small", "--data", text, "--tokens", "20000", "--json"),
+        *(
+            "models",
+            "derive",
+            "deep",
+            "--layers",
+            "2",
+            "--name",
+            "small",
+            "--data",
+            text,
+            "--tokens",
+            "20000",
+            "--json",
+        ),
         GRAFT_HOME=home,
     )
     assert derived.code == 0, derived.err

@@ -53,7 +53,9 @@ def fake_hub(repository: str, folder: Path, license: str) -> Iterator[FakeHub]:
                 if name == hub.break_on:
                     self._answer(500, b"{}")  # 503 is tried again for half a minute
                     return
-                self._answer(200, files[name].read_bytes(), {"ETag": f'"{_etag(files[name])}"', "X-Repo-Commit": COMMIT})
+                self._answer(
+                    200, files[name].read_bytes(), {"ETag": f'"{_etag(files[name])}"', "X-Repo-Commit": COMMIT}
+                )
             else:
                 self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 

@@ -138,8 +138,8 @@ def test_the_likelihood_of_a_whole_text_is_that_of_the_weights(
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     weights = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     texts = [str(row["question"]) for row in ROWS]
-    # lm-eval begins with the end token, for the first token to be predicted from something.
-    total = sum(logprobs(weights, tokenizer, tokenizer.eos_token, text)[0] for text in texts)
+    # lm-eval puts this before a text, for its first token to be predicted from something.
+    total = sum(logprobs(weights, tokenizer, tokenizer.bos_token, text)[0] for text in texts)
     bits = -total / sum(len(text.encode()) for text in texts) / torch.log(torch.tensor(2.0)).item()
     assert results["bits_per_byte,none"] == pytest.approx(bits, rel=1e-3)
 
