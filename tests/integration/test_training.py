@@ -18,6 +18,7 @@ from graft.domain.jobs import Lora, Method, OverLengthPolicy, Preference, Served
 from graft.domain.resources import DatasetFormat
 from graft.training.run import RayRuns
 from graft.training.spec import ENDS, Report, RunSpec
+from graft.training.sweep import SearchSpec, Trial
 from tests.support.tiny_llama import make_tiny_llama
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -210,6 +211,108 @@ def test_every_weight_and_dora_train_and_leave_an_adapter_and_what_was_trained(r
     checkpoints = Path(full.output_dir) / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-10", "step-5"]
     AutoModelForCausalLM.from_pretrained(checkpoints / "step-10")
+
+
+def _sweep(*pairs: tuple[float, int], **changes: Any) -> SearchSpec:
+    trials = tuple(Trial(number, rate, rank, 2.0 * rank) for number, (rate, rank) in enumerate(pairs, start=1))
+    return replace(SearchSpec(trials, grace_steps=3, reduction_factor=2.0, max_concurrent_trials=2), **changes)
+
+
+def _idle_cpus() -> float:
+    import ray
+
+    return float(ray.available_resources().get("CPU", 0.0))
+
+
+def test_a_sweep_keeps_the_trial_of_the_lowest_held_out_loss_whatever_becomes_of_the_others(
+    runs: RayRuns, spec: RunSpec
+) -> None:
+    search = _sweep((1e-2, 4), (1e-2, 8), (1e-9, 4), (1.0, 4))
+    mine = _named(spec, "ft-sweep", search=search, eval_steps=3)
+    runs.start(mine)
+    reports = _wait(runs, mine)
+    end = reports[-1].data
+    assert reports[-1].kind == "finished", end
+    lines = {line["trial"]: line for line in end["trials"]}
+    measured: dict[int, list[float]] = {number: [] for number in lines}
+    for report in reports:
+        if report.kind == "metrics" and "validation_loss" in report.data:
+            measured[report.data["trial"]].append(report.data["validation_loss"])
+    lowest = {number: min(losses) for number, losses in measured.items()}
+    assert {number: line["best_validation_loss"] for number, line in lines.items()} == lowest
+    assert end["best_trial"] == min(lowest, key=lambda number: lowest[number])
+    assert end["validation_loss"] == lowest[end["best_trial"]]
+    assert end["best_trial"] in (1, 2)
+    # The one that does not learn is ended at its first measurement; the absurd one there too, or it diverges.
+    assert (lines[3]["state"], lines[3]["steps"]) == ("ended_early", 3)
+    assert lines[4]["state"] in ("ended_early", "failed")
+    assert lines[4]["steps"] < 12
+    best = search.trials[end["best_trial"] - 1]
+    assert end["chosen"] == {"learning_rate": best.learning_rate, "lora.rank": best.rank, "lora.alpha": best.alpha}
+    progress = [report.data["sweep"] for report in reports if report.kind == "metrics"]
+    assert all(item["total_steps"] == 48 for item in progress)
+    told = [report.data["message"] for report in reports if report.kind == "message"]
+    assert sum(" starts: " in text for text in told) == 4
+    assert any(text.startswith("Trial 3 of 4 ends early at step 3 of 12") for text in told)
+
+    folder = Path(mine.output_dir) / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == best.rank
+    about = json.loads((folder / "graft.json").read_text())
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(spec.base_model_path), str(folder))
+    for probe in about["probes"]:
+        prompt, completion = probe["prompt_token_ids"], probe["completion_token_ids"]
+        logprobs = loaded(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        scored = [float(logprobs[len(prompt) + n - 1, token]) for n, token in enumerate(completion)]
+        assert sum(scored) / len(scored) == pytest.approx(probe["mean_logprob"], abs=1e-3)
+    runs.release(mine.job_id, 1)
+    _wait_for_room()
+
+
+def test_a_killed_trial_fails_alone_and_a_cancelled_sweep_leaves_nothing(runs: RayRuns, spec: RunSpec) -> None:
+    mine = _named(spec, "ft-sweep-cancel", search=_sweep((1e-3, 4), (2e-3, 4)), total_steps=100_000, eval_steps=50_000)
+    runs.start(mine)
+    reports = _wait(runs, mine, frozenset({"metrics"}))
+    victims = _processes("ImplicitFunc") | _processes("_trial")
+    assert victims
+    os.kill(min(victims), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not (failed := [r for r in reports if " has failed, and the others go on" in r.data.get("message", "")]):
+        assert time.monotonic() < deadline
+        reports += runs.poll(mine.job_id, 1, len(reports)).reports
+        time.sleep(0.1)
+    assert len(failed) == 1
+    assert runs.poll(mine.job_id, 1, 0).alive
+    runs.cancel(mine.job_id, 1)
+    assert _wait(runs, mine)[-1].kind == "cancelled"
+    runs.release(mine.job_id, 1)
+    deadline = time.monotonic() + 10
+    while _processes("ImplicitFunc") | _processes("_trial") | _processes("Search"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    _wait_for_room()
+
+
+def test_a_sweep_of_which_no_trial_can_train_fails_with_their_reason(runs: RayRuns, spec: RunSpec) -> None:
+    mine = _named(spec, "ft-sweep-fails", search=_sweep((1e-3, 4), (2e-3, 4)), context_tokens=3)
+    runs.start(mine)
+    report = _wait(runs, mine)[-1]
+    assert (report.kind, report.data["code"], report.data["reason"]) == ("failed", "INVALID_ARGUMENT", "NO_EXAMPLES")
+    assert "Trial 1: None of the 40" in report.data["message"]
+    assert "prepare" in (Path(mine.output_dir) / "error.log").read_text()
+    runs.release(mine.job_id, 1)
+
+
+def _wait_for_room() -> None:
+    """Waits until both CPUs are free again: nothing that has ended holds a reservation."""
+    deadline = time.monotonic() + 20
+    while _idle_cpus() < 2:
+        assert time.monotonic() < deadline, _idle_cpus()
+        time.sleep(0.1)
 
 
 FOLLOW = """

@@ -1,10 +1,13 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from graft.domain.errors import FailedPrecondition, NotFound
+from graft.domain.errors import AlreadyExists, FailedPrecondition, GraftError, InvalidArgument, NotFound
 from graft.registry.base_models import ensure_base_model, load_catalog
+from graft.registry.catalog import Folder, entries, put
+from graft.registry.sources import source_text
 from graft.settings import load
 from tests.support.tiny_llama import make_tiny_llama
 
@@ -25,6 +28,7 @@ def test_a_folder_in_the_home_s_catalogue_is_described_and_its_digest_follows_it
     assert 300_000 < base.parameter_count < 500_000
     assert base.size_bytes == (tiny / "model.safetensors").stat().st_size
     assert base in load_catalog(settings)
+    assert base.source == "folder"
     config = tiny / "config.json"
     config.write_text(config.read_text() + "\n")
     assert ensure_base_model(settings, "tiny").digest != base.digest
@@ -49,3 +53,75 @@ def test_an_architecture_with_other_layers_is_refused(tmp_path: Path) -> None:
     (tmp_path / "base_models.yaml").write_text(yaml.safe_dump({"other": {"folder": str(folder)}}))
     with pytest.raises(FailedPrecondition, match="GPT2LMHeadModel"):
         ensure_base_model(load({"GRAFT_HOME": str(tmp_path)}), "other")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("a: {folder: /x, licence: MIT}", r"base_models\.yaml: a\.licence: is unknown; a `folder` entry has derived, "),
+        ("a: {folder: /x, hub: org/x}", r"a: needs exactly one of folder, package, hub, and has folder and hub"),
+        ("a: {license: MIT}", r"a: needs exactly one of folder, package, hub"),
+        ("a: {package: p}", r"a\.file: is required"),
+        ("a: {hub: 'https://x/y/z'}", r"a\.hub: must be a repository such as org/name"),
+        ("a: {folder: 3}", r"a\.folder: must be text, and is 3"),
+        ("a: {folder: /x, derived: {from: b}}", r"a\.derived: needs `from`"),
+        ("a: /x", r"a: expected keys"),
+        ("A b: {folder: /x}", r"A b: 'A b' is not a name"),
+        ("[a]", r"base_models\.yaml: expected a mapping"),
+        ("a: {", r"base_models\.yaml is not YAML"),
+        ("a: {hub: 1}\nb: {package: p}", r"a\.hub: must be text.*; b\.file: is required"),
+    ],
+)
+def test_what_is_wrong_in_the_catalogue_is_told_with_file_entry_and_key(
+    tmp_path: Path, written: str, told: str
+) -> None:
+    (tmp_path / "base_models.yaml").write_text(written)
+    with pytest.raises(InvalidArgument, match=told) as caught:
+        entries(load({"GRAFT_HOME": str(tmp_path)}))
+    assert caught.value.reason == "INVALID_CATALOG"
+
+
+def test_an_entry_is_added_once_and_a_path_without_a_root_is_below_the_home(tmp_path: Path) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    made = put(settings, "mine", {"folder": "base_models/mine", "derived": {"from": "smollm2-135m", "layers": 15}})
+    assert made == entries(settings)["mine"]
+    assert made.source == Folder(tmp_path / "base_models" / "mine", "smollm2-135m", 15)
+    assert source_text(made) == "15 layers of smollm2-135m"
+    put(settings, "theirs", {"hub": "org/name", "revision": "v1"})
+    assert list(entries(settings)) == ["mine", "smollm2-135m", "theirs"]
+    before = (tmp_path / "base_models.yaml").read_text()
+    with pytest.raises(AlreadyExists, match="mine"):
+        put(settings, "mine", {"folder": "/elsewhere"})
+    with pytest.raises(InvalidArgument, match="needs exactly one"):
+        put(settings, "other", {})
+    assert (tmp_path / "base_models.yaml").read_text() == before
+
+
+def test_a_model_of_the_hub_that_is_not_here_is_told_with_the_command(tmp_path: Path) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    put(settings, "theirs", {"hub": "org/name"})
+    with pytest.raises(FailedPrecondition, match="graft models pull theirs"):
+        ensure_base_model(settings, "theirs")
+    assert "theirs" not in {base.id for base in load_catalog(settings)}
+
+
+def test_one_folder_at_fault_does_not_take_the_others_along(tiny: Path, tmp_path: Path) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    put(settings, "gone", {"folder": str(tmp_path / "gone")})
+    put(settings, "tiny", {"folder": str(tiny)})
+    faults: dict[str, GraftError] = {}
+    assert "tiny" in {base.id for base in load_catalog(settings, faults.__setitem__)}
+    assert list(faults) == ["gone"]
+    with pytest.raises(FailedPrecondition, match="gone"):
+        load_catalog(settings)
+
+
+def test_damaged_weights_are_told(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").write_bytes(b"short")
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    put(settings, "damaged", {"folder": str(folder)})
+    with pytest.raises(FailedPrecondition, match="damaged") as caught:
+        ensure_base_model(settings, "damaged")
+    assert caught.value.reason == "BASE_MODEL_WEIGHTS_DAMAGED"

@@ -62,6 +62,7 @@ def what_it_does(job: "FineTuningJob") -> str:
         str(job.WhichOneof("method") or "").replace("_", "-"),
         kin.strip() or words.get(str(job.WhichOneof("tuning")), ""),
         served.get(job.served_as, ""),
+        "the best of a sweep" if job.HasField("sweep") else "",
     ]
     return ", ".join(part for part in parts if part)
 

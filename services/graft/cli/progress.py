@@ -5,7 +5,7 @@ Owns the rendering only: whoever follows the jobs calls `update`, from one threa
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -23,6 +23,7 @@ PLAIN_SECONDS = 10.0
 """Between two progress lines of one job in a log: an hour of training stays readable."""
 QUALITIES = ("reward", "accuracy")
 """Metrics of a step that say more than the loss, where a method has one."""
+_TRIAL_ENDS = {"finished": "green", "failed": "red", "ended_early": "yellow"}
 _ENDS = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
 
@@ -38,6 +39,8 @@ class _Line:
     state: str = ""
     quality: str = ""
     """The newest of QUALITIES, as it is shown."""
+    trials: dict[int, TaskID] = field(default_factory=dict)
+    """A sweep's, by number: on a terminal each is a line of its own."""
     printed_at_seconds: float = float("-inf")
     """When the last plain progress line was printed, on the monotonic clock."""
 
@@ -107,14 +110,22 @@ class JobsProgress:
                 line.quality = _quality(event)
             if self._live is not None and line.task is not None:
                 self._show(self._live, line, line.task, job)
+                if event is not None and "trial" in event.data.fields:
+                    _show_trial(self._live, line, event)
             elif changed:
                 text = event.message if event is not None and event.type == "state" else ""
                 self._print(line, [*_numbers(job, line.quality), text])
                 line.printed_at_seconds = time.monotonic()
+            elif event is not None and event.type == "message" and "trial" in event.data.fields:
+                self._print(line, [event.message])
             elif job.progress.step and time.monotonic() - line.printed_at_seconds >= self._plain_seconds:
                 self._print(line, _numbers(job, line.quality))
                 line.printed_at_seconds = time.monotonic()
-            if event is not None and event.level > Event.LEVEL_INFO and not (changed and self._live is None):
+            if (
+                event is not None
+                and event.level > Event.LEVEL_INFO
+                and not (self._live is None and (changed or "trial" in event.data.fields))
+            ):
                 self._print(line, [event.message])
 
     def _show(self, live: Progress, line: _Line, task: TaskID, job: Job) -> None:
@@ -163,6 +174,30 @@ class _Numbers:
             speed=f"{progress.tokens_per_second:.0f} tokens/s" if progress.tokens_per_second else "",
             left=left,
         )
+
+
+def _show_trial(live: Progress, line: _Line, event: Event) -> None:
+    """The line of the event's trial: its state, step, loss and held-out loss."""
+    data = event.data.fields
+    number = int(data["trial"].number_value)
+    if number not in line.trials:
+        task = live.add_task(f"  trial {number}", total=None, state="running", steps="", loss="", speed="", left="")
+        line.trials[number] = task
+    task = line.trials[number]
+    changes: dict[str, str] = {}
+    if "state" in data:
+        state = data["state"].string_value
+        style = _TRIAL_ENDS.get(state)
+        changes["state"] = f"[{style}]{state.replace('_', ' ')}[/]" if style else state
+        changes["left"] = ""
+    if "step" in data and "loss" in data:
+        step, total_steps = int(data["step"].number_value), int(data["total_steps"].number_value)
+        changes["steps"] = f"{step}/{total_steps}"
+        changes["loss"] = f"loss {data['loss'].number_value:.4f}"
+        live.update(task, completed=step, total=total_steps)
+    if (held_out := data.get("best_validation_loss", data.get("validation_loss"))) and held_out.number_value:
+        changes["speed"] = f"held-out {held_out.number_value:.4f}"
+    live.update(task, **changes)  # type: ignore[arg-type] # fields of the task, whose values are text
 
 
 def _numbers(job: Job, quality: str) -> list[str]:

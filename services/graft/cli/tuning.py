@@ -1,32 +1,50 @@
 """`graft tune`: creates fine-tuning jobs, follows them, and shows what came of them."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graft.cli.connect import connect
-from graft.cli.job_options import job_options, what_it_does
+from graft.cli.creating import (
+    BatchSize,
+    Dataset,
+    Epochs,
+    Follow,
+    Form,
+    FromAdapter,
+    Grader,
+    MaxSteps,
+    Method,
+    Model,
+    ServedAs,
+    SetOptions,
+    Suffix,
+    Task,
+    TuningKind,
+    Validation,
+    create_job,
+    numbers,
+)
+from graft.cli.following import follow_job
+from graft.cli.job_options import what_it_does
 from graft.cli.output import (
-    Interrupted,
     Json,
     JsonLines,
     as_dict,
-    console,
     failures,
     local_time,
-    print_json,
     print_table,
     short_id,
     show,
     show_fields,
     show_one,
 )
+from graft.cli.trials import print_trials, trials_of
+from graft.cli.uploading import Format
 
 if TYPE_CHECKING:
     from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
-    from graft.client import Graft
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `tune list` shows it.")]
 
@@ -35,59 +53,81 @@ tune = typer.Typer(no_args_is_help=True, help="Create, follow and cancel fine-tu
 
 @tune.command("create")
 def tune_create(
-    model: Annotated[str, typer.Argument(help="Base model, as `graft models` shows it.")],
-    dataset: Annotated[str, typer.Argument(help="Data set to train on, as `graft datasets list` shows it.")],
-    validation: Annotated[str, typer.Option(help="Data set for the held-out loss.")] = "",
-    suffix: Annotated[str, typer.Option(help="Name of the adapter; the job's id when not given.")] = "",
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Derived when not given.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step. Derived when not given.")] = None,
+    model: Model,
+    dataset: Dataset,
+    validation: Validation = "",
+    format: Format = "",
+    suffix: Suffix = "",
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
     learning_rate: Annotated[float | None, typer.Option(help="Derived when not given.")] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank; 0 derives it.")] = 0,
-    method: Annotated[
-        str,
-        typer.Option(help="supervised, self_supervised, instruction, preference or reinforcement; as the data says."),
-    ] = "",
-    tuning: Annotated[str, typer.Option(help="What may change: lora, last_layers or full.")] = "lora",
-    served_as: Annotated[str, typer.Option(help="adapter, low_rank_delta or merged_model; derived.")] = "",
-    task: Annotated[str, typer.Option(help="Template of the rows: a built-in task, or a YAML file of your own.")] = "",
-    from_adapter: Annotated[str, typer.Option("--from", help="Version to train on from: base:adapter@3.")] = "",
-    grader: Annotated[str, typer.Option(help="What rewards an answer; its settings with --set grader.NAME.")] = "",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other hyperparameter, or SECTION.NAME, as in lora.alpha or preference.beta; repeat.",
-        ),
-    ] = None,
-    follow: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
+    method: Method = "",
+    tuning: TuningKind = "lora",
+    served_as: ServedAs = "",
+    task: Task = "",
+    from_adapter: FromAdapter = "",
+    grader: Grader = "",
+    settings: SetOptions = None,
+    follow: Follow = True,
     as_json: JsonLines = False,
 ) -> None:
     """Fine-tune MODEL on DATASET. Exit code 1 when the job fails.
 
     Ctrl-C stops following; the job goes on.
     """
-    given = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
     with failures(as_json=as_json), connect() as graft:
-        options = job_options(settings or [], method=method, tuning=tuning, task=task, grader=grader)
-        hyperparameters = {name: value for name, value in given.items() if value is not None}
-        options["hyperparameters"] = {**hyperparameters, **options["hyperparameters"]}
+        form = Form(method, tuning, task, grader, validation, suffix, served_as, from_adapter)
+        given = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
+        options = form.options(settings or [], given)
         if rank:
             options["lora"] = {"rank": rank, **options.get("lora", {})}
-        options |= {
-            "validation_dataset": validation,
-            "suffix": suffix,
-            "served_as": served_as,
-            "from_adapter": from_adapter,
+        create_job(graft, model, dataset, options, format, follow=follow, as_json=as_json)
+
+
+@tune.command("sweep")
+def tune_sweep(
+    model: Model,
+    dataset: Dataset,
+    learning_rate: Annotated[
+        str, typer.Option(metavar="A,B,…", help="Learning rates to try; around the derived one when not given.")
+    ] = "",
+    rank: Annotated[str, typer.Option(metavar="A,B,…", help="LoRA ranks to try; the derived one when not given.")] = "",
+    max_trials: Annotated[int, typer.Option(min=0, help="Most combinations; 0: all, at most 16.")] = 0,
+    grace_steps: Annotated[int, typer.Option(min=0, help="Fewest steps before a trial may end early.")] = 0,
+    reduction_factor: Annotated[float, typer.Option(min=0, help="One trial of so many goes on; 0: 3.")] = 0.0,
+    max_concurrent_trials: Annotated[int, typer.Option(min=0, help="Most at a time; 0: as many as fit.")] = 0,
+    validation: Validation = "",
+    format: Format = "",
+    suffix: Suffix = "",
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    method: Method = "",
+    task: Task = "",
+    from_adapter: FromAdapter = "",
+    settings: SetOptions = None,
+    follow: Follow = True,
+    as_json: JsonLines = False,
+) -> None:
+    """Fine-tune MODEL on DATASET with several learning rates and ranks, and keep the best by held-out loss.
+
+    Trials that fall behind end early (ASHA). Needs --validation, or --set validation_fraction=0.1. Exit code 1 when
+    the job fails. Ctrl-C stops following; the job goes on.
+    """
+    with failures(as_json=as_json), connect() as graft:
+        form = Form(method, "lora", task, "", validation, suffix, "", from_adapter)
+        options = form.options(settings or [], {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size})
+        options["sweep"] = {
+            "learning_rates": numbers("learning-rate", learning_rate, float),
+            "ranks": numbers("rank", rank, int),
+            "max_trials": max_trials,
+            "grace_steps": grace_steps,
+            "reduction_factor": reduction_factor,
+            "max_concurrent_trials": max_concurrent_trials,
         }
-        job = graft.create_job(model, dataset, **options)
-        if as_json:
-            print_json({"fine_tuning_job": as_dict(job)} if follow else as_dict(job), line=follow)
-        else:
-            print(f"Job {short_id(job.name)} is created: {what_it_does(job)}.", flush=True)
-        if follow:
-            _follow(graft, job, as_json=as_json)
+        create_job(graft, model, dataset, options, format, follow=follow, as_json=as_json)
 
 
 @tune.command("watch")
@@ -98,7 +138,7 @@ def tune_watch(
 ) -> None:
     """Follow a job until it ends. Exit code 1 unless it succeeds."""
     with failures(as_json=as_json), connect() as graft:
-        _follow(graft, graft.job(job), after=after, as_json=as_json)
+        follow_job(graft, graft.job(job), after=after, as_json=as_json)
 
 
 @tune.command("list")
@@ -158,6 +198,10 @@ def tune_get(job: JobId, as_json: Json = False) -> None:
                     for one in values
                 ],
             )
+        if not as_json and found.HasField("sweep") and found.HasField("end_time"):
+            for trials in filter(None, map(trials_of, graft.job_events(job))):
+                print()
+                print_trials(trials)
 
 
 @tune.command("events")
@@ -205,44 +249,3 @@ def _value_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _follow(graft: "Graft", job: "FineTuningJob", *, after: int = 0, as_json: bool) -> None:
-    """Shows the job until it has ended, and exits with 1 unless it succeeded."""
-    job_id = short_id(job.name)
-    try:
-        for update in _told(graft, job, after, as_json=as_json):
-            job = update
-    except KeyboardInterrupt:
-        message = (
-            f"Job {job_id} goes on. Follow it with `graft tune watch {job_id}`, "
-            f"or end it with `graft tune cancel {job_id}`."
-        )
-        raise Interrupted(message, reason="INTERRUPTED", metadata={"job": job_id}) from None
-    succeeded = job.state == job.STATE_SUCCEEDED
-    if succeeded and not as_json:
-        print(f"{job.fine_tuned_model} is ready. Try it: graft chat {job.fine_tuned_model}")
-    elif not as_json:
-        from graft.cli.progress import state_word
-
-        reason = f": {job.error.message}" if job.error.message else "."
-        print(f"Job {job_id} has ended as {state_word(job.state)}{reason}", file=sys.stderr)
-    raise typer.Exit(0 if succeeded else 1)
-
-
-def _told(graft: "Graft", job: "FineTuningJob", after: int, *, as_json: bool) -> "Iterator[FineTuningJob]":
-    """The job after each of its events, which has been shown by then."""
-    if as_json:
-        for update in graft.watch_job(job.name, after):
-            print_json(as_dict(update), line=True)
-            yield update.fine_tuning_job
-        return
-    from graft.cli.progress import JobsProgress
-
-    with JobsProgress(console) as progress:
-        progress.add(job.name, job.suffix or short_id(job.name))
-        if after:
-            progress.update(job.name, job)  # the next event may be long in coming
-        for update in graft.watch_job(job.name, after):
-            progress.update(job.name, update.fine_tuning_job, update.event)
-            yield update.fine_tuning_job

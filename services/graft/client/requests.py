@@ -176,6 +176,8 @@ class JobOptions(TypedDict, total=False):
     from_adapter: str
     """`base:adapter@version`."""
     hyperparameters: Mapping[str, Any]
+    sweep: Mapping[str, Any]
+    """Of `Sweep`: `{"learning_rates": [1e-4, 5e-4], "ranks": [4, 8]}`; empty for one whose values are derived."""
     metadata: Mapping[str, str]
     request_id: str
     """A UUID4; one is made when left out."""
@@ -236,6 +238,8 @@ def create_job(
     job.hyperparameters.CopyFrom(
         _built("hyperparameters", fine_tuning_job_pb2.Hyperparameters, **options.get("hyperparameters", {}))
     )
+    if (sweep := options.get("sweep")) is not None:
+        job.sweep.CopyFrom(_built("sweep", fine_tuning_job_pb2.Sweep, **sweep))
     return fine_tuning_service_pb2.CreateFineTuningJobRequest(
         parent=parent, fine_tuning_job=job, request_id=options.get("request_id") or str(uuid.uuid4())
     )

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from graft.data.rendering import Example, Tokenizer
+from graft.data.rendering import Example, Tokenizer, compact
 from graft.domain.errors import InvalidArgument
 
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "lib2to3", "tkinter", "site-packages", "dist-packages"})
@@ -80,7 +80,7 @@ def sequences(
             side = held_out if digest[0] % HELD_OUT_SHARE == 0 else learned
             if len(piece) < 2 or digest in side:
                 continue
-            side[digest] = Example(piece, [True] * len(piece))
+            side[digest] = compact(piece, [1] * len(piece))
             tokens += len(piece) if side is learned else 0
         if tokens >= most_tokens:
             break

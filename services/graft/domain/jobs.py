@@ -144,6 +144,21 @@ class LastLayers:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """A search over learning rates and ranks as asked for: the job trains each combination as a trial, ends those that
+    fall behind by ASHA (Li et al. 2018, arXiv:1810.05934), and keeps the best. Zero and empty mean: derive."""
+
+    learning_rates: tuple[float, ...] = ()
+    ranks: tuple[int, ...] = ()
+    max_trials: int = 0
+    grace_steps: int = 0
+    """Fewest steps of a trial before it may be ended."""
+    reduction_factor: float = 0.0
+    """One of so many trials goes on at each rung."""
+    max_concurrent_trials: int = 0
+
+
+@dataclass(frozen=True)
 class Hyperparameters:
     """Hyperparameters as asked for. None means: derive from data and model."""
 
@@ -193,6 +208,8 @@ class JobSpec:
     from_adapter: str | None = None
     """`base:adapter@version` that training starts from."""
     hyperparameters: Hyperparameters = field(default_factory=Hyperparameters)
+    sweep: Sweep | None = None
+    """None: one training."""
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -201,7 +218,7 @@ class Resolved:
     """One hyperparameter as used. `name` is as in Hyperparameters, or `lora.rank` and so on."""
 
     name: str
-    value: float | int | str | list[str]
+    value: float | int | str | list[str] | list[float]
     derived: bool
     reason: str
 

@@ -1,6 +1,7 @@
 """Jobs as protobuf and back, for the gRPC edge. Data sets, base models and adapters are `graft.gateway.convert`'s."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
@@ -26,6 +27,7 @@ from graft.domain.jobs import (
     Reinforcement,
     Resolved,
     ServedAs,
+    Sweep,
     Tuning,
 )
 from graft.domain.names import dataset_name, job_name, parse_resource
@@ -101,7 +103,19 @@ def job_spec(project: str, asked: fine_tuning_job_pb2.FineTuningJob) -> JobSpec:
             **{field.name: value for field, value in asked_for.ListFields() if field.name in _OPTIONAL_HYPERPARAMETERS},
             over_length_policy=_known(_POLICIES, asked_for.over_length_policy, "hyperparameters.over_length_policy"),
         ),
+        sweep=_sweep(asked.sweep) if asked.HasField("sweep") else None,
         metadata=dict(asked.metadata),
+    )
+
+
+def _sweep(asked: fine_tuning_job_pb2.Sweep) -> Sweep:
+    return Sweep(
+        learning_rates=tuple(asked.learning_rates),
+        ranks=tuple(asked.ranks),
+        max_trials=asked.max_trials,
+        grace_steps=asked.grace_steps,
+        reduction_factor=asked.reduction_factor,
+        max_concurrent_trials=asked.max_concurrent_trials,
     )
 
 
@@ -192,6 +206,7 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
             **{name: getattr(asked, name) for name in _OPTIONAL_HYPERPARAMETERS},
             over_length_policy=_number(_POLICIES, asked.over_length_policy),
         ),
+        sweep=None if spec.sweep is None else fine_tuning_job_pb2.Sweep(**asdict(spec.sweep)),
         metadata=spec.metadata,
         state=fine_tuning_job_pb2.FineTuningJob.State.Value(f"STATE_{found.state.value}"),
         error=status(found.error) if found.error else None,
@@ -262,7 +277,7 @@ def _tuning(spec: JobSpec) -> dict[str, Any]:
 def _resolved(one: Resolved) -> fine_tuning_job_pb2.ResolvedHyperparameter:
     value = Value()
     if isinstance(one.value, list):
-        value.list_value.extend(one.value)
+        value.list_value.extend(cast(list[Any], one.value))
     elif isinstance(one.value, str):
         value.string_value = one.value
     else:

@@ -185,7 +185,9 @@ class Context:
         if self.trackers and self.trackers[-1].attempt == self.job.attempt:
             return self.trackers[-1]
         job = self.job
-        params = {item.name: str(item.value) for item in job.resolved}
+        # What a sweep chooses is known at its end, and a parameter cannot be written again.
+        swept = ("learning_rate", "lora.rank", "lora.alpha") if job.spec.sweep else ()
+        params = {item.name: str(item.value) for item in job.resolved if item.name not in swept}
         params |= {"base_model": job.spec.base_model, "method": job.spec.method or "", "tuning": job.spec.tuning}
         tags = {"graft.adapter": job.adapter}
         if material is not None:

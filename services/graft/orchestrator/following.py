@@ -14,9 +14,11 @@ from typing import ParamSpec, TypeVar
 from graft.domain.errors import KINDS, FailedPrecondition, Internal, Unavailable
 from graft.domain.jobs import Checkpoint, EventLevel, JobState, Progress
 from graft.orchestrator.context import Context
+from graft.orchestrator.sampling import LOOKS_AFTER_KILL, forget_policies
 from graft.orchestrator.threads import call
 from graft.orchestrator.tracking import Tracker
 from graft.training.spec import ENDS, Report, RunStatus
+from graft.training.sweep import choose
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,6 +56,7 @@ async def stop_run(context: Context) -> None:
     await context.record()  # the store's fence: another owner's run must not be ended by us
     await ask_ray(context.parts.runs.cancel, job.id, job.attempt)
     await ask_ray(context.parts.runs.release, job.id, job.attempt)
+    await forget_policies(context, LOOKS_AFTER_KILL)
 
 
 async def follow(context: Context) -> None:
@@ -65,6 +68,7 @@ async def follow(context: Context) -> None:
     if end is None:
         await give_up_attempt(context)
     elif end["kind"] == "finished":
+        await forget_policies(context)
         await context.move(JobState.REGISTERING, "Training has finished.")
     elif end["kind"] == "failed":
         kind = KINDS.get(str(end.get("code", "")), Internal)
@@ -103,8 +107,8 @@ def _end_key(context: Context) -> str:
 class _Follower:
     context: Context
     tracker: Tracker
-    pending: Report | None = None
-    """The newest metrics report that no event tells yet."""
+    pending: dict[object, Report] = field(default_factory=dict)
+    """The newest metrics report that no event tells yet; of a sweep, by trial."""
     kept_report_seconds: float = float("-inf")
     kept_wall_seconds: float = float("-inf")
     seen: int = field(init=False)
@@ -132,8 +136,12 @@ class _Follower:
             self.seen = report.sequence
             if report.kind == "metrics":
                 self._log(report)
-                self.pending = report
-                if report.time_seconds - self.kept_report_seconds >= interval_seconds:
+                trial = report.data.get("trial")
+                self.pending.pop(trial, None)
+                self.pending[trial] = report
+                # By its held-out loss a trial is judged: none is left out.
+                judged = trial is not None and "validation_loss" in report.data
+                if judged or report.time_seconds - self.kept_report_seconds >= interval_seconds:
                     await self._flush()
                 continue
             await self._flush()
@@ -148,7 +156,13 @@ class _Follower:
         return None
 
     def _log(self, report: Report) -> None:
-        metrics = {name: value for name, value in _numbers(report.data).items() if name not in ("step", "total_steps")}
+        trial = report.data.get("trial")
+        prefix = "" if trial is None else f"trial-{trial}/"
+        metrics = {
+            prefix + name: value
+            for name, value in _numbers(report.data).items()
+            if name not in ("step", "total_steps", "trial")
+        }
         self.tracker.log(metrics, _step(report))
 
     def _data(self, report: Report) -> dict[str, object]:
@@ -157,17 +171,23 @@ class _Follower:
         return {**told, "attempt": self.context.job.attempt, "report": report.sequence}
 
     async def _flush(self) -> None:
-        report, self.pending = self.pending, None
-        if report is None:
-            return
+        reports, self.pending = self.pending, {}
+        for report in reports.values():  # by sequence, so that the cursor passes none
+            await self._keep(report)
+
+    async def _keep(self, report: Report) -> None:
         self.kept_report_seconds, self.kept_wall_seconds = report.time_seconds, time.monotonic()
         before = self.context.job.progress or Progress()
-        told = {name: value for name, value in _numbers(report.data).items() if name in _PROGRESS}
+        trial, sweep = report.data.get("trial"), report.data.get("sweep")
+        whole = sweep if isinstance(sweep, dict) else {}
+        told = {name: value for name, value in _numbers({**report.data, **whole}).items() if name in _PROGRESS}
         for name in ("step", "total_steps", "trained_tokens"):
             if name in told:
                 told[name] = int(told[name])
         progress = replace(before, **told)  # type: ignore[arg-type] # names are Progress's own, values its numbers
         message = f"Step {progress.step} of {progress.total_steps}, loss {progress.loss:.4f}"
+        if trial is not None:
+            message = f"Trial {trial}: step {_step(report)}, loss {progress.loss:.4f}"
         for name in ("reward", "accuracy"):
             if name in (numbers := _numbers(report.data)):
                 message += f", {name} {numbers[name]:.2f}"
@@ -203,7 +223,9 @@ class _Follower:
         }
         data = {**self._data(report), "kind": report.kind}
         metrics = _numbers(report.data) if report.kind == "finished" else None
-        await self.context.say(_end_key(self.context), texts[report.kind], data, metrics=metrics)
+        chosen = report.data.get("chosen")
+        resolved = choose(self.context.job.resolved, chosen) if isinstance(chosen, dict) else None
+        await self.context.say(_end_key(self.context), texts[report.kind], data, metrics=metrics, resolved=resolved)
         self.context.cursor = report.sequence
         return data
 

@@ -13,14 +13,33 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from graft.domain.errors import FailedPrecondition
-from graft.domain.jobs import Job
+from graft.domain.jobs import Job, Resolved
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.threads import call
 
+CONCURRENCY = "sweep.max_concurrent_trials"
+
 
 def worker_count(job: Job) -> int:
-    """Workers of the job's run, one CPU each; 1 until it is derived."""
-    return resolved_int(job, "num_workers", 1)
+    """Workers of the job's run, or trials of its sweep at a time, one CPU each; 1 until it is derived."""
+    return resolved_int(job, CONCURRENCY if job.spec.sweep else "num_workers", 1)
+
+
+def wanted_workers(job: Job) -> tuple[int, int]:
+    """The fewest and the most that the job can begin with: a sweep takes what is free."""
+    if job.spec.sweep is None:
+        return worker_count(job), worker_count(job)
+    trials = resolved_int(job, "sweep.max_trials", 1)
+    return 1, min(job.spec.sweep.max_concurrent_trials or trials, trials)
+
+
+def with_concurrency(job: Job, cpus: int) -> tuple[Resolved, ...]:
+    """The resolved hyperparameters of a sweep that has been given so many CPUs."""
+    _, most = wanted_workers(job)
+    asked = job.spec.sweep.max_concurrent_trials if job.spec.sweep else 0
+    reason = f"One CPU a trial: {cpus} of the {most} that it could use were free."
+    others = tuple(item for item in job.resolved if item.name != CONCURRENCY)
+    return (*others, Resolved(CONCURRENCY, cpus, cpus != asked, reason))
 
 
 def resolved_int(job: Job, name: str, default: int) -> int:
@@ -59,12 +78,13 @@ class Room:
         self._waiting.pop(job_id, None)
 
     @asynccontextmanager
-    async def turn(self, job: Job) -> AsyncIterator[None]:
-        """Waits until the job may train and holds its CPUs. Until the block has ended, younger jobs go on waiting.
+    async def turn(self, job: Job) -> AsyncIterator[int]:
+        """Waits until the job may train, holds its CPUs and tells how many. Until the block has ended, younger jobs go
+        on waiting.
 
         Raises FailedPrecondition if the job can never fit. After an error the job keeps its place.
         """
-        workers = worker_count(job)
+        workers, most = wanted_workers(job)
         self.line_up(job)
         too_small_since: float | None = None
         while True:
@@ -85,8 +105,8 @@ class Room:
                 if self._first() == job.id and self._fits(workers, cpus):
                     break
             await asyncio.sleep(self.parts.settings.orchestrator.poll_seconds)
-        self._held[job.id] = workers
-        yield
+        self._held[job.id] = granted = max(workers, min(most, int(cpus) - sum(self._held.values())))
+        yield granted
         self._waiting.pop(job.id, None)
 
     def _first(self) -> str:

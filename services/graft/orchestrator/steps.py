@@ -14,6 +14,8 @@ from graft.orchestrator.evaluating import evaluate
 from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
+from graft.orchestrator.room import with_concurrency
+from graft.orchestrator.sampling import check_engine
 from graft.orchestrator.starting import say_start, start_from, with_start
 from graft.orchestrator.threads import call, to_the_end
 
@@ -42,13 +44,16 @@ async def validate(context: Context) -> None:
             },
             resolved=resolved,
         )
+    await check_engine(context)
     context.room.line_up(context.job)
     await context.move(JobState.QUEUED, "The data is valid. Waiting for room to train.")
 
 
 async def queue(context: Context) -> None:
     """QUEUED: waits for CPUs. Raises FailedPrecondition for a job that can never have them."""
-    async with context.room.turn(context.job):
+    async with context.room.turn(context.job) as cpus:
+        if context.job.spec.sweep:
+            await context.record(resolved=with_concurrency(context.job, cpus))
         await context.move(JobState.STARTING, "Starting the training workers.")
 
 
@@ -75,7 +80,7 @@ async def run(context: Context) -> None:
 
 
 def _value(item: Resolved) -> str:
-    return "/".join(item.value) if isinstance(item.value, list) else str(item.value)
+    return "/".join(map(str, item.value)) if isinstance(item.value, list) else str(item.value)
 
 
 async def _tell_data(context: Context, prepared: PreparedData) -> None:

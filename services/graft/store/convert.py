@@ -27,6 +27,7 @@ from graft.domain.jobs import (
     Reinforcement,
     Resolved,
     ServedAs,
+    Sweep,
     Tuning,
 )
 from graft.domain.reports import report_from_json
@@ -51,9 +52,13 @@ def spec_from_json(value: Mapping[str, Any]) -> JobSpec:
     reinforcement = dict(value.get("reinforcement", {}))
     if reinforcement.get("grader") is not None:
         reinforcement["grader"] = GraderSpec(**reinforcement["grader"])
+    sweep = value.get("sweep")
+    if sweep is not None:
+        sweep = Sweep(**{**sweep, **{name: tuple(sweep[name]) for name in ("learning_rates", "ranks")}})
     return JobSpec(
         **{
             **value,
+            "sweep": sweep,
             "method": Method(value["method"]),
             "loss_on": LossOn(value.get("loss_on", LossOn.COMPLETION)),
             "preference": Preference(**value.get("preference", {})),

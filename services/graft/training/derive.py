@@ -10,6 +10,7 @@ from typing import Any
 from graft.data.prepare import DataStats
 from graft.domain.jobs import JobSpec, Method, Resolved, ServedAs, Tuning
 from graft.domain.resources import BaseModel
+from graft.training.sweep import settle_sweep
 
 DEFAULT_RANK = 8
 """Hu et al. 2021 (arXiv:2106.09685), table 6: ranks above 8 gain nothing on most tasks."""
@@ -24,6 +25,7 @@ DEFAULT_BETA = 0.1
 DEFAULT_BLOCKS = 2
 DEFAULT_GROUP_SIZE = 8
 """Enough answers that a reward of one in eight tells; Shao et al. use 64, which a CPU does not sample."""
+DEFAULT_COMPLETION_TOKENS = 64
 PROMPTS_A_STEP = 4
 """Times the group size: 32 answers a step."""
 LEAST_STEPS = 100
@@ -141,7 +143,7 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
         settle("last_layers.blocks", spec.last_layers.blocks or None, DEFAULT_BLOCKS, f"The last {DEFAULT_BLOCKS}.")
     if spec.served_as is ServedAs.LOW_RANK_DELTA:
         settle("delta_rank", spec.delta_rank or None, base.max_lora_rank, "The highest that the engine loads.")
-    return tuple(resolved)
+    return tuple(resolved) if spec.sweep is None else settle_sweep(spec.sweep, resolved)
 
 
 def _settle_method(spec: JobSpec, settle: Settle) -> None:
@@ -155,7 +157,13 @@ def _settle_method(spec: JobSpec, settle: Settle) -> None:
             DEFAULT_GROUP_SIZE,
             f"{DEFAULT_GROUP_SIZE}: one success in {DEFAULT_GROUP_SIZE} answers is told from none.",
         )
-        settle("reinforcement.max_completion_tokens", asked.max_completion_tokens or None, 64, "64, for short answers.")
+        most = DEFAULT_COMPLETION_TOKENS
+        settle(
+            "reinforcement.max_completion_tokens",
+            asked.max_completion_tokens or None,
+            most,
+            f"{most}, for short answers.",
+        )
         settle("reinforcement.temperature", asked.temperature or None, 1.0, "1: samples what the policy is.")
         settle("reinforcement.epsilon", asked.epsilon or None, 0.2, "0.2 (Schulman et al. 2017, arXiv:1707.06347).")
 

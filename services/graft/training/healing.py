@@ -73,28 +73,23 @@ def derive(order: Order) -> dict[str, Any]:
     """Makes the model in `order.output`; returns its lineage. Raises InvalidArgument when there is too little text."""
     tell("phase", message=f"Loading {order.base}.")
     tokenizer = AutoTokenizer.from_pretrained(order.base_folder, local_files_only=True)
-    source = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         order.base_folder, dtype=torch.float32, attn_implementation=PACKED, local_files_only=True
     )
-    source.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     learned, held_out, text = _read(order, tokenizer)
     tell("phase", message=f"Text: {text}, {_tokens(learned):,} tokens to learn, {_tokens(held_out):,} held out.")
-    before = mean_loss(source, held_out)
-    kept, by = _choose(order, source, learned)
-    cut(source, kept)
-    after_cut = mean_loss(source, held_out)
-    tell(
-        "cut",
-        kept=kept,
-        chosen_by=by,
-        perplexity_before=_perplexity(before),
-        perplexity_after_cut=_perplexity(after_cut),
-    )
-    healed_tokens = _heal(order, source, learned)
+    before = mean_loss(model, held_out)
+    kept, by = _choose(order, model, learned)
+    cut(model, kept)
+    after_cut = mean_loss(model, held_out)
+    told = {"perplexity_before": _perplexity(before), "perplexity_after_cut": _perplexity(after_cut)}
+    tell("cut", kept=kept, chosen_by=by, **told)
+    healed_tokens = _heal(order, model, learned)
     # What is kept is what is measured: the parent's type on disk is often 16 bits wide.
     kept_type = _stored_type(Path(order.base_folder))
-    source.to(kept_type).to(torch.float32)
-    after = mean_loss(source, held_out)
+    model.to(kept_type).to(torch.float32)
+    after = mean_loss(model, held_out)
     lineage = {
         "from": order.base,
         "digest": order.base_digest,
@@ -109,7 +104,7 @@ def derive(order: Order) -> dict[str, Any]:
             "after_healing": _perplexity(after),
         },
     }
-    source.to(kept_type).save_pretrained(order.output)
+    model.to(kept_type).save_pretrained(order.output)
     _copy_tokenizer(Path(order.base_folder), Path(order.output))
     return lineage
 
@@ -143,9 +138,11 @@ def _choose(order: Order, model: Any, learned: Sequence[Example]) -> tuple[list[
 def _heal(order: Order, model: Any, learned: Sequence[Example]) -> int:
     """Trains every parameter; returns the tokens seen."""
     model.requires_grad_(True)
+    device = next(model.parameters()).device
     batch = learned[:BATCH_SEQUENCES]
+    _gradient(model, batch, device)  # the first also pays for memory that the others find there
     started = time.monotonic()
-    _gradient(model, batch)
+    _gradient(model, batch, device)
     tokens_per_second = _tokens(batch) / (time.monotonic() - started)
     most = tokens_per_second * order.seconds
     tokens = min(most, order.tokens) if order.tokens else most
@@ -158,7 +155,7 @@ def _heal(order: Order, model: Any, learned: Sequence[Example]) -> int:
         nonlocal seen
         seen = report.trained_tokens
         tell("step", **asdict(report))
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline and report.step < steps:
             tell("phase", message=f"The time is up after {seen:,} tokens.")
             raise Stop
 
@@ -171,13 +168,12 @@ def _heal(order: Order, model: Any, learned: Sequence[Example]) -> int:
         max_grad_norm=1.0,
         seed=order.seed,
     )
-    train(model, Supervised(learned, next(model.parameters()).device), settings, on_step)
+    train(model, Supervised(learned, device), settings, on_step)
     return seen
 
 
-def _gradient(model: Any, batch: Sequence[Example]) -> None:
+def _gradient(model: Any, batch: Sequence[Example], device: torch.device) -> None:
     """One forward and backward pass, for its time."""
-    device = next(model.parameters()).device
     for packed in microbatches(batch):
         token_losses(model, packed.to(device)).mean().backward()
     model.zero_grad()

@@ -1,7 +1,8 @@
 """Runs on Ray: a named, detached actor an attempt, which owns the worker group and keeps what it reports.
 
 The actor imports neither torch nor transformers and outlives a restart of whoever started it. Its child actor calls
-Ray Train's `TorchTrainer.fit()`; ending the child ends the worker group, since Ray ends what a dead actor owned.
+Ray Train's `TorchTrainer.fit()`, or for a sweep Ray Tune's `Tuner.fit()`; ending the child ends the workers, since Ray
+ends what a dead actor owned.
 Every report is also a line of `reports.jsonl` in the run's folder.
 """
 
@@ -10,6 +11,7 @@ import re
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ray.util import list_named_actors
 from graft.domain.errors import Aborted
 from graft.training.failures import failure
 from graft.training.fit import Fit
+from graft.training.search import OPTIONS, Search, free_places
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
@@ -81,7 +84,8 @@ class _Run:
             with self._lock:
                 if self._ended():
                     return
-                self._fit = ray.remote(num_cpus=0, max_restarts=0)(Fit).remote()
+                kind, options = (Fit, {}) if self._spec.search is None else (Search, OPTIONS)
+                self._fit = ray.remote(num_cpus=0, max_restarts=0, **options)(kind).remote()
             ray.get(self._fit.fit.remote(self._spec, me, time.time()))
             self.tell(
                 "failed", {"code": "INTERNAL", "reason": "NO_RESULT", "message": "The run ended without a result."}
@@ -138,16 +142,16 @@ class RayRuns:
         actor = self._find(job_id, attempt)
         if actor is None:
             return
-        try:
+        with suppress(ray.exceptions.RayActorError):  # gone in between, and with it the workers
             ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
-        except ray.exceptions.RayActorError:  # gone in between, and with it the worker group
-            return
+        free_places(run_name(job_id, attempt))
 
     def release(self, job_id: str, attempt: int) -> None:
         """Ends the actor and all that it owns. Its folder stays."""
         actor = self._find(job_id, attempt)
         if actor is not None:
             ray.kill(actor)
+        free_places(run_name(job_id, attempt))
 
     @staticmethod
     def _find(job_id: str, attempt: int) -> Any:

@@ -5,7 +5,7 @@ Does not know Ray: who its companions are, how many threads it may use and whom 
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from graft.training.batching import microbatches
 from graft.training.heldout import HeldOut
 from graft.training.imports import AutoTokenizer
 from graft.training.loop import LoopSettings, StepReport, Stop, train
-from graft.training.methods import HELD_OUT_EXAMPLES, HELD_OUT_TOKENS, learned_from, objective_of, read_data
+from graft.training.methods import (
+    HELD_OUT_EXAMPLES,
+    HELD_OUT_TOKENS,
+    close,
+    learned_from,
+    objective_of,
+    probe_candidates,
+    read_data,
+)
 from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import check_packing
@@ -32,10 +40,31 @@ THREADS_SECONDS = 5.0
 Tell = Callable[[str, dict[str, Any]], None]
 
 
-def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], int], clock: Clock) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """The held-out loss as it was measured after a step, before the next one."""
+
+    step: int
+    loss: float
+    result: dict[str, float]
+    """Metrics as the last report would give them if training ended here."""
+    save: Callable[[Path], dict[str, float]]
+    """Writes below a folder what the run would leave if it ended here, and returns the numbers of that. For results
+    that are served as they are trained: other forms use the model up."""
+
+
+def run_worker(
+    spec: RunSpec,
+    tell: Tell,
+    group: Group,
+    threads: Callable[[], int],
+    clock: Clock,
+    on_measured: Callable[[Measured], None] | None = None,
+) -> None:
     """Trains `spec` as one of the group's workers. `tell(kind, data)` reports, and is called on rank 0 only.
 
-    `threads()` tells how many this worker may use now.
+    `threads()` tells how many this worker may use now; `on_measured` is called on rank 0 after each measurement of the
+    held-out loss and may end training by an exception of its own.
 
     Raises InvalidArgument or FailedPrecondition when data, base model or hyperparameters are at fault.
     """
@@ -84,21 +113,30 @@ def run_worker(spec: RunSpec, tell: Tell, group: Group, threads: Callable[[], in
     )
     if spec.method is Method.PREFERENCE and group.rank == 0:
         tell("message", {"message": "The model as it is scores the pairs first: it is the reference."})
-    objective = objective_of(spec, model, data, learned_from(spec, data), device, group)
+    objective = objective_of(spec, model, data, learned_from(spec, data), device, group, tell)
     measured = None
     if held_out_data is not None:
-        measured = objective_of(spec, model, held_out_data, range(len(held_out_data.sequences)), device, group)
+        indices = range(len(held_out_data.sequences))
+        measured = objective_of(spec, model, held_out_data, indices, device, group, tell)
     held_out = HeldOut(spec, model, measured, group)
-    follow = _Follower(spec, model, held_out, tell, group, threads)
-    train(model, objective, settings, follow.on_step, group)
+
+    def yardstick() -> Yardstick:
+        if held_out_data is not None:
+            return Yardstick(held_out_data.sequences, True, held_out.loss)
+        first = probe_candidates(objective, data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS))
+        return Yardstick(first, False, lambda final: mean_loss(final, first))
+
+    def save(folder: Path) -> dict[str, float]:
+        return save_result(replace(spec, output_dir=str(folder)), model, yardstick(), tell)
+
+    follow = _Follower(spec, model, held_out, tell, group, threads, save, on_measured)
+    try:
+        train(model, objective, settings, follow.on_step, group)
+    finally:
+        close(objective)
     held_out.restore()
     if group.rank == 0:
-        if held_out_data is not None:
-            yardstick = Yardstick(held_out_data.sequences, True, held_out.loss)
-        else:
-            first = data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS).sequences
-            yardstick = Yardstick(first, False, lambda final: mean_loss(final, first))
-        result = save_result(spec, model, yardstick, tell)
+        result = save(Path(spec.output_dir))
         tell("finished", {"message": held_out.summary, **follow.result, **result})
     # Nobody leaves before rank 0 has told the end: a worker that is gone is a failure to those that remain.
     group.reduce(torch.zeros(1))
@@ -115,6 +153,8 @@ class _Follower:
         tell: Tell,
         group: Group,
         threads: Callable[[], int],
+        save: Callable[[Path], dict[str, float]],
+        on_measured: Callable[[Measured], None] | None,
     ) -> None:
         self._spec = spec
         self._model = model
@@ -122,6 +162,8 @@ class _Follower:
         self._tell = tell
         self._group = group
         self._threads = threads
+        self._save = save
+        self._on_measured = on_measured
         self._asked = time.monotonic()
         self._trained: dict[str, float] = {}
 
@@ -137,7 +179,8 @@ class _Follower:
         self._trained = {"train_loss": report.loss, "trained_tokens": report.trained_tokens}
         self._trained |= {f"train_{name}": value for name, value in report.metrics.items()}
         last = report.step == report.total_steps
-        metrics |= self._held_out.after(report)
+        measured = self._held_out.after(report)
+        metrics |= measured
         stopping = self._held_out.exhausted and not last
         if stopping:
             metrics["remaining_seconds"] = 0.0
@@ -145,6 +188,8 @@ class _Follower:
             self._tell("metrics", metrics)
             if report.step % self._spec.checkpoint_steps == 0 and not last:
                 self._checkpoint(report.step, metrics)
+            if measured and self._on_measured is not None:
+                self._on_measured(Measured(report.step, measured["validation_loss"], self.result, self._save))
         if time.monotonic() - self._asked >= THREADS_SECONDS:
             self._asked = time.monotonic()
             torch.set_num_threads(self._threads())

@@ -101,6 +101,7 @@ def job(found: Job) -> dict[str, object]:
             "loss_on": spec.loss_on.value,
             "reinforcement": {name: value for name, value in asdict(spec.reinforcement).items() if name != "grader"},
             "hyperparameters": asdict(spec.hyperparameters),
+            "sweep": None if spec.sweep is None else asdict(spec.sweep),
             "resolved": [asdict(one) for one in found.resolved],
             "progress": asdict(progress) if progress else None,
             "metrics": found.metrics,

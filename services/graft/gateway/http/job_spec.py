@@ -5,7 +5,8 @@ say is taken from `graft`, which clients send with `extra_body`:
 
     {"graft": {"lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
                "task": "sentiment", "from_adapter": "smollm2-135m:reviews@3",
-               "hyperparameters": {"learning_rate": 2e-4, "max_steps": 100, "over_length_policy": "truncate"}}}
+               "sweep": {"learning_rates": [1e-4, 5e-4], "ranks": [4, 8], "max_trials": 3},
+               "hyperparameters": {"max_steps": 100, "over_length_policy": "truncate"}}}
 
 `graft.hyperparameters` takes every field of `graft.domain.jobs.Hyperparameters` by its name. `method.type` is OpenAI's
 `supervised`, `dpo` or `reinforcement`, or Graft's `self_supervised` or `instruction`. What is tuned is LoRA, unless
@@ -32,6 +33,7 @@ from graft.domain.jobs import (
     Preference,
     Reinforcement,
     ServedAs,
+    Sweep,
     Tuning,
 )
 
@@ -62,7 +64,17 @@ _PARAMS = {
 }
 """Graft's fields by OpenAI's names, for refusals of the core."""
 _GRAFT_SECTIONS = frozenset(
-    {"hyperparameters", "lora", "last_layers", "served_as", "delta_rank", "task", "task_definition", "from_adapter"}
+    {
+        "hyperparameters",
+        "lora",
+        "last_layers",
+        "served_as",
+        "delta_rank",
+        "task",
+        "task_definition",
+        "from_adapter",
+        "sweep",
+    }
 )
 """Graft's fields that stand under `graft`."""
 
@@ -109,6 +121,7 @@ def job_spec(body: dict[str, object]) -> JobSpec:
         task_definition=graft.take("task_definition", _definition) or "",
         from_adapter=graft.take("from_adapter", _text) or None,
         hyperparameters=Hyperparameters(**chosen.values, over_length_policy=policy),
+        sweep=_read_sweep(graft),
         metadata=top.take("metadata", _pairs) or {},
     )
     if top.take("integrations", lambda value: value):
@@ -220,6 +233,20 @@ def _read_graft(given: "_Object", chosen: _Chosen) -> OverLengthPolicy:
     return policy
 
 
+def _read_sweep(graft: "_Object") -> Sweep | None:
+    asked = graft.object("sweep")
+    sweep = Sweep(
+        learning_rates=asked.take("learning_rates", _many(_number)) or (),
+        ranks=asked.take("ranks", _many(_whole)) or (),
+        max_trials=asked.take("max_trials", _whole) or 0,
+        grace_steps=asked.take("grace_steps", _whole) or 0,
+        reduction_factor=asked.take("reduction_factor", _number) or 0.0,
+        max_concurrent_trials=asked.take("max_concurrent_trials", _whole) or 0,
+    )
+    asked.finish()
+    return sweep if graft.has("sweep") else None
+
+
 # Values. Each returns the value or raises ValueError with what was expected.
 
 
@@ -239,6 +266,15 @@ def _whole(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
         raise ValueError("must be a whole number")
     return int(value)
+
+
+def _many(kind: Callable[[object], T]) -> Callable[[object], tuple[T, ...]]:
+    def read(value: object) -> tuple[T, ...]:
+        if not isinstance(value, list):
+            raise ValueError("must be a list of numbers")
+        return tuple(kind(one) for one in value)
+
+    return read
 
 
 def _texts(value: object) -> tuple[str, ...]:
@@ -324,6 +360,9 @@ class _Object:
         except (ValueError, OverflowError) as error:
             self.refuse(name, str(error))
             return None
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
 
     def required(self, name: str) -> str:
         taken = self.take(name, _text)
