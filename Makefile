@@ -2,7 +2,8 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 BIN := .venv/bin
-.PHONY: help setup demo test test-unit bench lint stubs lock
+SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code dpo grpo jargon small-vs-large)
+.PHONY: help setup demo test test-unit bench showcase $(SHOWCASES) lint stubs lock
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,12 @@ test-unit: setup ## Runs the tests that need no server
 
 bench: setup ## Measures against TRL, PEFT, vLLM and Ray Serve; BENCH=training runs one, --quick in it a smoke run
 	$(BIN)/python -m benchmarks $(BENCH)
+
+showcase: setup ## Runs every showcase on the real base model (hours); showcase-TASK one, QUICK=1 a smoke run
+	@$(BIN)/python -m showcase $(if $(QUICK),--quick)
+
+$(SHOWCASES): showcase-%: setup
+	@$(BIN)/python -m showcase $* $(if $(QUICK),--quick)
 
 lint: setup ## Runs ruff, mypy, import-linter and buf
 	$(BIN)/ruff format --check .

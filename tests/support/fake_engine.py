@@ -55,6 +55,20 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             {"error": {"message": "top_p must be in (0, 1].", "type": "BadRequestError", "param": "top_p", "code": 400}}
         ).encode()
 
+    def _sampled(self, count: int) -> bytes:
+        """Answer i is the token i, and the last one's end is missing; the last one comes first."""
+        choices = [
+            {
+                "index": index,
+                "text": f"answer {index}",
+                "token_ids": [index],
+                "logprobs": {"token_logprobs": [-float(index)]},
+                "finish_reason": "length" if index == count - 1 else "stop",
+            }
+            for index in reversed(range(count))
+        ]
+        return json.dumps({"choices": choices}).encode()
+
     async def Generate(self, request: engine_pb2.GenerateRequest, _context: Any) -> engine_pb2.GenerateResponse:
         """OpenAI's answer object with the echo."""
         text = self._take(request)
@@ -63,6 +77,9 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             return engine_pb2.GenerateResponse(error=to_status(self.error))
         if self.refuse is not None:
             return engine_pb2.GenerateResponse(http_status=self.refuse, body=self._refusal())
+        asked = json.loads(request.body)
+        if asked.get("return_token_ids"):
+            return engine_pb2.GenerateResponse(http_status=200, body=self._sampled(int(asked["n"])))
         chat = request.endpoint == engine_pb2.ENDPOINT_CHAT_COMPLETIONS
         choice = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         body = {

@@ -243,6 +243,8 @@ class FakeScorer:
         self.refusal: GraftError | None = None
         self.loaded: list[engine_pb2.AdapterRef] = []
         self.unloaded: list[str] = []
+        self.held = engine_pb2.Replica(base_model=BASE, base_model_digest="sha256:base", ready=True)
+        """What the only replica says of itself; `load` does not add to it."""
         self.bodies: list[dict[str, Any]] = []
         self.dtype = "float32"
 
@@ -261,10 +263,15 @@ class FakeScorer:
 
     async def unload(self, digest: str) -> engine_pb2.UnloadResponse:
         self.unloaded.append(digest)
+        staying = [resident for resident in self.held.adapters if resident.digest != digest]
+        del self.held.adapters[:]
+        self.held.adapters.extend(staying)
         return engine_pb2.UnloadResponse()
 
     async def residency(self) -> engine_pb2.ResidencyResponse:
-        return engine_pb2.ResidencyResponse(replicas=[engine_pb2.Replica(ready=True, dtype=self.dtype)])
+        told = engine_pb2.Replica(dtype=self.dtype)
+        told.MergeFrom(self.held)
+        return engine_pb2.ResidencyResponse(replicas=[told])
 
     async def generate(
         self, request: engine_pb2.GenerateRequest, timeout_seconds: float

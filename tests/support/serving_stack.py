@@ -168,12 +168,15 @@ async def wait_until_ready(address: str, process: "subprocess.Popen[bytes]", log
 
 
 @contextmanager
-def serving_stack(folder: Path, *, dashboard: bool = False, **more: str) -> Iterator[Stack]:
+def serving_stack(
+    folder: Path, *, dashboard: bool = False, base_folder: Path | None = None, **more: str
+) -> Iterator[Stack]:
     """Starts Ray and the service with `folder` for its files, waits until it is ready, and ends all of it.
 
-    `more` are `GRAFT_*` variables beside or instead of those below.
+    `base_folder` holds the base model; None: the usual tiny llama. `more` are `GRAFT_*` variables beside or instead of
+    those below.
     """
-    base = tiny_base(make_tiny_llama(folder / "base"))
+    base = tiny_base(base_folder or make_tiny_llama(folder / "base"))
     adapters = {
         name: adapter_ref(name, make_adapter(Path(base.path), folder / name, seed=seed))
         for seed, name in enumerate(("a", "b", "c", "d", "e"), start=1)

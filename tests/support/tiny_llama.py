@@ -9,10 +9,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 128, tied: bool = True) -> Path:
+def make_tiny_llama(
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    hidden: int = 128,
+    tied: bool = True,
+    initializer_range: float = 0.02,
+) -> Path:
     """Writes config, safetensors, tokenizer and chat template to `folder` and returns it. About 400k parameters.
 
-    With random weights that are `tied`, every token is continued with itself; untied ones continue at random.
+    With random weights that are `tied`, every token is continued with itself; untied ones continue at random. With the
+    usual `initializer_range` no token can have more than 4% while embeddings and norms are frozen; with 0.1 it can.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -43,6 +52,7 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        initializer_range=initializer_range,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -114,6 +114,18 @@ async def test_create_without_following_returns_the_job(tmp_path: Path) -> None:
         assert [line.split()[2] for line in listed.out.splitlines()] == ["STATE", "validating", "validating"]
 
 
+async def test_create_uploads_files_as_the_format_that_is_given(tmp_path: Path) -> None:
+    rows, heldout = tmp_path / "rows.jsonl", tmp_path / "held-out.jsonl"
+    rows.write_text('{"review": "A joy.", "sentiment": "positive"}\n')
+    heldout.write_text('{"review": "A bore.", "sentiment": "negative"}\n')
+    async with gateway(tmp_path) as it:
+        options = ("--validation", heldout, "--task", "sentiment", "--no-follow", "--json")
+        made = await ran(it, "tune", "create", BASE, rows, "--format", "fields", *options)
+        names = [made.json[side].rsplit("/", 1)[1] for side in ("training_dataset", "validation_dataset")]
+        found = [await it.store.get_dataset("default", name) for name in names]
+    assert [(one.display_name, one.format) for one in found] == [("rows.jsonl", "fields"), ("held-out.jsonl", "fields")]
+
+
 async def test_a_failed_job_is_exit_code_1_with_its_reason(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         job = await created(it)

@@ -139,7 +139,9 @@ async def test_contestants_are_measured_compared_reported_and_logged(tmp_path: P
         assert "beats" in found.verdicts[0]
 
         bodies = [body for _, body in engine.bodies]
-        assert all(body["structured_outputs"] == {"choice": list(LABELS)} for body in bodies)
+        assert all(
+            body["structured_outputs"] == {"choice": [" bad", " good"]} for body in bodies
+        )  # as they are learned
         shown = [body["prompt"] for body in bodies if "\n\n" in body["prompt"]]
         assert len(shown) == 40
         assert all(text.startswith("film 200 is bad bad\n\nfilm 201 is good good\n\nfilm ") for text in shown)
@@ -167,6 +169,7 @@ async def test_a_restarted_orchestrator_asks_only_what_is_missing(tmp_path: Path
         assert found.state is EvaluationState.SUCCEEDED, found.error
         assert len(engine.bodies) == 10
         assert found.results[0].figures[0].value == (15 + 5) / 40
+        assert found.results[0].tokens_per_second == 0  # of all forty it is not known
 
 
 async def test_samples_of_graded_prompts_are_judged_by_the_grader(tmp_path: Path) -> None:

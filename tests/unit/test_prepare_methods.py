@@ -1,6 +1,7 @@
 """What each method reads from its rows. The tiny tokenizer has a token a byte, and one for the end."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from typing import Any
 import pytest
 
 from graft.data.prepare import Example, Prepared, prepare
+from graft.data.rendering import prompt_ids
 from graft.data.split import Split
+from graft.data.tasks.catalog import builtin
+from graft.data.tasks.rows import to_prompt
 from graft.domain.errors import InvalidArgument
-from graft.domain.jobs import Hyperparameters, Job, JobSpec, JobState, LossOn, Method, OverLengthPolicy
+from graft.domain.jobs import Hyperparameters, Job, JobSpec, JobState, LossOn, Method, OverLengthPolicy, Reinforcement
 from graft.domain.resources import Dataset, DatasetFormat
 from graft.orchestrator.preparer import TokenizingPreparer
 from tests.support.adapters import tiny_base
@@ -185,3 +189,56 @@ def test_a_job_is_planned_from_the_rows_that_it_does_not_hold_out(tmp_path: Path
     assert 0 < found.validation.row_count < found.training.row_count < found.training.example_count
     reasons = {item.name: item.reason for item in found.resolved}
     assert reasons["over_length_policy"].endswith("are longer than the context and cut into pieces: it does not apply.")
+
+
+def test_a_graded_prompt_is_what_the_service_makes_of_it_and_keeps_its_row(read: Any, tokenizer: Any) -> None:
+    rows = [{"prompt": "1 + 1?", "answer": 2}, {"prompt": "x", "answer": 3, "tests": ["a"]}]
+    prepared = read(rows, DatasetFormat.GRADED_PROMPTS, method=Method.REINFORCEMENT)
+    assert [tokenizer.decode(prompt.token_ids) for prompt in prepared.prompts] == ["1 + 1?", "x"]
+    assert [dict(prompt.row) for prompt in prepared.prompts] == rows
+    assert prepared.examples == ()
+    assert (prepared.stats.example_count, prepared.stats.tokens, prepared.stats.completion_tokens) == (2, 7, 0)
+
+
+def test_a_graded_chat_ends_where_the_answer_begins(read: Any, tokenizer: Any) -> None:
+    rows = [{"messages": [{"role": "user", "content": "hi"}]}]
+    (prompt,) = read(
+        rows, DatasetFormat.GRADED_PROMPTS, method=Method.REINFORCEMENT, policy=OverLengthPolicy.TRUNCATE
+    ).prompts
+    whole = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode(whole, add_special_tokens=False)
+    assert list(prompt.token_ids) == ids[-CONTEXT_TOKENS:], "the start of a longer prompt is cut"
+
+
+def test_rows_without_a_prompt_to_grade_are_refused_with_what_to_use(read: Any) -> None:
+    with pytest.raises(InvalidArgument, match="Row 1: text rows are no prompts to be graded") as refused:
+        read([{"text": "a"}], DatasetFormat.TEXT, method=Method.REINFORCEMENT)
+    assert refused.value.reason == "NOT_A_GRADED_PROMPT"
+
+
+def test_a_prompt_leaves_room_for_its_answer_in_the_engines_context(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "x" * length}) + "\n" for length in (10, 40, 41)))
+    dataset = Dataset("ds", "default", "rows", DatasetFormat.GRADED_PROMPTS, 3, 1, "sha256:d", str(data), now)
+    spec = JobSpec("tiny", "ds", method=Method.REINFORCEMENT, reinforcement=Reinforcement(max_completion_tokens=24))
+    job = Job("ft-1", "default", spec, JobState.VALIDATING, now, now)
+    base = tiny_base(make_tiny_llama(tmp_path / "base"))
+    preparer = TokenizingPreparer("127.0.0.1:9000", "tiny", engine_context_tokens=64)
+    found = preparer.prepare(job, base, dataset, None)
+    assert (found.training.example_count, found.training.over_length_count) == (2, 1)
+    planned = preparer.plan(replace(job, resolved=found.resolved), base, dataset, None, tmp_path, None)
+    assert (planned.context_tokens, planned.prompt_tokens) == (64, 40)
+    assert (planned.engine_address, planned.engine_base) == ("127.0.0.1:9000", "tiny")
+    assert (planned.reinforcement.group_size, planned.reinforcement.temperature) == (8, 1.0)
+
+
+def test_fields_become_the_prompt_that_their_task_makes_and_stay_what_the_grader_judges_by(
+    read: Any, tokenizer: Any
+) -> None:
+    task = builtin("sentiment")
+    row = {"review": "a fine film", "label": "positive"}
+    options = {"method": Method.REINFORCEMENT, "task": task, "policy": OverLengthPolicy.TRUNCATE}
+    (prompt,) = read([row], DatasetFormat.FIELDS, **options).prompts
+    assert list(prompt.token_ids) == prompt_ids(to_prompt(task, row), tokenizer)[-CONTEXT_TOKENS:]
+    assert dict(prompt.row) == row

@@ -38,7 +38,7 @@ def test_reviews_are_balanced_and_none_is_in_both_parts() -> None:
         answers = [samples.answer(row) for row in rows]
         assert answers.count("positive") == positives
         assert answers.count("negative") == len(rows) - positives
-    keys = [samples._key(_question(row)) for row in (*sample.train, *sample.heldout)]
+    keys = [samples.text_key(_question(row)) for row in (*sample.train, *sample.heldout)]
     assert len(set(keys)) == len(keys) == 701
 
 

@@ -9,6 +9,7 @@ import typer
 from graft.cli.following import follow_job
 from graft.cli.job_options import job_options, what_it_does
 from graft.cli.output import as_dict, print_json, short_id
+from graft.cli.uploading import uploaded
 from graft.domain.errors import FieldViolation, InvalidArgument
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 NumberT = TypeVar("NumberT", int, float)
 
-Validation = Annotated[str, typer.Option(help="Data set for the held-out loss.")]
+Validation = Annotated[str, typer.Option(help="Data set, or file, for the held-out loss.")]
 Suffix = Annotated[str, typer.Option(help="Name of the adapter; the job's id when not given.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data. Derived when not given.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")]
@@ -41,7 +42,7 @@ SetOptions = Annotated[
 ]
 Follow = Annotated[bool, typer.Option(help="Follow the job until it ends.")]
 Model = Annotated[str, typer.Argument(help="Base model, as `graft models` shows it.")]
-Dataset = Annotated[str, typer.Argument(help="Data set to train on, as `graft datasets list` shows it.")]
+Dataset = Annotated[str, typer.Argument(help="A data set's id, or a file that is uploaded first.")]
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ class Form:
         return options
 
 
-def create_job(graft: "Graft", model: str, dataset: str, options: "JobOptions", *, follow: bool, as_json: bool) -> None:
-    """Creates the job, says so, and follows it if asked to."""
-    job = graft.create_job(model, dataset, **options)
+def create_job(
+    graft: "Graft", model: str, dataset: str, options: "JobOptions", format: str, *, follow: bool, as_json: bool
+) -> None:
+    """Uploads what is a file, as `format`; creates the job, says so, and follows it if asked to."""
+    options["validation_dataset"] = uploaded(graft, options.get("validation_dataset", ""), format)
+    job = graft.create_job(model, uploaded(graft, dataset, format), **options)
     if as_json:
         print_json({"fine_tuning_job": as_dict(job)} if follow else as_dict(job), line=follow)
     else:

@@ -20,6 +20,7 @@ from graft.cli.output import (
     show,
     show_one,
 )
+from graft.cli.uploading import Format, uploaded
 from graft.domain.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def compare(
         list[str], typer.Argument(help="Who is compared: base, base:adapter@version; MODEL/8 with eight shots.")
     ],
     shots: Annotated[int, typer.Option(help="Adds each base model once more, with so many examples before.")] = 0,
-    shots_from: Annotated[str, typer.Option(help="Data set that shots are taken from: the training data.")] = "",
+    shots_from: Annotated[str, typer.Option(help="Data set, or file, of the shots: the training data.")] = "",
     metric: Annotated[list[str] | None, typer.Option(help="A metric; repeat. As the task or the data says.")] = None,
     task: Annotated[str, typer.Option(help="Template of rows of named fields: a built-in task, or a file.")] = "",
     grader: Annotated[str, typer.Option(help="What judges answers to graded prompts.")] = "",
@@ -59,6 +60,7 @@ def compare(
     samples: Annotated[int, typer.Option(help="Answers sampled for each graded prompt.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer; as the task says.")] = 0,
     name: Annotated[str, typer.Option(help="Name for people.")] = "",
+    format: Format = "",
     report: Annotated[Path | None, typer.Option(help="Where to write the HTML report.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -82,9 +84,9 @@ def compare(
         if grader:
             options["grader"] = job["method_options"]["grader"]
         if shots_from:
-            options["shots_dataset"] = _uploaded(graft, shots_from)
+            options["shots_dataset"] = uploaded(graft, shots_from, format)
         contestants = _contestants(models, shots)
-        made = graft.create_evaluation(_uploaded(graft, dataset), contestants, **options)
+        made = graft.create_evaluation(uploaded(graft, dataset, format), contestants, **options)
         done = _follow(graft, made, as_json=as_json)
         _show(graft, done, report, as_json=as_json)
 
@@ -120,13 +122,6 @@ def evaluations_cancel(evaluation: EvaluationId, as_json: Json = False) -> None:
     """Ask an evaluation to end. It does soon after."""
     with failures(as_json=as_json), connect() as graft:
         show_one(graft.cancel_evaluation(evaluation), "Cancellation is requested.", as_json=as_json)
-
-
-def _uploaded(graft: "Graft", dataset: str) -> str:
-    """The id of a data set; a file that exists is uploaded first."""
-    if not Path(dataset).is_file():
-        return dataset
-    return short_id(graft.upload_dataset(dataset).name)
 
 
 def _contestants(models: Sequence[str], shots: int) -> list[tuple[str, int]]:

@@ -7,6 +7,7 @@ import typer
 
 from graft.cli.connect import connect
 from graft.cli.output import Json, failures, local_time, print_json, short_id, show, show_fields, show_one, size_text
+from graft.cli.uploading import Format
 from graft.cli.validating import datasets_validate
 
 if TYPE_CHECKING:
@@ -17,15 +18,6 @@ AdapterModel = Annotated[str, typer.Argument(metavar="BASE:ADAPTER", help="An ad
 VersionModel = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="base:adapter@version, base:adapter@alias, or base:adapter: its champion."),
-]
-
-Format = Annotated[
-    str,
-    typer.Option(
-        metavar="FORMAT",
-        help="How to read rows that may be read in several ways: messages, prompt_completion, text, question_answer, "
-        "alpaca, sharegpt, preference, openai_preference, graded_prompts or fields. Recognised when not given.",
-    ),
 ]
 
 datasets = typer.Typer(no_args_is_help=True, help="Upload, validate, list and delete data sets.")

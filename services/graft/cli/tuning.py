@@ -41,6 +41,7 @@ from graft.cli.output import (
     show_one,
 )
 from graft.cli.trials import print_trials, trials_of
+from graft.cli.uploading import Format
 
 if TYPE_CHECKING:
     from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
@@ -55,6 +56,7 @@ def tune_create(
     model: Model,
     dataset: Dataset,
     validation: Validation = "",
+    format: Format = "",
     suffix: Suffix = "",
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
@@ -81,7 +83,7 @@ def tune_create(
         options = form.options(settings or [], given)
         if rank:
             options["lora"] = {"rank": rank, **options.get("lora", {})}
-        create_job(graft, model, dataset, options, follow=follow, as_json=as_json)
+        create_job(graft, model, dataset, options, format, follow=follow, as_json=as_json)
 
 
 @tune.command("sweep")
@@ -97,6 +99,7 @@ def tune_sweep(
     reduction_factor: Annotated[float, typer.Option(min=0, help="One trial of so many goes on; 0: 3.")] = 0.0,
     max_concurrent_trials: Annotated[int, typer.Option(min=0, help="Most at a time; 0: as many as fit.")] = 0,
     validation: Validation = "",
+    format: Format = "",
     suffix: Suffix = "",
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
@@ -124,7 +127,7 @@ def tune_sweep(
             "reduction_factor": reduction_factor,
             "max_concurrent_trials": max_concurrent_trials,
         }
-        create_job(graft, model, dataset, options, follow=follow, as_json=as_json)
+        create_job(graft, model, dataset, options, format, follow=follow, as_json=as_json)
 
 
 @tune.command("watch")

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from graft.data.canonical import Preference, canonical
+from graft.data.graded import PromptExample, graded_prompt, render_prompt
 from graft.data.preference import PreferenceExample, render_preference
 from graft.data.reading import read_rows
 from graft.data.rendering import Example, Tokenizer, render
@@ -23,7 +24,7 @@ from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.jobs import LossOn, Method, OverLengthPolicy
 from graft.domain.resources import DatasetFormat
 
-__all__ = ["DataStats", "Example", "PreferenceExample", "Prepared", "prepare", "render_row"]
+__all__ = ["DataStats", "Example", "PreferenceExample", "Prepared", "PromptExample", "prepare", "render_row"]
 
 REPORTED_ROWS = 20
 
@@ -49,17 +50,20 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is learned from, in the file's order, and its measurements. `pairs` are those of the preference method,
-    which has no `examples`."""
+    """What is learned from, in the file's order, and its measurements. `pairs` are those of the preference method and
+    `prompts` those of reinforcement, which have no `examples`."""
 
     examples: tuple[Example, ...]
     stats: DataStats
     pairs: tuple[PreferenceExample, ...] = ()
+    prompts: tuple[PromptExample, ...] = ()
 
     @property
     def sequences(self) -> tuple[Example, ...]:
-        """What a model should come to say: the examples, or the chosen answers."""
-        return self.examples or tuple(pair.chosen for pair in self.pairs)
+        """What a model should come to say: the examples, or the chosen answers; of prompts, whose answers are yet to be
+        sampled, the prompts."""
+        prompts = tuple(_all_learned(Example(prompt.token_ids, b"")) for prompt in self.prompts)
+        return self.examples or tuple(pair.chosen for pair in self.pairs) or prompts
 
     def within(self, items: int, tokens: int) -> "Prepared":
         """The first of the examples or pairs, so many or so few that they have at most so many tokens; at least one."""
@@ -86,8 +90,9 @@ def prepare(
     task: TaskDefinition | None = None,
 ) -> Prepared:
     """Renders every row, or those on one side of a `split`, and applies the policy to those with more than
-    `context_tokens` tokens. Of a preference both answers must fit; what is cut from the prompt is cut from both. Rows
-    of fields are rendered through the `task`.
+    `context_tokens` tokens. Of a preference both answers must fit; what is cut from the prompt is cut from both. Of a
+    prompt that is graded `context_tokens` is what its answer leaves of the context. Rows of fields are rendered through
+    the `task`.
 
     The policy does not apply to self-supervised learning: longer documents are cut into pieces, and nothing is lost.
     `loss_on` is supervised learning's choice; the other methods have none.
@@ -96,6 +101,7 @@ def prepare(
     nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.
     """
     kept: list[tuple[Example, ...]] = []
+    graded: list[Mapping[str, Any]] = []
     lengths = array("L")
     over: list[FieldViolation] = []
     over_count = 0
@@ -105,6 +111,7 @@ def prepare(
         sequences = _sequences(row, format, tokenizer, row_number, method, task)
         length = max(len(sequence.token_ids) for sequence in sequences)
         lengths.append(length)
+        before = len(kept)
         if length > context_tokens:
             over_count += 1
             if len(over) < REPORTED_ROWS:
@@ -115,6 +122,8 @@ def prepare(
             kept.append(sequences)
         elif policy is OverLengthPolicy.TRUNCATE and (cut := _cut_prompt(sequences, length - context_tokens)):
             kept.append(cut)
+        if method is Method.REINFORCEMENT and len(kept) > before:
+            graded.append(row)
     if over and policy is OverLengthPolicy.FAIL and method is not Method.SELF_SUPERVISED:
         raise InvalidArgument(
             f"{over_count} of {len(lengths)} rows are longer than {context_tokens} tokens "
@@ -152,6 +161,9 @@ def prepare(
     )
     if method is Method.PREFERENCE:
         return Prepared((), stats, tuple(PreferenceExample(*answers) for answers in kept))
+    if method is Method.REINFORCEMENT:
+        prompts = tuple(PromptExample(prompt.token_ids, row) for (prompt,), row in zip(kept, graded, strict=True))
+        return Prepared((), stats, prompts=prompts)
     return Prepared(tuple(sequence for sequences in kept for sequence in sequences), stats)
 
 
@@ -175,10 +187,12 @@ def _sequences(
     method: Method,
     task: TaskDefinition | None,
 ) -> tuple[Example, ...]:
-    """The example of a row, or the two answers of a preference."""
-    if method is not Method.PREFERENCE:
+    """The example of a row, the two answers of a preference, or the prompt whose answers are graded."""
+    if method not in (Method.PREFERENCE, Method.REINFORCEMENT):
         return (render_row(row, format, tokenizer, row_number, task),)
     with _naming(row_number):
+        if method is Method.REINFORCEMENT:
+            return (render_prompt(graded_prompt(row, format, task), tokenizer),)
         found = canonical(row, format)
         if not isinstance(found, Preference):
             raise InvalidArgument(

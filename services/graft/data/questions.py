@@ -8,7 +8,7 @@ models, tokenizers or who answers.
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from graft.data.canonical import Chat, GradedPrompt, Message, Pair, Preference, 
 from graft.data.reading import read_rows
 from graft.data.split import canonical_json
 from graft.data.tasks.definition import TaskDefinition
-from graft.data.tasks.rows import FORMATS, to_prompt, trained_as
+from graft.data.tasks.rows import FORMATS, inputs_of, to_prompt, trained_as
+from graft.data.tasks.templates import render_choices
 from graft.domain.errors import InvalidArgument
 from graft.domain.resources import DatasetFormat
 
@@ -35,8 +36,14 @@ class Ask:
     """A prompt to be answered, and what a good answer is."""
 
     prompt: Prompt
+    completion: str
+    """The good answer as training learns it, white space and a task's template included."""
     reference: str
+    """What an answer is compared with: the completion without white space around it, or its label."""
     tools: tuple[Tool, ...] = ()
+    choices: tuple[str, ...] = ()
+    """Of a classification: the completion of each of the questions' labels, to which the answer is held. A model that
+    learned ` yes` would hesitate between `yes` and `no`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Questions:
 
     items: tuple[Question, ...]
     labels: tuple[str, ...]
-    """Every possible answer of a classification, to which answers are held; empty for free text."""
+    """Of a classification; empty for free text."""
     metrics: tuple[str, ...]
     """Those that fit; the first decides."""
     max_tokens: int
@@ -94,8 +101,9 @@ def read_questions(
     if not items:
         raise InvalidArgument("The data set has no rows to ask.", reason="NOTHING_TO_ASK")
     decoding = task.decoding if task else None
-    labels = task.labels if task and task.decoding.choose_label else ()
-    labels = labels or tuple(decoding.choices if decoding else ()) or _labels(items)
+    labels = _task_labels(task)
+    if not labels:
+        labels, items = _found_labels(items)
     return Questions(
         items,
         labels,
@@ -117,17 +125,26 @@ def question(row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition
         return Grade(_prompt(to_prompt(task, row)), row)
     trained, shape = trained_as(task if format in FORMATS else None, row, format)
     found = canonical(trained, shape)
+    choices = render_choices(task, inputs_of(task, row)) if task is not None and format in FORMATS else ()
     if isinstance(found, Pair):
-        return Ask(found.prompt, found.completion.strip())
+        return _ask(found.prompt, found.completion, (), task, choices)
     if isinstance(found, Chat):
         *asked, answer = found.messages
         if answer["role"] != "assistant":
             raise InvalidArgument("A chat that is asked must end with the assistant's turn.", reason="NOTHING_TO_ASK")
-        return Ask(tuple(asked), str(answer["content"]).strip(), found.tools)
+        return _ask(tuple(asked), str(answer["content"]), found.tools, task, choices)
     if isinstance(found, Preference):
         return Rank(_prompt(found.prompt), _prompt(found.chosen), _prompt(found.rejected), found.tools)
     assert isinstance(found, Text)
     return Predict(found.text)
+
+
+def label_of(ask: Ask, labels: Sequence[str], answer: str) -> str:
+    """The label whose completion an answer is; the answer itself where it is none."""
+    for label, choice in zip(labels, ask.choices, strict=False):
+        if choice.strip() == answer.strip():
+            return label
+    return answer
 
 
 def with_shots(prompt: Prompt, shots: Sequence[Ask]) -> Prompt:
@@ -136,14 +153,14 @@ def with_shots(prompt: Prompt, shots: Sequence[Ask]) -> Prompt:
     Of shots in a chat only the turns count, since the prompt has a system message of its own.
     """
     if isinstance(prompt, str):
-        shown = [f"{shot.prompt.rstrip()} {shot.reference}" for shot in shots if isinstance(shot.prompt, str)]
+        shown = [f"{shot.prompt}{shot.completion}" for shot in shots if isinstance(shot.prompt, str)]
         return SHOT_SEPARATOR.join([*shown, prompt])
     system = tuple(message for message in prompt[:1] if message["role"] == "system")
     turns: list[Message] = []
     for shot in shots:
         if not isinstance(shot.prompt, str):
             turns += [message for message in shot.prompt if message["role"] != "system"]
-            turns.append({"role": "assistant", "content": shot.reference})
+            turns.append({"role": "assistant", "content": shot.completion})
     return (*system, *turns, *prompt[len(system) :])
 
 
@@ -178,12 +195,29 @@ def _prompt(value: str | Sequence[Message]) -> Prompt:
     return value if isinstance(value, str) else tuple(value)
 
 
-def _labels(items: Sequence[Question]) -> tuple[str, ...]:
-    answers = [item.reference for item in items if isinstance(item, Ask)]
-    found = set(answers)
-    if not 2 <= len(found) <= MOST_LABELS or len(answers) < ROWS_A_LABEL * len(found):
+def _ask(
+    prompt: Prompt, completion: str, tools: tuple[Tool, ...], task: TaskDefinition | None, choices: tuple[str, ...]
+) -> Ask:
+    labels = _task_labels(task) if choices else ()
+    ask = Ask(prompt, completion, completion.strip(), tools, choices)
+    return replace(ask, reference=label_of(ask, labels, ask.reference))
+
+
+def _task_labels(task: TaskDefinition | None) -> tuple[str, ...]:
+    if task is None:
         return ()
-    return tuple(sorted(found))
+    return task.labels if task.decoding.choose_label else task.decoding.choices
+
+
+def _found_labels(items: tuple[Question, ...]) -> tuple[tuple[str, ...], tuple[Question, ...]]:
+    """The labels that the rows' answers are, if they are few, and the questions with them as choices."""
+    asks = [item for item in items if isinstance(item, Ask)]
+    spelled = {item.reference: item.completion for item in asks}
+    if len(asks) < len(items) or not 2 <= len(spelled) <= MOST_LABELS or len(asks) < ROWS_A_LABEL * len(spelled):
+        return (), items
+    labels = tuple(sorted(spelled))
+    choices = tuple(spelled[label] for label in labels)
+    return labels, tuple(replace(ask, choices=choices) for ask in asks)
 
 
 def _fitting(first: Question, labels: Sequence[str], task: TaskDefinition | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from graft.data.questions import Ask, Predict, Prompt, Question, Questions, Rank
+from graft.data.questions import Ask, Predict, Prompt, Question, Questions, Rank, label_of
 from graft.domain import evaluations as domain
 from graft.domain.resources import Dataset
 from graft.evaluation.comparison import Candidate, ComparedTask, Comparison, Result, Speed
@@ -158,7 +158,7 @@ def _rows(questions: Questions, measured: Measured) -> tuple[type[Row], list[Row
         return Graded, graded
     for item, answer in pairs:
         if isinstance(item, Ask):
-            rows.append(Answered(answer.texts[0], (item.reference,)))
+            rows.append(Answered(label_of(item, questions.labels, answer.texts[0]), (item.reference,)))
         elif isinstance(item, Rank):
             rows.append(Preference(-answer.nats[0], -answer.nats[1]))
         elif isinstance(item, Predict):

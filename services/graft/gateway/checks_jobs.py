@@ -11,7 +11,8 @@ from dataclasses import fields, replace
 from typing import TypeVar
 
 from graft.domain.errors import FieldViolation, GraftError, InvalidArgument, NotFound
-from graft.domain.jobs import Hyperparameters, JobSpec, Lora, Method, Reinforcement, ServedAs, Tuning
+from graft.domain.grading import check_grader
+from graft.domain.jobs import Hyperparameters, JobSpec, Lora, Method, ServedAs, Tuning
 from graft.domain.names import check_id, parse_model
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
 from graft.gateway.checks_sweep import check_sweep
@@ -89,6 +90,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
     wrong += [
         *_check_names(spec),
         *_check_method(spec, training, validation),
+        *_check_reinforcement(spec, base, settings),
         *_check_tuning(spec, base, settings),
         *_check_served_as(spec, base, settings),
         *_check_hyperparameters(spec.hyperparameters, base, validation),
@@ -176,19 +178,23 @@ def _check_method(spec: JobSpec, training: Dataset | None, validation: Dataset |
         )
     if spec.preference.beta < 0 or not math.isfinite(spec.preference.beta):
         yield FieldViolation("preference.beta", f"{spec.preference.beta} is not positive; leave it out for 0.1")
-    if method is Method.REINFORCEMENT:
-        yield from _check_reinforcement(spec.reinforcement)
 
 
-def _check_reinforcement(asked: Reinforcement) -> Iterator[FieldViolation]:
+def _check_reinforcement(spec: JobSpec, base: BaseModel | None, settings: Settings) -> Iterator[FieldViolation]:
+    if spec.method is not Method.REINFORCEMENT:
+        return
+    asked = spec.reinforcement
     if asked.grader is None:
         yield FieldViolation("reinforcement.grader", "is required: it turns an answer into a reward")
+    else:
+        yield from check_grader(asked.grader, "reinforcement.grader")
     if asked.group_size and not 2 <= asked.group_size <= 256:
         yield FieldViolation(
             "reinforcement.group_size", f"{asked.group_size} is outside [2, 256]: answers are compared with each other"
         )
     if asked.max_completion_tokens < 0:
         yield FieldViolation("reinforcement.max_completion_tokens", "must not be negative; leave it out for 64")
+    yield from _check_sampling(spec, base, settings)
     for name, value, most in (
         ("temperature", asked.temperature, 2.0),
         ("beta", asked.beta, 10.0),
@@ -196,6 +202,42 @@ def _check_reinforcement(asked: Reinforcement) -> Iterator[FieldViolation]:
     ):
         if not 0 <= value <= most:
             yield FieldViolation(f"reinforcement.{name}", f"{value} is outside [0, {most:g}]")
+
+
+def _check_sampling(spec: JobSpec, base: BaseModel | None, settings: Settings) -> Iterator[FieldViolation]:
+    """What follows from sampling the policy, as it trains, from the inference service."""
+    if not loads_as_it_is(spec):
+        tuned = spec.tuning is not Tuning.LORA
+        field = "tuning" if tuned else "lora.use_dora" if spec.lora.use_dora else "lora.modules_to_save"
+        yield FieldViolation(
+            field,
+            "reinforcement samples the policy from the inference service after each update, and what this trains "
+            "cannot be loaded there as it is; use plain LoRA",
+        )
+    asked = spec.hyperparameters
+    longest = min(settings.serving.context_tokens, base.context_tokens if base else settings.serving.context_tokens)
+    if asked.context_tokens is not None and asked.context_tokens > longest:
+        yield FieldViolation(
+            "hyperparameters.context_tokens",
+            f"{asked.context_tokens} is more than the {longest} tokens that the inference service samples within "
+            "(GRAFT_SERVING_CONTEXT_TOKENS)",
+        )
+    context_tokens = asked.context_tokens or longest
+    if spec.reinforcement.max_completion_tokens >= context_tokens:
+        yield FieldViolation(
+            "reinforcement.max_completion_tokens",
+            f"{spec.reinforcement.max_completion_tokens} leaves no room for a prompt in a context of {context_tokens}",
+        )
+    for field, given in (
+        ("validation_dataset", spec.validation_dataset),
+        ("hyperparameters.validation_fraction", asked.validation_fraction),
+    ):
+        if given is not None:
+            yield FieldViolation(
+                field,
+                "reinforcement has no held-out loss: each step's reward is of answers that the policy has not learned "
+                "from yet; evaluate the result on other prompts instead",
+            )
 
 
 def _check_tuning(spec: JobSpec, base: BaseModel | None, settings: Settings) -> Iterator[FieldViolation]:

@@ -7,12 +7,11 @@ answer is (`graft.evaluation`), nor whose turn it is (`graft.orchestrator.evalua
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.data.canonical import Tool
 from graft.data.questions import Ask, Grade, Predict, Prompt, Question, Questions, Rank, with_shots
 from graft.data.rendering import Tokenizer, prompt_ids
 from graft.domain.errors import FailedPrecondition, InvalidArgument, Unavailable
@@ -126,8 +125,7 @@ async def _answer(engine: Engine, asked: Asked, questions: Questions, row: int) 
 async def _generated(engine: Engine, asked: Asked, questions: Questions, row: int, item: Ask | Grade) -> Answer:
     started = time.monotonic()
     prompt = with_shots(item.prompt, asked.shots)
-    tools = item.tools if isinstance(item, Ask) else ()
-    told = await _generate(engine, asked, _body(asked, questions, prompt, tools, row), isinstance(prompt, str))
+    told = await _generate(engine, asked, _body(asked, questions, item, prompt, row), isinstance(prompt, str))
     texts = tuple(_text(choice) for choice in told["choices"])
     tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
     return Answer(row, texts, generated_tokens=tokens, seconds=time.monotonic() - started)
@@ -147,7 +145,7 @@ async def _scored(engine: Engine, asked: Asked, row: int, item: Rank | Predict) 
     return Answer(row, (), tuple(nats), tokens, 0, time.monotonic() - started)
 
 
-def _body(asked: Asked, questions: Questions, prompt: Prompt, tools: Sequence[Tool], row: int) -> dict[str, Any]:
+def _body(asked: Asked, questions: Questions, item: Ask | Grade, prompt: Prompt, row: int) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": asked.public_model,
         "max_tokens": asked.max_tokens or questions.max_tokens,
@@ -158,12 +156,12 @@ def _body(asked: Asked, questions: Questions, prompt: Prompt, tools: Sequence[To
         body |= {"n": asked.samples, "temperature": questions.temperature or 0.8, "seed": asked.seed + row}
     if questions.stop:
         body["stop"] = list(questions.stop)
-    if questions.labels:
-        body["structured_outputs"] = {"choice": list(questions.labels)}
+    if isinstance(item, Ask) and item.choices:
+        body["structured_outputs"] = {"choice": list(item.choices)}
     if isinstance(prompt, str):
         return {**body, "prompt": prompt}
-    if tools:
-        body |= {"tools": list(tools), "tool_choice": "none"}
+    if isinstance(item, Ask) and item.tools:
+        body |= {"tools": list(item.tools), "tool_choice": "none"}
     return {**body, "messages": [dict(message) for message in prompt]}
 
 

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 from graft.domain.errors import KINDS, FailedPrecondition, Internal, Unavailable
 from graft.domain.jobs import Checkpoint, EventLevel, JobState, Progress
 from graft.orchestrator.context import Context
+from graft.orchestrator.sampling import LOOKS_AFTER_KILL, forget_policies
 from graft.orchestrator.threads import call
 from graft.orchestrator.tracking import Tracker
 from graft.training.spec import ENDS, Report, RunStatus
@@ -55,6 +56,7 @@ async def stop_run(context: Context) -> None:
     await context.record()  # the store's fence: another owner's run must not be ended by us
     await ask_ray(context.parts.runs.cancel, job.id, job.attempt)
     await ask_ray(context.parts.runs.release, job.id, job.attempt)
+    await forget_policies(context, LOOKS_AFTER_KILL)
 
 
 async def follow(context: Context) -> None:
@@ -66,6 +68,7 @@ async def follow(context: Context) -> None:
     if end is None:
         await give_up_attempt(context)
     elif end["kind"] == "finished":
+        await forget_policies(context)
         await context.move(JobState.REGISTERING, "Training has finished.")
     elif end["kind"] == "failed":
         kind = KINDS.get(str(end.get("code", "")), Internal)

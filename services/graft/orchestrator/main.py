@@ -89,7 +89,9 @@ async def serve(settings: Settings) -> None:
                 runs=RayRuns(),
                 registry=registry,
                 engine=engine,
-                preparer=TokenizingPreparer(),
+                preparer=TokenizingPreparer(
+                    settings.engine_address, settings.serving.base_model, settings.serving.context_tokens
+                ),
                 capacity=cluster_cpus,
                 settings=settings,
             )

@@ -14,7 +14,7 @@ from graft.domain.errors import NotFound
 from graft.domain.jobs import Job, Method
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.ports import PreparedData
-from graft.training.derive import derive
+from graft.training.derive import DEFAULT_COMPLETION_TOKENS, derive
 from graft.training.memory import Memory, check_blocks, memory_bytes, read_shape
 from graft.training.spec import RunSpec, StartFrom, run_spec, settled
 
@@ -24,8 +24,19 @@ __all__ = ["TokenizingPreparer", "import_tokenizers"]
 class TokenizingPreparer:
     """The real Preparer."""
 
+    def __init__(
+        self, engine_address: str = "", engine_base: str = "", engine_context_tokens: int | None = None
+    ) -> None:
+        """Where reinforcement samples, the base model that the service there starts with, and its longest prompt with
+        an answer; None: as long as the base's context."""
+        self._engine_address = engine_address
+        self._engine_base = engine_base
+        self._engine_context_tokens = engine_context_tokens
+
     def prepare(self, job: Job, base: BaseModel, dataset: Dataset, validation: Dataset | None) -> PreparedData:
         """Tokenises every row. Raises NotFound for a missing file, InvalidArgument for data that cannot be used."""
+        if job.spec.method is Method.REINFORCEMENT and self._engine_context_tokens is not None:
+            base = replace(base, context_tokens=min(base.context_tokens, self._engine_context_tokens))
         fraction = job.spec.hyperparameters.validation_fraction
         if fraction:
             training_stats = self._stats(job, base, dataset, Split(fraction, held_out=False))
@@ -46,7 +57,16 @@ class TokenizingPreparer:
         start_from: StartFrom | None,
     ) -> RunSpec:
         """The run's specification from the job's resolved hyperparameters."""
-        return run_spec(job, base, dataset, validation, output_dir, start_from=start_from)
+        return run_spec(
+            job,
+            base,
+            dataset,
+            validation,
+            output_dir,
+            start_from=start_from,
+            engine_address=self._engine_address,
+            engine_base=self._engine_base,
+        )
 
     def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:
         path = Path(dataset.uri)
@@ -58,6 +78,8 @@ class TokenizingPreparer:
             )
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
+        if job.spec.method is Method.REINFORCEMENT:
+            context_tokens -= job.spec.reinforcement.max_completion_tokens or DEFAULT_COMPLETION_TOKENS
         task = load(job.spec.task_definition) if job.spec.task_definition else None
         return prepare(
             path,

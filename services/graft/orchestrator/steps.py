@@ -15,6 +15,7 @@ from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
 from graft.orchestrator.room import with_concurrency
+from graft.orchestrator.sampling import check_engine
 from graft.orchestrator.starting import say_start, start_from, with_start
 from graft.orchestrator.threads import call, to_the_end
 
@@ -43,6 +44,7 @@ async def validate(context: Context) -> None:
             },
             resolved=resolved,
         )
+    await check_engine(context)
     context.room.line_up(context.job)
     await context.move(JobState.QUEUED, "The data is valid. Waiting for room to train.")
 

@@ -25,6 +25,7 @@ DEFAULT_BETA = 0.1
 DEFAULT_BLOCKS = 2
 DEFAULT_GROUP_SIZE = 8
 """Enough answers that a reward of one in eight tells; Shao et al. use 64, which a CPU does not sample."""
+DEFAULT_COMPLETION_TOKENS = 64
 PROMPTS_A_STEP = 4
 """Times the group size: 32 answers a step."""
 LEAST_STEPS = 100
@@ -156,7 +157,13 @@ def _settle_method(spec: JobSpec, settle: Settle) -> None:
             DEFAULT_GROUP_SIZE,
             f"{DEFAULT_GROUP_SIZE}: one success in {DEFAULT_GROUP_SIZE} answers is told from none.",
         )
-        settle("reinforcement.max_completion_tokens", asked.max_completion_tokens or None, 64, "64, for short answers.")
+        most = DEFAULT_COMPLETION_TOKENS
+        settle(
+            "reinforcement.max_completion_tokens",
+            asked.max_completion_tokens or None,
+            most,
+            f"{most}, for short answers.",
+        )
         settle("reinforcement.temperature", asked.temperature or None, 1.0, "1: samples what the policy is.")
         settle("reinforcement.epsilon", asked.epsilon or None, 0.2, "0.2 (Schulman et al. 2017, arXiv:1707.06347).")
 

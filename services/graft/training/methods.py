@@ -1,22 +1,28 @@
 """What each method reads and which objective it trains on. The one place that tells methods apart in a worker."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graft.data.prepare import Prepared, prepare
+from graft.data.prepare import Example, Prepared, prepare
 from graft.data.split import Split
 from graft.data.tasks.definition import load
+from graft.domain.errors import FailedPrecondition
 from graft.domain.jobs import Method
 from graft.domain.resources import DatasetFormat
+from graft.grading.build import build_grader
+from graft.internal.engine_client import EngineClient
 from graft.training.batching import batches
 from graft.training.objectives.objective import Group, Objective
 from graft.training.objectives.preference import Preference, reference_log_probs
+from graft.training.objectives.reinforcement import Reinforced
 from graft.training.objectives.supervised import Supervised
+from graft.training.policies import Policies
+from graft.training.rollouts import EngineSampler, Patience, Tell
 from graft.training.spec import RunSpec
 
 HELD_OUT_EXAMPLES = 256
@@ -37,7 +43,7 @@ def read_data(spec: RunSpec, tokenizer: Any) -> tuple[Prepared, Prepared | None]
             Path(path),
             format,
             tokenizer,
-            spec.context_tokens,
+            spec.prompt_tokens,
             spec.over_length_policy,
             split,
             method=spec.method,
@@ -65,13 +71,49 @@ def learned_from(spec: RunSpec, data: Prepared) -> Iterator[int]:
 
 
 def objective_of(
-    spec: RunSpec, model: Any, data: Prepared, indices: Iterable[int], device: torch.device, group: Group
+    spec: RunSpec, model: Any, data: Prepared, indices: Iterable[int], device: torch.device, group: Group, tell: Tell
 ) -> Objective[Any, Any]:
-    """The method's objective over `data`, of which `indices` will be used.
+    """The method's objective over `data`, of which `indices` will be used; `close` it in the end. `tell` is called on
+    rank 0 only.
 
-    `model` is as training begins from it: for preferences it is scored here, by all workers together.
+    `model` is as training begins from it: for preferences it is scored here, by all workers together. Raises, for
+    reinforcement, what is wrong with the grader.
     """
     if spec.method is Method.PREFERENCE:
         reference_N_2 = reference_log_probs(model, data.pairs, indices, device, group)
         return Preference(data.pairs, reference_N_2, spec.preference.beta, device)
+    if spec.method is Method.REINFORCEMENT:
+        return _reinforced(spec, model, data, device, group, tell)
     return Supervised(data.examples, device)
+
+
+def probe_candidates(objective: Objective[Any, Any], data: Prepared) -> Sequence[Example]:
+    """What the result is proven on in the engine: held-out or training data, or what the policy came to say."""
+    return objective.latest if isinstance(objective, Reinforced) else data.sequences
+
+
+def close(objective: Objective[Any, Any]) -> None:
+    """Frees what an objective holds outside of this process, whether training has ended well or not."""
+    if isinstance(objective, Reinforced):
+        objective.close()
+
+
+def _reinforced(
+    spec: RunSpec, model: Any, data: Prepared, device: torch.device, group: Group, tell: Tell
+) -> Reinforced:
+    asked = spec.reinforcement
+    if asked.grader is None or not spec.engine_address:
+        raise FailedPrecondition(
+            "Reinforcement needs a grader, and the inference service's address to sample from.",
+            reason="REINFORCEMENT_INCOMPLETE",
+        )
+    grader = build_grader(asked.grader)
+    patience = Patience(tell if group.rank == 0 else _silent)
+    client = EngineClient(spec.engine_address, spec.engine_base).of(spec.base_model)
+    sampler = EngineSampler(client, spec.base_model, asked, patience)
+    policies = Policies(spec, model, sampler, group)
+    return Reinforced(data.prompts, asked, spec.seed, sampler, policies, grader, patience, device)
+
+
+def _silent(_kind: str, _data: dict[str, Any]) -> None:
+    """Whom the other workers tell."""

@@ -66,7 +66,12 @@ ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
 
 
 def token_losses(model: Any, packed: Packed) -> torch.Tensor:
-    """Cross-entropy of every token with loss, in nats, shape (K,).
+    """Cross-entropy of every token with loss, in nats, shape (K,). `model` as for `token_logits`."""
+    return cross_entropy(token_logits(model, packed), packed.targets_K, reduction="none")
+
+
+def token_logits(model: Any, packed: Packed) -> torch.Tensor:
+    """What every token with loss is predicted by, in float32, shape (K, V).
 
     `model`: a causal language model of transformers with PACKED attention, bare or with LoRA. Its head is applied to
     the K predicting positions alone: over a vocabulary of 49,152 it costs as much as ten layers of a 135M base.
@@ -81,7 +86,7 @@ def token_losses(model: Any, packed: Packed) -> torch.Tensor:
         lengths=packed.lengths,
     ).last_hidden_state
     logits_K_V = causal.get_output_embeddings()(hidden_1_N_D[0, packed.predicting_K])
-    return cross_entropy(logits_K_V.float(), packed.targets_K, reduction="none")
+    return logits_K_V.float()
 
 
 def check_packing(model: Any, together: Packed, alone: tuple[Packed, ...]) -> None:

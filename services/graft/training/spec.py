@@ -82,6 +82,8 @@ class RunSpec:
     """What `from_adapter` names; None: the base."""
     engine_address: str = ""
     """The internal gRPC, where reinforcement samples."""
+    engine_base: str = ""
+    """The base model that the inference service starts with: by it the application of `base_model` is found."""
     project: str = ""
     search: SearchSpec | None = None
     """The trials of a sweep; None: the run is one training."""
@@ -92,6 +94,12 @@ class RunSpec:
         return run_name(self.job_id, self.attempt)
 
     @property
+    def prompt_tokens(self) -> int:
+        """Most tokens of a row: what is left of the context when what is sampled has its own."""
+        sampled = self.reinforcement.max_completion_tokens if self.method is Method.REINFORCEMENT else 0
+        return self.context_tokens - sampled
+
+    @property
     def error_log(self) -> str:
         """The file of a failure's trace, as people are told of it: below Graft's home."""
         return f"runs/{self.job_id}/{self.attempt}/error.log"
@@ -100,6 +108,16 @@ class RunSpec:
 def run_name(job_id: str, attempt: int) -> str:
     """`run-{job_id}-{attempt}`."""
     return f"run-{job_id}-{attempt}"
+
+
+def policy_prefix(base_model: str, job_id: str) -> str:
+    """How the names begin under which the engine holds a job's policies; the number of updates follows."""
+    return f"{base_model}:{job_id}-step-"
+
+
+def policy_folder(output_dir: Path) -> Path:
+    """Where an attempt's policies are while the engine holds them."""
+    return output_dir / "policy"
 
 
 @dataclass(frozen=True)
@@ -133,6 +151,7 @@ def run_spec(
     *,
     start_from: StartFrom | None = None,
     engine_address: str = "",
+    engine_base: str = "",
 ) -> RunSpec:
     """The specification of the job's current attempt, from its resolved hyperparameters."""
     value: dict[str, Any] = {item.name: item.value for item in job.resolved}
@@ -181,6 +200,7 @@ def run_spec(
         task_definition=asked.task_definition,
         start_from=start_from,
         engine_address=engine_address,
+        engine_base=engine_base,
         project=job.project,
         search=None if asked.sweep is None else search_spec(job.resolved),
     )

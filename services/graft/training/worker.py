@@ -17,7 +17,15 @@ from graft.training.batching import microbatches
 from graft.training.heldout import HeldOut
 from graft.training.imports import AutoTokenizer
 from graft.training.loop import LoopSettings, StepReport, Stop, train
-from graft.training.methods import HELD_OUT_EXAMPLES, HELD_OUT_TOKENS, learned_from, objective_of, read_data
+from graft.training.methods import (
+    HELD_OUT_EXAMPLES,
+    HELD_OUT_TOKENS,
+    close,
+    learned_from,
+    objective_of,
+    probe_candidates,
+    read_data,
+)
 from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import check_packing
@@ -105,22 +113,27 @@ def run_worker(
     )
     if spec.method is Method.PREFERENCE and group.rank == 0:
         tell("message", {"message": "The model as it is scores the pairs first: it is the reference."})
-    objective = objective_of(spec, model, data, learned_from(spec, data), device, group)
+    objective = objective_of(spec, model, data, learned_from(spec, data), device, group, tell)
     measured = None
     if held_out_data is not None:
-        measured = objective_of(spec, model, held_out_data, range(len(held_out_data.sequences)), device, group)
+        indices = range(len(held_out_data.sequences))
+        measured = objective_of(spec, model, held_out_data, indices, device, group, tell)
     held_out = HeldOut(spec, model, measured, group)
-    if held_out_data is not None:
-        yardstick = Yardstick(held_out_data.sequences, True, held_out.loss)
-    else:
-        first = data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS).sequences
-        yardstick = Yardstick(first, False, lambda final: mean_loss(final, first))
+
+    def yardstick() -> Yardstick:
+        if held_out_data is not None:
+            return Yardstick(held_out_data.sequences, True, held_out.loss)
+        first = probe_candidates(objective, data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS))
+        return Yardstick(first, False, lambda final: mean_loss(final, first))
 
     def save(folder: Path) -> dict[str, float]:
-        return save_result(replace(spec, output_dir=str(folder)), model, yardstick, tell)
+        return save_result(replace(spec, output_dir=str(folder)), model, yardstick(), tell)
 
     follow = _Follower(spec, model, held_out, tell, group, threads, save, on_measured)
-    train(model, objective, settings, follow.on_step, group)
+    try:
+        train(model, objective, settings, follow.on_step, group)
+    finally:
+        close(objective)
     held_out.restore()
     if group.rank == 0:
         result = save(Path(spec.output_dir))

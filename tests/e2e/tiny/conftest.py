@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from graft.client import Graft
+from tests.support.method_jobs import Jobs, train_all
 from tests.support.tiny_jobs import BASE, Trained, train_two
 from tests.support.tiny_llama import make_tiny_llama
 from tests.support.whole_stack import WholeStack, make_stack, removed
@@ -50,3 +51,8 @@ def trained(
     stack: WholeStack, graft: Graft, client: openai.OpenAI, tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
     return train_two(stack, graft, client, tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="package")
+def jobs(stack: WholeStack, graft: Graft, client: openai.OpenAI, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return train_all(stack, graft, client, tmp_path_factory.mktemp("methods"))
