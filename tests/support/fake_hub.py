@@ -51,7 +51,7 @@ def fake_hub(repository: str, folder: Path, license: str) -> Iterator[FakeHub]:
                 self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             elif path.startswith(f"/{repository}/resolve/") and (name := path.split("/", 5)[5]) in files:
                 if name == hub.break_on:
-                    self._answer(500, b"{}")  # 503 is tried again for half a minute
+                    self._answer(400, b"{}")  # the client tries 5xx again for half a minute
                     return
                 self._answer(
                     200, files[name].read_bytes(), {"ETag": f'"{_etag(files[name])}"', "X-Repo-Commit": COMMIT}

@@ -25,7 +25,7 @@ HELD_OUT_SHARE = 20
 def python_documentation() -> Iterator[str]:
     """Prose that every Python carries: its language reference as `help()` shows it, and the library's long docstrings.
 
-    About 1.5 MB under the PSF licence, in the same order everywhere.
+    About 1.3 MB under the PSF licence, in the same order everywhere.
     """
     from pydoc_data.topics import topics
 
