@@ -47,7 +47,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def served(task: TaskDefinition, inputs: dict[str, str], tokenizer: Any) -> list[int]:
     """Token ids of what the gateway sends to the engine, as vLLM's two endpoints make them."""
-    resolution = Resolution("tiny:it@1", None, task.to_text())
+    resolution = Resolution("tiny:it@1", "tiny", None, task.to_text())
     endpoint, body = rendered(resolution, engine_pb2.ENDPOINT_UNSPECIFIED, {"model": "tiny:it", "inputs": inputs})
     if endpoint == engine_pb2.ENDPOINT_CHAT_COMPLETIONS:
         text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
