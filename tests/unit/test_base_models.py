@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,12 +117,31 @@ def test_one_folder_at_fault_does_not_take_the_others_along(tiny: Path, tmp_path
         load_catalog(settings)
 
 
-def test_damaged_weights_are_told(tiny: Path, tmp_path: Path) -> None:
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 269060552\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda whole: b"short", "is cut off, or no safetensors file"),
+        (lambda whole: LFS_POINTER, "is a Git-LFS pointer.*git lfs pull"),
+        (lambda whole: whole[:-1], "bytes of tensors, and its header names"),
+        (lambda whole: whole[:8] + b"[" + whole[9:], "has a damaged header"),
+        (lambda whole: b"\xff" * 16, "is cut off, or no safetensors file"),
+    ],
+)
+def test_damaged_weights_are_told_and_do_not_take_the_others_along(
+    tiny: Path, tmp_path: Path, content: Callable[[bytes], bytes], told: str
+) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(tiny, folder)
-    (folder / "model.safetensors").write_bytes(b"short")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(content(weights.read_bytes()))
     settings = load({"GRAFT_HOME": str(tmp_path)})
     put(settings, "damaged", {"folder": str(folder)})
-    with pytest.raises(FailedPrecondition, match="damaged") as caught:
+    with pytest.raises(FailedPrecondition, match=told) as caught:
         ensure_base_model(settings, "damaged")
     assert caught.value.reason == "BASE_MODEL_WEIGHTS_DAMAGED"
+    faults: dict[str, GraftError] = {}
+    load_catalog(settings, faults.__setitem__)
+    assert list(faults) == ["damaged"]

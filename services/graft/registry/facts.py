@@ -5,14 +5,13 @@ Reads headers and files; never loads a model. Does not know the catalogue.
 
 import hashlib
 import json
-import math
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graft.domain.errors import FailedPrecondition
+from graft.registry.weights import Damaged, parameter_count
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block in each of ARCHITECTURES: LoRA's `all-linear`."""
@@ -20,7 +19,6 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 """Those that the tests train packed and serve, with an adapter on LINEAR, to the same log-probabilities."""
 LINEAGE = "graft-model.json"
 """In a folder that Graft made: where the weights come from."""
-_KEPT = "graft-model.json"
 _HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -100,25 +98,19 @@ def _measured(base: str, folder: Path, cache: Path) -> dict[str, Any]:
     files = [folder / name for name in _HASHED if (folder / name).is_file()] + weights
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     # Hashing takes a second a gigabyte, so it is kept beside the cache, never in a folder of the user's.
-    kept = cache / f"{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-{_KEPT}"
+    kept = cache / f"{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-facts.json"
     if kept.is_file():
         known: dict[str, Any] = json.loads(kept.read_text())
         if known.pop("stamps") == stamps:
             return known
+    parameters = sum(_parameters(base, path) for path in weights)
     total = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
             total.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    try:
-        parameter_count = sum(_parameter_count(path) for path in weights)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise FailedPrecondition(
-            f"Base model {base!r}: a safetensors file of {folder} is damaged. Fetch it again.",
-            reason="BASE_MODEL_WEIGHTS_DAMAGED",
-        ) from None
     measured = {
         "digest": f"sha256:{total.hexdigest()}",
-        "parameter_count": parameter_count,
+        "parameter_count": parameters,
         "size_bytes": sum(path.stat().st_size for path in weights),
     }
     cache.mkdir(parents=True, exist_ok=True)
@@ -128,9 +120,10 @@ def _measured(base: str, folder: Path, cache: Path) -> dict[str, Any]:
     return measured
 
 
-def _parameter_count(path: Path) -> int:
-    """From the header alone: 8 bytes of length, then JSON (the safetensors format)."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+def _parameters(base: str, path: Path) -> int:
+    try:
+        return parameter_count(path)
+    except Damaged as error:
+        raise FailedPrecondition(
+            f"Base model {base!r}: {path} {error}. Fetch it again.", reason="BASE_MODEL_WEIGHTS_DAMAGED"
+        ) from None
