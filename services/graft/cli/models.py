@@ -215,17 +215,18 @@ def _described(settings: "Settings", name: str) -> dict[str, Any]:
             state = "not pulled" if isinstance(one.source, Hub) else "to be converted"
             return told | {"state": state, "lineage": {}}
         facts = read_facts(name, folder, cache_folder(settings))
+        lineage, license = read_lineage(folder), known_license(one, folder)
     except GraftError as error:
         return told | {"state": "unusable", "error": error.message, "lineage": {}}
     return told | {
-        "license": known_license(one, folder),
+        "license": license,
         "parameter_count": facts.parameter_count,
         "size_bytes": facts.size_bytes,
         "context_tokens": min(facts.context_tokens, settings.serving.context_tokens),
         "layers": facts.layers,
         "digest": facts.digest,
         "folder": str(folder),
-        "lineage": read_lineage(folder),
+        "lineage": lineage,
     }
 
 

@@ -3,6 +3,7 @@
 Reads headers and files; never loads a model. Does not know the catalogue.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,7 +57,10 @@ def read_config(base: str, folder: Path) -> dict[str, Any]:
     """The folder's `config.json`. Raises FailedPrecondition unless it is of one of ARCHITECTURES."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        architecture = (config.get("architectures") or ["none"])[0]
+        named = config.get("architectures") or ["none"]
+        if not isinstance(named, list) or not isinstance(named[0], str):
+            raise ValueError("`architectures` is no list of names")
+        (architecture, *_) = named
     except (OSError, ValueError, AttributeError) as error:
         raise FailedPrecondition(
             f"Base model {base!r}: {folder / 'config.json'} cannot be read ({error}).",
@@ -71,11 +75,21 @@ def read_config(base: str, folder: Path) -> dict[str, Any]:
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    """What Graft wrote of where the weights come from; empty for a folder that it did not make."""
+    """What Graft wrote of where the weights come from; empty for a folder that it did not make.
+
+    Raises FailedPrecondition BASE_MODEL_LINEAGE_INVALID for a file that Graft did not write.
+    """
     try:
-        lineage: dict[str, Any] = json.loads((folder / LINEAGE).read_text())
+        lineage = json.loads((folder / LINEAGE).read_text())
+        if not isinstance(lineage, dict):
+            raise ValueError("it is no object")
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise FailedPrecondition(
+            f"{folder / LINEAGE} cannot be read ({error}). Remove it; it only tells where the weights come from.",
+            reason="BASE_MODEL_LINEAGE_INVALID",
+        ) from None
     return lineage
 
 
@@ -99,7 +113,7 @@ def _measured(base: str, folder: Path, cache: Path) -> dict[str, Any]:
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     # Hashing takes a second a gigabyte, so it is kept beside the cache, never in a folder of the user's.
     kept = cache / f"{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-facts.json"
-    if kept.is_file():
+    with contextlib.suppress(OSError, ValueError, KeyError):  # measured anew, whatever is there
         known: dict[str, Any] = json.loads(kept.read_text())
         if known.pop("stamps") == stamps:
             return known
