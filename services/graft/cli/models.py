@@ -11,6 +11,7 @@ from graft.cli import deploying
 from graft.cli.connect import connect
 from graft.cli.deriving import Deriving
 from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table, show, size_text
+from graft.cli.signals import cleaned_up
 
 if TYPE_CHECKING:
     from graft.settings import Settings
@@ -156,7 +157,7 @@ def models_derive(
     from graft.settings import load
 
     request = Request(base, name, layers, data, tokens, max_minutes, choose.value)
-    with failures(as_json=as_json):
+    with failures(as_json=as_json), cleaned_up():
         settings = load()
         if as_json:
             lineage = derive(settings, request, lambda report: print_json(report, line=True))

@@ -1,12 +1,9 @@
 """Makes a smaller base model from a larger one: cuts depth, then heals it by next-token training on raw text.
 
-    python -m graft.training.healing < order.json
-
-A process of its own, which `graft.registry.derive` starts: it reports a JSON object a line on standard output, the last
-one `finished` or `failed`. Does not know the catalogue.
+A process of its own, which `graft.registry.derive` starts through `graft.child`: its last report is `finished` or
+`failed`. Does not know the catalogue.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -18,6 +15,7 @@ from typing import Any
 
 import torch
 
+from graft.child import receive, tell
 from graft.data.prepare import Example
 from graft.data.raw_text import default_source, python_documentation, read_documents, sequences
 from graft.domain.errors import InvalidArgument
@@ -62,11 +60,6 @@ class Order:
     seconds: float
     """Longest healing."""
     seed: int = 0
-
-
-def tell(kind: str, **data: object) -> None:
-    """One line to whoever started this process; raises BrokenPipeError when nobody listens any more."""
-    print(json.dumps({"kind": kind} | data), flush=True)
 
 
 def derive(order: Order) -> dict[str, Any]:
@@ -205,7 +198,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 def main() -> int:
     """Exit code 0 after `finished`, 1 after `failed`."""
-    order = Order(**json.load(sys.stdin))
+    order = Order(**receive(lambda given: shutil.rmtree(given["output"], ignore_errors=True)))
     try:
         lineage = derive(order)
     except BrokenPipeError:
@@ -214,10 +207,26 @@ def main() -> int:
         import traceback
 
         traceback.print_exc()
-        tell("failed", **failure(error, "standard error"))
+        tell("failed", **failed(error, order))
         return 1
     tell("finished", lineage=lineage)
     return 0
+
+
+def failed(error: Exception, order: Order) -> dict[str, Any]:
+    """Data of a `failed` report: what a job would say, in the words of this command."""
+    told = failure(error, "standard error")
+    detail = str(error).strip().splitlines() or ["no message"]
+    others = {
+        "OUT_OF_MEMORY": "There is too little memory to heal it. Keep fewer --layers, take a smaller base model, or "
+        "a larger machine.",
+        "DISK_FULL": f"The disk of {Path(order.output).parent} is full. Free some space, then derive again.",
+        "LOSS_NOT_FINITE": f"Healing diverged: its loss is no number any more. Try another text (--data); "
+        f"otherwise the weights of {order.base} are at fault.",
+        "TRAINING_FAILED": f"Deriving failed with {type(error).__name__}: {detail[0]}",
+    }
+    reason = "DERIVE_FAILED" if told["reason"] == "TRAINING_FAILED" else told["reason"]
+    return told | {"reason": reason, "message": others.get(told["reason"], told["message"])}
 
 
 if __name__ == "__main__":
