@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import yaml
 from graft.domain.errors import AlreadyExists, FailedPrecondition, GraftError, InvalidArgument, NotFound
 from graft.registry.base_models import ensure_base_model, load_catalog
 from graft.registry.catalog import Folder, entries, put
+from graft.registry.facts import read_facts
 from graft.registry.sources import make_once, source_text
 from graft.settings import load
 from tests.support.tiny_llama import make_tiny_llama
@@ -206,3 +208,43 @@ def test_damaged_weights_are_told_and_do_not_take_the_others_along(
     faults: dict[str, GraftError] = {}
     load_catalog(settings, faults.__setitem__)
     assert list(faults) == ["damaged"]
+
+
+def _without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def _without_a_shard(folder: Path) -> None:
+    names = {f"layer.{number}": f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    (folder / "model.safetensors").rename(folder / names["layer.1"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _with_a_broken_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def _quantized(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "told"),
+    [
+        (_without_tokenizer, "BASE_MODEL_TOKENIZER_MISSING", r"no tokenizer \(tokenizer\.json or"),
+        (_without_a_shard, "BASE_MODEL_WEIGHTS_MISSING", r"lacks 1 of the 2 .*: model-00002-of-00002\.safetensors\. F"),
+        (_with_a_broken_index, "BASE_MODEL_WEIGHTS_DAMAGED", r"index\.json cannot be read"),
+        (_quantized, "BASE_MODEL_QUANTIZED", r"is quantized"),
+    ],
+)
+def test_a_folder_that_no_job_could_use_is_refused(
+    tiny: Path, tmp_path: Path, spoil: Callable[[Path], None], reason: str, told: str
+) -> None:
+    folder = tmp_path / "spoiled"
+    shutil.copytree(tiny, folder)
+    read_facts("it", folder, tmp_path)
+    spoil(folder)
+    with pytest.raises(FailedPrecondition, match=told) as caught:
+        read_facts("it", folder, tmp_path)
+    assert caught.value.reason == reason

@@ -20,6 +20,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 """Those that the tests train packed and serve, with an adapter on LINEAR, to the same log-probabilities."""
 LINEAGE = "graft-model.json"
 """In a folder that Graft made: where the weights come from."""
+_TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+"""The files of which a folder needs one set."""
 _HASHED = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -40,10 +42,12 @@ class Facts:
 def read_facts(base: str, folder: Path, cache: Path) -> Facts:
     """Measures `folder`; digests are kept in `cache` until a file changes.
 
-    Raises FailedPrecondition: BASE_MODEL_CONFIG_INVALID, UNSUPPORTED_ARCHITECTURE, BASE_MODEL_WEIGHTS_MISSING or
+    Raises FailedPrecondition: what `read_config` raises, BASE_MODEL_TOKENIZER_MISSING, BASE_MODEL_WEIGHTS_MISSING or
     BASE_MODEL_WEIGHTS_DAMAGED.
     """
     config = read_config(base, folder)
+    _check_tokenizer(base, folder)
+    _check_shards(base, folder)
     try:
         layers, context_tokens = int(config["num_hidden_layers"]), _context_tokens(config)
     except (KeyError, TypeError, ValueError) as error:
@@ -54,7 +58,10 @@ def read_facts(base: str, folder: Path, cache: Path) -> Facts:
 
 
 def read_config(base: str, folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`. Raises FailedPrecondition unless it is of one of ARCHITECTURES."""
+    """The folder's `config.json`.
+
+    Raises FailedPrecondition: BASE_MODEL_CONFIG_INVALID, UNSUPPORTED_ARCHITECTURE or BASE_MODEL_QUANTIZED.
+    """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         named = config.get("architectures") or ["none"]
@@ -70,6 +77,12 @@ def read_config(base: str, folder: Path) -> dict[str, Any]:
         raise FailedPrecondition(
             f"Base model {base!r} is a {architecture}; supported: {', '.join(ARCHITECTURES)}.",
             reason="UNSUPPORTED_ARCHITECTURE",
+        )
+    if config.get("quantization_config"):
+        raise FailedPrecondition(
+            f"Base model {base!r} is quantized (quantization_config in {folder / 'config.json'}), and training needs "
+            "its weights in 16 or 32 bits. Take the repository that it was made from.",
+            reason="BASE_MODEL_QUANTIZED",
         )
     return config
 
@@ -93,6 +106,34 @@ def read_lineage(folder: Path) -> dict[str, Any]:
     return lineage
 
 
+def _check_tokenizer(base: str, folder: Path) -> None:
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+        told = " or ".join(" with ".join(names) for names in _TOKENIZERS)
+        raise FailedPrecondition(
+            f"Base model {base!r}: {folder} holds no tokenizer ({told}).", reason="BASE_MODEL_TOKENIZER_MISSING"
+        )
+
+
+def _check_shards(base: str, folder: Path) -> None:
+    """Every file that the index names, where there is one, must be there."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in named if not (folder / name).is_file()]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise FailedPrecondition(
+            f"Base model {base!r}: {index} cannot be read. Fetch it again.", reason="BASE_MODEL_WEIGHTS_DAMAGED"
+        ) from None
+    if missing:
+        raise FailedPrecondition(
+            f"Base model {base!r}: {folder} lacks {len(missing)} of the {len(named)} files that {index.name} names: "
+            f"{', '.join(missing[:5])}{', …' * (len(missing) > 5)}. Fetch them.",
+            reason="BASE_MODEL_WEIGHTS_MISSING",
+        )
+
+
 def _context_tokens(config: dict[str, Any]) -> int:
     """Training attends to everything before a token, so beyond a sliding window it would not be the served model.
 
@@ -113,7 +154,9 @@ def _measured(base: str, folder: Path, cache: Path) -> dict[str, Any]:
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     # Hashing takes a second a gigabyte, so it is kept beside the cache, never in a folder of the user's.
     kept = cache / f"{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]}-facts.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):  # measured anew, whatever is there
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, AttributeError
+    ):  # measured anew, whatever is there
         known: dict[str, Any] = json.loads(kept.read_text())
         if known.pop("stamps") == stamps:
             return known
