@@ -105,14 +105,14 @@ def derive(order: Order) -> dict[str, Any]:
 def _read(order: Order, tokenizer: Any) -> tuple[list[Example], list[Example], str]:
     documents = read_documents(Path(order.text)) if order.text else python_documentation()
     most = order.tokens or int(order.seconds * MOST_TOKENS_A_SECOND)
-    learned, held_out = sequences(documents, tokenizer, SEQUENCE_TOKENS, most)
+    learned, held_out = sequences(documents, tokenizer, SEQUENCE_TOKENS, most, MEASURED_SEQUENCES)
     if len(learned) < BATCH_SEQUENCES or not held_out:
         raise InvalidArgument(
             f"The text gives {len(learned)} sequences of {SEQUENCE_TOKENS} tokens to learn from and {len(held_out)} to "
             "measure on. Give more text (--data), some hundred kilobytes at least, or more --tokens.",
             reason="TEXT_TOO_SHORT",
         )
-    return learned, held_out[:MEASURED_SEQUENCES], order.text or default_source()
+    return learned, held_out, order.text or default_source()
 
 
 def _choose(order: Order, model: Any, learned: Sequence[Example]) -> tuple[list[int], str]:
