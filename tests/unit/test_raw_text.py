@@ -49,6 +49,8 @@ def test_no_document_is_on_both_sides() -> None:
 def test_two_documents_are_enough_to_hold_one_out_and_one_is_split() -> None:
     learned, held_out = sequences(["a" * 4 + "b" * 4, "c" * 4 + "d" * 4], Letters(), 4, 10**6, 100)
     assert {tuple(sorted(map(_text, side))) for side in (learned, held_out)} == {("aaaa", "bbbb"), ("cccc", "dddd")}
+    learned, held_out = sequences(["a" * 4 + "b" * 4, "c" * 4 + "d" * 4], Letters(), 4, 1, 100)
+    assert [sorted(map(_text, side)) for side in (learned, held_out)] == [["aaaa", "bbbb"], ["cccc", "dddd"]]
     learned, held_out = sequences(["".join(map(chr, range(1, 2001)))], Letters(), 4, 10**6, 100)
     assert 5 <= len(held_out) <= 60
 

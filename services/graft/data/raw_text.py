@@ -78,6 +78,8 @@ def sequences(
     """
     learned: dict[bytes, list[Example]] = {}
     held_out: dict[bytes, list[Example]] = {}
+    # One that was not needed to learn, for the case that so few documents leave none held out.
+    spare: dict[bytes, list[Example]] = {}
     seen: set[bytes] = set()
     tokens = measured = 0
     for unit in _units(documents, tokenizer, length_tokens):
@@ -93,8 +95,11 @@ def sequences(
         elif tokens < most_tokens:
             learned[digest] = pieces
             tokens += sum(len(piece.token_ids) for piece in pieces)
+        else:
+            spare = spare or {digest: pieces}
         if tokens >= most_tokens and measured >= most_held_out:
             break
+    held_out = held_out or spare
     if not held_out and len(learned) > 1:
         first = min(learned)
         held_out[first] = learned.pop(first)

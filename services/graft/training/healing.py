@@ -4,6 +4,7 @@ A process of its own, which `graft.registry.derive` starts through `graft.child`
 `failed`. Does not know the catalogue.
 """
 
+import hashlib
 import math
 import shutil
 import sys
@@ -66,10 +67,7 @@ def derive(order: Order) -> dict[str, Any]:
     """Makes the model in `order.output`; returns its lineage. Raises InvalidArgument when there is too little text."""
     tell("phase", message=f"Loading {order.base}.")
     tokenizer = AutoTokenizer.from_pretrained(order.base_folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        order.base_folder, dtype=torch.float32, attn_implementation=PACKED, local_files_only=True
-    )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load(order.base_folder)
     learned, held_out, text = _read(order, tokenizer)
     tell("phase", message=f"Text: {text}, {_tokens(learned):,} tokens to learn, {_tokens(held_out):,} held out.")
     before = mean_loss(model, held_out)
@@ -79,16 +77,18 @@ def derive(order: Order) -> dict[str, Any]:
     told = {"perplexity_before": _perplexity(before), "perplexity_after_cut": _perplexity(after_cut)}
     tell("cut", kept=kept, chosen_by=by, **told)
     healed_tokens = _heal(order, model, learned)
-    # What is kept is what is measured: the parent's type on disk is often 16 bits wide.
-    kept_type = _stored_type(Path(order.base_folder))
-    model.to(kept_type).to(torch.float32)
-    after = mean_loss(model, held_out)
-    lineage = {
+    model.to(_stored_type(Path(order.base_folder))).save_pretrained(order.output)
+    _copy_tokenizer(Path(order.base_folder), Path(order.output))
+    del model
+    # From the disk, as everybody will have it: the type there is often 16 bits wide.
+    after = mean_loss(_load(order.output), held_out)
+    return {
         "from": order.base,
         "digest": order.base_digest,
         "layers_kept": kept,
         "chosen_by": by,
         "text": text,
+        "text_digest": _text_digest(order),
         "tokens_healed": healed_tokens,
         "held_out_tokens": _tokens(held_out),
         "perplexity": {
@@ -97,9 +97,21 @@ def derive(order: Order) -> dict[str, Any]:
             "after_healing": _perplexity(after),
         },
     }
-    model.to(kept_type).save_pretrained(order.output)
-    _copy_tokenizer(Path(order.base_folder), Path(order.output))
-    return lineage
+
+
+def _load(folder: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=PACKED, local_files_only=True
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _text_digest(order: Order) -> str:
+    """Empty for Python's own documentation, which its version tells."""
+    if not order.text:
+        return ""
+    with open(order.text, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def _read(order: Order, tokenizer: Any) -> tuple[list[Example], list[Example], str]:
@@ -112,7 +124,7 @@ def _read(order: Order, tokenizer: Any) -> tuple[list[Example], list[Example], s
             "measure on. Give more text (--data), some hundred kilobytes at least, or more --tokens.",
             reason="TEXT_TOO_SHORT",
         )
-    return learned, held_out, order.text or default_source()
+    return learned, held_out, Path(order.text).name if order.text else default_source()
 
 
 def _choose(order: Order, model: Any, learned: Sequence[Example]) -> tuple[list[int], str]:
@@ -168,7 +180,9 @@ def _heal(order: Order, model: Any, learned: Sequence[Example]) -> int:
 def _gradient(model: Any, batch: Sequence[Example], device: torch.device) -> None:
     """One forward and backward pass, for its time."""
     for packed in microbatches(batch):
-        token_losses(model, packed.to(device)).mean().backward()
+        loss = token_losses(model, packed.to(device)).mean()
+        loss.backward()
+        loss.item()  # waits for a device that works on its own
     model.zero_grad()
 
 
