@@ -43,18 +43,28 @@ class Ended:
         return f"exit code {self.exit_code}: {self.last_line or 'it said nothing'}"
 
 
-def run(module: str, order: Mapping[str, Any], on_report: OnReport, environment: Mapping[str, str]) -> Ended:
-    """Runs the module to its end, and passes its reports on. Whatever ends this wait ends the process."""
+def run(
+    module: str,
+    order: Mapping[str, Any],
+    on_report: OnReport,
+    environment: Mapping[str, str] | None = None,
+    *,
+    show_errors: bool = False,
+) -> Ended:
+    """Runs the module to its end, and passes its reports on. Whatever ends this wait ends the process.
+
+    `show_errors` lets the user see its standard error, progress bars for one, rather than keep it for `last_line`.
+    """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=None if show_errors else log,
             text=True,
             # Ctrl-C is for the command alone, which then ends the process; in one group both would hear it.
             start_new_session=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **(environment or {})},
         )
         assert process.stdin is not None
         assert process.stdout is not None

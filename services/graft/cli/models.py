@@ -1,5 +1,6 @@
 """`graft models`: base models. Lists those that a gateway offers; shows, adds, pulls and derives those of this home."""
 
+import sys
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -118,14 +119,14 @@ def models_add(
 
 @models.command("pull")
 def models_pull(name: Name, as_json: Json = False) -> None:
-    """Download a base model from the hub: the only command that calls anybody. Goes on where it was cut off."""
+    """Download a base model from the hub, which no other command asks. Goes on where it was cut off."""
     from graft.registry.catalog import entry
     from graft.registry.sources import pull
     from graft.settings import load
 
-    with failures(as_json=as_json):
+    with failures(as_json=as_json), cleaned_up():
         settings = load()
-        pull(settings, entry(settings, name))
+        pull(settings, entry(settings, name), show_progress=sys.stderr.isatty() and not as_json)
         told = _described(settings, name)
     if as_json:
         print_json(told)

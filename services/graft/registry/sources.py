@@ -82,7 +82,7 @@ def unmade(entry: Entry) -> Path:
     )
 
 
-def pull(settings: Settings, entry: Entry) -> Path:
+def pull(settings: Settings, entry: Entry, *, show_progress: bool = False) -> Path:
     """Downloads a `hub:` entry unless it is there. Raises InvalidArgument for any other kind, and what `hub` raises."""
     source = entry.source
     if not isinstance(source, Hub):
@@ -93,7 +93,7 @@ def pull(settings: Settings, entry: Entry) -> Path:
     target = _target(settings, entry)
     # Kept when a download ends halfway, so that the next goes on from there.
     partial = target.with_name(f".pull-{target.name}")
-    return make_once(target, lambda folder: download(entry.base, source, folder), partial)
+    return make_once(target, lambda folder: download(entry.base, source, folder, show_progress=show_progress), partial)
 
 
 def make_once(target: Path, make: Callable[[Path], None], partial: Path | None = None) -> Path:
