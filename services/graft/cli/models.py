@@ -1,5 +1,6 @@
 """`graft models`: base models. Lists those that a gateway offers; shows, adds, pulls and derives those of this home."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from enum import StrEnum
@@ -77,6 +78,7 @@ def models_show(name: Name, as_json: Json = False) -> None:
         return
     lineage = {f"lineage: {key}": _plain(value) for key, value in told.pop("lineage").items()}
     told["size_bytes"] = size_text(told["size_bytes"]) if told.get("size_bytes") else ""
+    told["licence"] = told.pop("license")  # the spelling of tables; JSON has the contract's
     rows = [[key.replace("_", " "), value] for key, value in (told | lineage).items() if value not in ("", None)]
     print_table([], rows)
 
@@ -98,6 +100,7 @@ def models_add(
 
     with failures(as_json=as_json):
         settings = load()
+        catalog.check_free(settings, name)  # before gigabytes are hashed
         content: dict[str, Any] = {"license": license} if license else {}
         if source.startswith("hub:"):
             content |= {"hub": source.removeprefix("hub:")} | ({"revision": revision} if revision else {})
@@ -106,6 +109,8 @@ def models_add(
             if revision:
                 raise InvalidArgument("--revision is for the hub; a folder has none.", reason="REVISION_NOT_ON_HUB")
             folder = Path(source).expanduser().absolute()
+            if not folder.is_dir():
+                raise InvalidArgument(_no_folder(name, source, folder), reason="BASE_MODEL_FOLDER_MISSING")
             read_facts(name, folder, cache_folder(settings))  # refused now, not by a job
             content["folder"] = str(folder)
             then = ""
@@ -175,6 +180,17 @@ def models_derive(
     )
 
 
+def _no_folder(name: str, source: str, folder: Path) -> str:
+    """What is told of a source that is no folder; most often it was meant for the hub."""
+    repository = re.sub(r"^https?://(www\.)?(huggingface\.co|hf\.co)/", "", source)
+    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(/tree/([\w.-]+))?/?", repository)
+    if on_hub is None:
+        return f"{folder} is no folder. Give a folder in safetensors, or hub:ORG/NAME."
+    revision = f" --revision {on_hub[3]}" if on_hub[3] else ""
+    place = folder if repository == source else source
+    return f"{place} is no folder. If it is on the hub: `graft models add {name} hub:{on_hub[1]}{revision}`."
+
+
 def _list_local(*, as_json: bool) -> None:
     from graft.registry.catalog import entries
     from graft.settings import load
@@ -197,6 +213,9 @@ def _list_local(*, as_json: bool) -> None:
         for one in told
     ]
     print_table(["MODEL", "STATE", "PARAMETERS", "SIZE", "CONTEXT", "LICENCE", "SOURCE"], rows)
+    for one in told:
+        if "error" in one:
+            print(one["error"], file=sys.stderr)
 
 
 def _described(settings: "Settings", name: str) -> dict[str, Any]:
