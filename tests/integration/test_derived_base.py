@@ -52,6 +52,7 @@ async def test_a_smaller_base_is_derived_and_entered_with_its_lineage(deep: Path
     lineage = json.loads((folder / "graft-model.json").read_text())
     assert lineage["layers_kept"] == [0, 3]
     assert lineage["perplexity"]["after_healing"] < 0.5 * lineage["perplexity"]["after_cut"]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
     assert (folder / "chat_template.jinja").read_bytes() == (deep / "chat_template.jinja").read_bytes()
     assert (folder / "tokenizer.json").read_bytes() == (deep / "tokenizer.json").read_bytes()
     assert [path.name for path in (home / "base_models").iterdir()] == ["small"]

@@ -21,6 +21,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tiny_llama(tmp_path_factory.mktemp("repository"))
     (folder / "onnx").mkdir()
     shutil.copy(folder / "model.safetensors", folder / "onnx")
+    (folder / "tokenizer_tiny.py").write_text("raise SystemExit('code of the repository ran')\n")
     (folder / "modeling_tiny.py").write_text("raise SystemExit('code of the repository ran')\n")
     (folder / "pytorch_model.bin").write_bytes(b"not wanted")
     return folder

@@ -26,8 +26,16 @@ from graft.registry.catalog import Hub
 from graft.registry.facts import LINEAGE, read_config
 
 _FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
-_NOT_THESE = ("*/*", "consolidated*")
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
+_NOT_THESE = ("*/*", "consolidated*", "*.py")
 """Folders hold other forms of the same weights, `consolidated` files one that transformers does not read."""
 
 

@@ -23,7 +23,7 @@ def parameter_count(path: Path) -> int:
     try:
         tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
         needed_bytes = max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
-        count = sum(math.prod(tensor["shape"]) for tensor in tensors)
+        count = sum(math.prod(map(int, tensor["shape"])) for tensor in tensors)
     except (KeyError, IndexError, TypeError, ValueError):
         raise Damaged("has a damaged header") from None
     if needed_bytes != data_bytes:

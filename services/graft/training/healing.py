@@ -20,6 +20,7 @@ from graft.child import receive, tell
 from graft.data.prepare import Example
 from graft.data.raw_text import default_source, python_documentation, read_documents, sequences
 from graft.domain.errors import InvalidArgument
+from graft.registry.facts import LINEAGE
 from graft.training.batching import microbatches
 from graft.training.depth import angular_distances, by_angle, cut, evenly
 from graft.training.failures import failure
@@ -206,7 +207,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     """As they are, whatever the tokenizer's class: everything small that does not describe the weights."""
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".gguf") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and not (target / file.name).exists() and file.name != "graft-model.json":
+        if file.is_file() and not weights and not (target / file.name).exists() and file.name != LINEAGE:
             shutil.copyfile(file, target / file.name)
 
 
