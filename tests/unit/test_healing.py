@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graft.data.raw_text import read_documents, sequences
 from graft.domain.errors import FailedPrecondition
-from graft.training.healing import MEASURED_SEQUENCES, SEQUENCE_TOKENS, Order, derive, failed
+from graft.training.healing import MEASURED_SEQUENCES, SEQUENCE_TOKENS, Order, check_fits, derive, failed
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import PACKED
 from tests.support.tiny_llama import make_tiny_llama
@@ -51,6 +51,15 @@ def test_the_perplexity_that_is_told_is_that_of_the_files(tmp_path: Path, capsys
     stored = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, attn_implementation=PACKED)
     assert next(iter(load_file(output / "model.safetensors").values())).dtype is torch.bfloat16
     assert lineage["perplexity"]["after_healing"] == round(math.exp(mean_loss(stored, held_out)), 4)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers_before_it_is_loaded(tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", layers=3)
+    order = an_order(base_folder=str(base))
+    check_fits(order, 10**9)
+    with pytest.raises(FailedPrecondition, match=r"healing 2 layers of it .*AdamW.*there are 0\.001 GB") as caught:
+        check_fits(order, 10**6)
+    assert caught.value.reason == "DOES_NOT_FIT"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ import torch
 from graft.child import receive, tell
 from graft.data.prepare import Example
 from graft.data.raw_text import default_source, python_documentation, read_documents, sequences
-from graft.domain.errors import InvalidArgument
+from graft.domain.errors import FailedPrecondition, InvalidArgument
+from graft.domain.jobs import LastLayers, Lora, Tuning
 from graft.registry.facts import LINEAGE
 from graft.training.batching import microbatches
 from graft.training.depth import angular_distances, by_angle, cut, evenly
 from graft.training.failures import failure
 from graft.training.imports import AutoModelForCausalLM, AutoTokenizer
 from graft.training.loop import LoopSettings, StepReport, Stop, train
+from graft.training.memory import FLOAT_BYTES, memory_bytes, read_shape
 from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED, token_losses
+from graft.training.tuning import node_memory_bytes
 
 SEQUENCE_TOKENS = 512
 """Of one document each. Longer ones cost more attention for a budget that is spent in minutes."""
@@ -65,7 +68,11 @@ class Order:
 
 
 def derive(order: Order) -> dict[str, Any]:
-    """Makes the model in `order.output`; returns its lineage. Raises InvalidArgument when there is too little text."""
+    """Makes the model in `order.output`; returns its lineage.
+
+    Raises FailedPrecondition when the memory does not suffice, InvalidArgument when there is too little text.
+    """
+    check_fits(order, node_memory_bytes(_device()))
     tell("phase", message=f"Loading {order.base}.")
     tokenizer = AutoTokenizer.from_pretrained(order.base_folder, local_files_only=True)
     model = _load(order.base_folder)
@@ -104,7 +111,26 @@ def _load(folder: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=PACKED, local_files_only=True
     )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(_device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_fits(order: Order, available_bytes: int) -> None:
+    """Raises FailedPrecondition DOES_NOT_FIT unless the base model can be loaded, and what is kept of it trained."""
+    shape = read_shape(Path(order.base_folder))
+    kept = memory_bytes(replace(shape, blocks=order.layers), Tuning.FULL, Lora(), LastLayers())
+    whole_bytes = shape.parameters * FLOAT_BYTES
+    if max(whole_bytes, kept.total_bytes) > available_bytes:
+        raise FailedPrecondition(
+            f"Loading {order.base} needs about {whole_bytes / 1e9:.3g} GB and healing {order.layers} layers of it "
+            f"{kept}, and there are {available_bytes / 1e9:.3g} GB. Keep fewer --layers, take a smaller base model, or "
+            "a larger machine.",
+            reason="DOES_NOT_FIT",
+            metadata={"needed_bytes": str(kept.total_bytes), "available_bytes": str(available_bytes)},
+        )
 
 
 def _text_digest(order: Order) -> str:
