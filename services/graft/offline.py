@@ -1,6 +1,7 @@
-"""Graft calls nobody: what every library that would is told not to, in each process, before it is imported.
+"""No library calls anybody by itself: each that would is told not to, in each process, before it is imported.
 
-The hub is the exception, when somebody asks for a base model from it (`graft models pull`).
+Graft fetches only what it is asked for: a base model from the hub (`graft models pull`, the exception here), data from
+an address that a user gives, a grader that a job names.
 
 Owns the variables. They hold in child processes too, Ray's workers among them.
 """

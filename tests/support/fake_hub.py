@@ -20,6 +20,10 @@ class FakeHub:
     url: str
     asked: list[str] = field(default_factory=list)
     break_on: str = ""
+    slow_on: str = ""
+    """A file that comes a byte at a time until `released`; `slow` is set once it does."""
+    slow: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -65,6 +69,11 @@ def fake_hub(repository: str, folder: Path, license: str) -> Iterator[FakeHub]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
+                if hub.slow_on and self.path.endswith(hub.slow_on):
+                    hub.slow.set()
+                    while body and not hub.released.wait(0.1):
+                        self.wfile.write(body[:1])
+                        body = body[1:]
                 self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
@@ -77,6 +86,7 @@ def fake_hub(repository: str, folder: Path, license: str) -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        hub.released.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -1,4 +1,6 @@
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import yaml
 from graft.domain.errors import AlreadyExists, FailedPrecondition, GraftError, InvalidArgument, NotFound
 from graft.registry.base_models import ensure_base_model, load_catalog
 from graft.registry.catalog import Folder, entries, put
-from graft.registry.sources import source_text
+from graft.registry.facts import read_facts
+from graft.registry.sources import make_once, source_text
 from graft.settings import load
 from tests.support.tiny_llama import make_tiny_llama
 
@@ -69,6 +72,12 @@ def test_an_architecture_with_other_layers_is_refused(tmp_path: Path) -> None:
         ("A b: {folder: /x}", r"A b: 'A b' is not a name"),
         ("[a]", r"base_models\.yaml: expected a mapping"),
         ("a: {", r"base_models\.yaml is not YAML"),
+        ("123: {folder: /x}", r"123: a name must be text: put it in quotes"),
+        ("1.5: {folder: /x}\na: {folder: /x}", r"1\.5: a name must be text"),
+        ("2026-01-02: {folder: /x}", r"2026-01-02: a name must be text"),
+        ("2026-02-31: {folder: /x}", r"base_models\.yaml is not YAML"),
+        ("a: {folder: /x}\na: {folder: /y}", r"'a' is there twice"),
+        ("a: {folder: /x, folder: /y}", r"'folder' is there twice"),
         ("a: {hub: 1}\nb: {package: p}", r"a\.hub: must be text.*; b\.file: is required"),
     ],
 )
@@ -79,6 +88,61 @@ def test_what_is_wrong_in_the_catalogue_is_told_with_file_entry_and_key(
     with pytest.raises(InvalidArgument, match=told) as caught:
         entries(load({"GRAFT_HOME": str(tmp_path)}))
     assert caught.value.reason == "INVALID_CATALOG"
+
+
+def test_a_catalogue_that_is_no_text_is_told(tmp_path: Path) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    own = tmp_path / "base_models.yaml"
+    own.write_bytes("a: {folder: /modèles}".encode("latin-1"))
+    with pytest.raises(InvalidArgument, match=r"base_models\.yaml is not UTF-8 text \(byte 16\)"):
+        entries(settings)
+    own.unlink()
+    own.mkdir()
+    with pytest.raises(InvalidArgument, match=r"base_models\.yaml cannot be read: Is a directory"):
+        entries(settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("config.json", '{"architectures": {"a": 1}}', "BASE_MODEL_CONFIG_INVALID"),
+        ("config.json", '{"architectures": [1]}', "BASE_MODEL_CONFIG_INVALID"),
+        ("graft-model.json", "{", "BASE_MODEL_LINEAGE_INVALID"),
+        ("graft-model.json", "[]", "BASE_MODEL_LINEAGE_INVALID"),
+    ],
+)
+def test_a_broken_file_of_one_folder_does_not_take_the_others_along(
+    tiny: Path, tmp_path: Path, file: str, content: str, reason: str
+) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    (folder / file).write_text(content)
+    put(settings, "broken", {"folder": str(folder)})
+    faults: dict[str, GraftError] = {}
+    load_catalog(settings, faults.__setitem__)
+    assert {base: fault.reason for base, fault in faults.items()} == {"broken": reason}
+
+
+def test_an_entry_that_is_added_leaves_comments_and_order_alone(tmp_path: Path) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    own = tmp_path / "base_models.yaml"
+    own.write_text("# Ours.\nz: {folder: /z}  # the last\ny: {folder: /y}")
+    put(settings, "a", {"folder": "/a", "derived": {"from": "z", "layers": 2}})
+    assert own.read_text().startswith("# Ours.\nz: {folder: /z}  # the last\ny: {folder: /y}\na:")
+    assert entries(settings)["a"].source == Folder(Path("/a"), "z", 2)
+    own.write_text("{z: {folder: /z}}")
+    put(settings, "a", {"folder": "/a"})
+    assert {"a", "z"} <= set(entries(settings))
+
+
+def test_two_bases_whose_names_have_dots_do_not_share_a_lock(tmp_path: Path) -> None:
+    def make(_: Path) -> None:
+        # Waits for itself when the two share one.
+        make_once(tmp_path / "qwen2.5-1", lambda _: None)
+
+    make_once(tmp_path / "qwen2.5-7", make)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"qwen2.5-1", "qwen2.5-7"}
 
 
 def test_an_entry_is_added_once_and_a_path_without_a_root_is_below_the_home(tmp_path: Path) -> None:
@@ -116,12 +180,71 @@ def test_one_folder_at_fault_does_not_take_the_others_along(tiny: Path, tmp_path
         load_catalog(settings)
 
 
-def test_damaged_weights_are_told(tiny: Path, tmp_path: Path) -> None:
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 269060552\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda _: b"short", "is cut off, or no safetensors file"),
+        (lambda _: LFS_POINTER, "is a Git-LFS pointer.*git lfs pull"),
+        (lambda whole: whole[:-1], "bytes of tensors, and its header names"),
+        (lambda whole: whole[:8] + b"[" + whole[9:], "has a damaged header"),
+        (lambda _: b"\xff" * 16, "is cut off, or no safetensors file"),
+    ],
+)
+def test_damaged_weights_are_told_and_do_not_take_the_others_along(
+    tiny: Path, tmp_path: Path, content: Callable[[bytes], bytes], told: str
+) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(tiny, folder)
-    (folder / "model.safetensors").write_bytes(b"short")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(content(weights.read_bytes()))
     settings = load({"GRAFT_HOME": str(tmp_path)})
     put(settings, "damaged", {"folder": str(folder)})
-    with pytest.raises(FailedPrecondition, match="damaged") as caught:
+    with pytest.raises(FailedPrecondition, match=told) as caught:
         ensure_base_model(settings, "damaged")
     assert caught.value.reason == "BASE_MODEL_WEIGHTS_DAMAGED"
+    faults: dict[str, GraftError] = {}
+    load_catalog(settings, faults.__setitem__)
+    assert list(faults) == ["damaged"]
+
+
+def _without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def _without_a_shard(folder: Path) -> None:
+    names = {f"layer.{number}": f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    (folder / "model.safetensors").rename(folder / names["layer.1"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _with_a_broken_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+def _quantized(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason", "told"),
+    [
+        (_without_tokenizer, "BASE_MODEL_TOKENIZER_MISSING", r"no tokenizer \(tokenizer\.json or"),
+        (_without_a_shard, "BASE_MODEL_WEIGHTS_MISSING", r"lacks 1 of the 2 .*: model-00002-of-00002\.safetensors\. F"),
+        (_with_a_broken_index, "BASE_MODEL_WEIGHTS_DAMAGED", r"index\.json cannot be read"),
+        (_quantized, "BASE_MODEL_QUANTIZED", r"is quantized"),
+    ],
+)
+def test_a_folder_that_no_job_could_use_is_refused(
+    tiny: Path, tmp_path: Path, spoil: Callable[[Path], None], reason: str, told: str
+) -> None:
+    folder = tmp_path / "spoiled"
+    shutil.copytree(tiny, folder)
+    read_facts("it", folder, tmp_path)
+    spoil(folder)
+    with pytest.raises(FailedPrecondition, match=told) as caught:
+        read_facts("it", folder, tmp_path)
+    assert caught.value.reason == reason

@@ -249,7 +249,7 @@ def test_more_blocks_than_there_are_are_refused_with_both_numbers(spec: RunSpec)
 def test_a_base_that_does_not_fit_is_refused_before_it_is_loaded(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft.training.tuning._node_memory_bytes", lambda _: 20_000_000)
+    monkeypatch.setattr("graft.training.tuning.node_memory_bytes", lambda _: 20_000_000)
     with pytest.raises(FailedPrecondition, match=r"this node has 0\.02 GB") as caught:
         load_base(replace(spec, **CHOICES["full"]), CPU)
     assert caught.value.reason == "DOES_NOT_FIT"

@@ -1,5 +1,7 @@
 """`graft models`: base models. Lists those that a gateway offers; shows, adds, pulls and derives those of this home."""
 
+import re
+import sys
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +13,7 @@ from graft.cli import deploying
 from graft.cli.connect import connect
 from graft.cli.deriving import Deriving
 from graft.cli.output import Json, JsonLines, console, failures, print_json, print_table, show, size_text
+from graft.cli.signals import cleaned_up
 
 if TYPE_CHECKING:
     from graft.settings import Settings
@@ -75,6 +78,7 @@ def models_show(name: Name, as_json: Json = False) -> None:
         return
     lineage = {f"lineage: {key}": _plain(value) for key, value in told.pop("lineage").items()}
     told["size_bytes"] = size_text(told["size_bytes"]) if told.get("size_bytes") else ""
+    told["licence"] = told.pop("license")  # the spelling of tables; JSON has the contract's
     rows = [[key.replace("_", " "), value] for key, value in (told | lineage).items() if value not in ("", None)]
     print_table([], rows)
 
@@ -96,6 +100,7 @@ def models_add(
 
     with failures(as_json=as_json):
         settings = load()
+        catalog.check_free(settings, name)  # before gigabytes are hashed
         content: dict[str, Any] = {"license": license} if license else {}
         if source.startswith("hub:"):
             content |= {"hub": source.removeprefix("hub:")} | ({"revision": revision} if revision else {})
@@ -104,6 +109,8 @@ def models_add(
             if revision:
                 raise InvalidArgument("--revision is for the hub; a folder has none.", reason="REVISION_NOT_ON_HUB")
             folder = Path(source).expanduser().absolute()
+            if not folder.is_dir():
+                raise InvalidArgument(_no_folder(name, source, folder), reason="BASE_MODEL_FOLDER_MISSING")
             read_facts(name, folder, cache_folder(settings))  # refused now, not by a job
             content["folder"] = str(folder)
             then = ""
@@ -117,14 +124,14 @@ def models_add(
 
 @models.command("pull")
 def models_pull(name: Name, as_json: Json = False) -> None:
-    """Download a base model from the hub: the only command that calls anybody. Goes on where it was cut off."""
+    """Download a base model from the hub, which no other command asks. Goes on where it was cut off."""
     from graft.registry.catalog import entry
     from graft.registry.sources import pull
     from graft.settings import load
 
-    with failures(as_json=as_json):
+    with failures(as_json=as_json), cleaned_up():
         settings = load()
-        pull(settings, entry(settings, name))
+        pull(settings, entry(settings, name), show_progress=sys.stderr.isatty() and not as_json)
         told = _described(settings, name)
     if as_json:
         print_json(told)
@@ -156,7 +163,7 @@ def models_derive(
     from graft.settings import load
 
     request = Request(base, name, layers, data, tokens, max_minutes, choose.value)
-    with failures(as_json=as_json):
+    with failures(as_json=as_json), cleaned_up():
         settings = load()
         if as_json:
             lineage = derive(settings, request, lambda report: print_json(report, line=True))
@@ -171,6 +178,17 @@ def models_derive(
         f"{_plain(lineage['layers_kept'])} of {base}. Held-out perplexity {before:.4g} before the cut, {cut:.4g} after "
         f"it, {after:.4g} after healing with {lineage['tokens_healed']:,} tokens."
     )
+
+
+def _no_folder(name: str, source: str, folder: Path) -> str:
+    """What is told of a source that is no folder; most often it was meant for the hub."""
+    repository = re.sub(r"^https?://(www\.)?(huggingface\.co|hf\.co)/", "", source)
+    on_hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(/tree/([\w.-]+))?/?", repository)
+    if on_hub is None:
+        return f"{folder} is no folder. Give a folder in safetensors, or hub:ORG/NAME."
+    revision = f" --revision {on_hub[3]}" if on_hub[3] else ""
+    place = folder if repository == source else source
+    return f"{place} is no folder. If it is on the hub: `graft models add {name} hub:{on_hub[1]}{revision}`."
 
 
 def _list_local(*, as_json: bool) -> None:
@@ -195,6 +213,9 @@ def _list_local(*, as_json: bool) -> None:
         for one in told
     ]
     print_table(["MODEL", "STATE", "PARAMETERS", "SIZE", "CONTEXT", "LICENCE", "SOURCE"], rows)
+    for one in told:
+        if "error" in one:
+            print(one["error"], file=sys.stderr)
 
 
 def _described(settings: "Settings", name: str) -> dict[str, Any]:
@@ -215,17 +236,18 @@ def _described(settings: "Settings", name: str) -> dict[str, Any]:
             state = "not pulled" if isinstance(one.source, Hub) else "to be converted"
             return told | {"state": state, "lineage": {}}
         facts = read_facts(name, folder, cache_folder(settings))
+        lineage, license = read_lineage(folder), known_license(one, folder)
     except GraftError as error:
         return told | {"state": "unusable", "error": error.message, "lineage": {}}
     return told | {
-        "license": known_license(one, folder),
+        "license": license,
         "parameter_count": facts.parameter_count,
         "size_bytes": facts.size_bytes,
         "context_tokens": min(facts.context_tokens, settings.serving.context_tokens),
         "layers": facts.layers,
         "digest": facts.digest,
         "folder": str(folder),
-        "lineage": read_lineage(folder),
+        "lineage": lineage,
     }
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from graft.data.rendering import Example, Tokenizer, compact
@@ -19,7 +20,9 @@ _SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "lib2to3", "tkinter", 
 _SHORTEST_DOCSTRING = 400
 """Characters: shorter ones are mostly a sentence about one name."""
 HELD_OUT_SHARE = 20
-"""One sequence of so many is never learned."""
+"""One document of so many is never learned."""
+PART_CHARACTERS = 16_384
+"""About eight sequences of healing: short enough that even a text of a few hundred kilobytes has some to hold out."""
 
 
 def python_documentation() -> Iterator[str]:
@@ -44,11 +47,15 @@ def default_source() -> str:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """A text file as one document, or each `text` of a JSONL file. Raises InvalidArgument that names the line."""
+    """Each `text` of a JSONL file; a text file in parts that end with a line, each taken for a document.
+
+    Reads no more than is asked for. Raises InvalidArgument that names the line.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             if path.suffix != ".jsonl":
-                yield file.read()
+                while part := file.read(PART_CHARACTERS) + file.readline(PART_CHARACTERS):
+                    yield part
                 return
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -60,31 +67,70 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def sequences(
-    documents: Iterable[str], tokenizer: Tokenizer, length_tokens: int, most_tokens: int
+    documents: Iterable[str], tokenizer: Tokenizer, length_tokens: int, most_tokens: int, most_held_out: int
 ) -> tuple[list[Example], list[Example]]:
     """Sequences to learn and held-out ones, each of one document, at most `length_tokens` long, all with loss.
 
-    A document's end token is part of its last sequence. What is held out follows from the content alone, and so does
+    A document's end token is part of its last sequence. Whole documents are held out, so that no sentence goes on from
+    one side to the other; of a single document, sequences are. Which ones follows from the content alone, and so does
     the order, so that the first few are a sample of all; no sequence occurs twice. Stops once `most_tokens` are there
-    to learn.
+    to learn and `most_held_out` sequences are held out: fewer of the first do not mean fewer of the second.
     """
-    learned: dict[bytes, Example] = {}
-    held_out: dict[bytes, Example] = {}
-    tokens = 0
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for document in documents:
-        token_ids = tokenizer.encode(document, add_special_tokens=False) + end
-        for start in range(0, len(token_ids), length_tokens):
-            piece = token_ids[start : start + length_tokens]
-            digest = hashlib.sha256(repr(piece).encode()).digest()
-            side = held_out if digest[0] % HELD_OUT_SHARE == 0 else learned
-            if len(piece) < 2 or digest in side:
-                continue
-            side[digest] = compact(piece, [1] * len(piece))
-            tokens += len(piece) if side is learned else 0
-        if tokens >= most_tokens:
+    learned: dict[bytes, list[Example]] = {}
+    held_out: dict[bytes, list[Example]] = {}
+    # One that was not needed to learn, for the case that so few documents leave none held out.
+    spare: dict[bytes, list[Example]] = {}
+    seen: set[bytes] = set()
+    tokens = measured = 0
+    for unit in _units(documents, tokenizer, length_tokens):
+        fresh = {_digest(piece): piece for piece in unit if len(piece) >= 2}
+        pieces = [compact(piece, [1] * len(piece)) for digest, piece in fresh.items() if digest not in seen]
+        seen |= fresh.keys()
+        if not pieces:
+            continue
+        digest = _digest([token for piece in unit for token in piece])
+        if digest[0] % HELD_OUT_SHARE == 0:
+            held_out[digest] = pieces
+            measured += len(pieces)
+        elif tokens < most_tokens:
+            learned[digest] = pieces
+            tokens += sum(len(piece.token_ids) for piece in pieces)
+        else:
+            spare = spare or {digest: pieces}
+        if tokens >= most_tokens and measured >= most_held_out:
             break
-    return [learned[digest] for digest in sorted(learned)], [held_out[digest] for digest in sorted(held_out)]
+    held_out = held_out or spare
+    if not held_out and len(learned) > 1:
+        first = min(learned)
+        held_out[first] = learned.pop(first)
+    return _in_order(learned), _in_order(held_out)[:most_held_out]
+
+
+def _units(documents: Iterable[str], tokenizer: Tokenizer, length_tokens: int) -> Iterator[list[list[int]]]:
+    """The sequences of each document; each sequence alone where there is one document only."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def cut(document: str) -> list[list[int]]:
+        token_ids = tokenizer.encode(document, add_special_tokens=False) + end
+        return [token_ids[start : start + length_tokens] for start in range(0, len(token_ids), length_tokens)]
+
+    rest = iter(documents)
+    first, second = next(rest, None), next(rest, None)
+    if first is None:
+        return
+    if second is None:
+        yield from ([piece] for piece in cut(first))
+        return
+    yield from map(cut, chain((first, second), rest))
+
+
+def _digest(token_ids: list[int]) -> bytes:
+    return hashlib.sha256(repr(token_ids).encode()).digest()
+
+
+def _in_order(units: dict[bytes, list[Example]]) -> list[Example]:
+    """By their own digests: neighbours of one document are no sample of all."""
+    return sorted(chain.from_iterable(units.values()), key=lambda piece: _digest(list(piece.token_ids)))
 
 
 def _text(path: Path, number: int, line: str) -> str:

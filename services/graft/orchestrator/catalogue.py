@@ -23,6 +23,8 @@ class Catalogue:
         self._settings = settings
         self._read: tuple[int, ...] = ()
         """The stamp of what was last copied."""
+        # A deployment refreshes too; of two at once the slower would copy what it read first.
+        self._refreshing = asyncio.Lock()
         self._told: dict[str, str] = {}
         """Faults that the log has."""
 
@@ -37,15 +39,16 @@ class Catalogue:
 
     async def refresh(self) -> None:
         """Copies, if something has changed. Raises InvalidArgument when the catalogue cannot be read."""
-        stamp = await call(catalog_stamp, self._settings)
-        if stamp == self._read:
-            return
-        faults: dict[str, str] = {}
-        models = await call(load_catalog, self._settings, lambda base, error: faults.update({base: error.message}))
-        await to_the_end(self._store.replace_base_models(models))
-        self._read = stamp
-        self._tell(faults)
-        log.info("base_models", ready=[model.id for model in models])
+        async with self._refreshing:
+            stamp = await call(catalog_stamp, self._settings)
+            if stamp == self._read:
+                return
+            faults: dict[str, str] = {}
+            models = await call(load_catalog, self._settings, lambda base, error: faults.update({base: error.message}))
+            await to_the_end(self._store.replace_base_models(models))
+            self._read = stamp
+            self._tell(faults)
+            log.info("base_models", ready=[model.id for model in models])
 
     def _tell(self, faults: dict[str, str]) -> None:
         for base, message in faults.items():

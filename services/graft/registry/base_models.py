@@ -54,12 +54,16 @@ def base_model_source(settings: Settings, base_id: str) -> Path:
 
 
 def catalog_stamp(settings: Settings) -> tuple[int, ...]:
-    """Changes when an entry does, and when a folder was made: time to call `load_catalog` again. Reads no file."""
+    """Changes when an entry does, and when a folder was made or filled: time to call `load_catalog` again.
+
+    Raises InvalidArgument when the catalogue cannot be read.
+    """
     stamp = []
-    for path in (own_file(settings), cache_folder(settings)):
+    folders = [one.source.path for one in entries(settings).values() if isinstance(one.source, Folder)]
+    for path in (own_file(settings), cache_folder(settings), *folders, *(each / "config.json" for each in folders)):
         try:
             found = path.stat()
-        except FileNotFoundError:
+        except OSError:  # not there, or below a file
             stamp += [0, 0]
         else:
             stamp += [found.st_mtime_ns, found.st_ino]  # a file that was replaced has another inode

@@ -3,8 +3,6 @@
 Owns that file and its form. Does not know whether what an entry names is there (`graft.registry.sources`).
 """
 
-import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +15,7 @@ import yaml
 
 from graft.domain.errors import AlreadyExists, FieldViolation, GraftError, InvalidArgument, unknown
 from graft.domain.names import check_id
+from graft.registry.locks import locked
 from graft.settings import Settings
 
 UNKNOWN = "unknown"
@@ -86,8 +85,7 @@ def entries(settings: Settings) -> dict[str, Entry]:
     shipped = resources.files("graft.registry") / "catalog.yaml"
     own = own_file(settings)
     found = _parse(shipped.read_text(), Path(str(shipped)))
-    if own.is_file():
-        found |= _parse(own.read_text(), own)
+    found |= _parse(_own_text(own), own)
     return dict(sorted(found.items()))
 
 
@@ -100,20 +98,15 @@ def entry(settings: Settings, base: str) -> Entry:
 
 
 def put(settings: Settings, base: str, content: Mapping[str, Any]) -> Entry:
-    """Adds an entry to the home's own file, in one step. Comments in the file are lost.
+    """Adds an entry at the end of the home's own file, in one step; what is there stays as it was written.
 
     Raises AlreadyExists for a name that is taken, InvalidArgument for an entry that `entries` would refuse.
     """
     own = own_file(settings)
     own.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(own.with_name(f".{own.name}.lock")):
-        if base in entries(settings):
-            raise AlreadyExists(
-                f"The catalogue has a base model {base!r} already. Take another name, or remove it from {own}.",
-                reason="BASE_MODEL_EXISTS",
-            )
-        text = own.read_text() if own.is_file() else ""
-        changed = yaml.safe_dump((yaml.safe_load(text) or {}) | {base: dict(content)}, sort_keys=True)
+    with locked(own.with_name(f".{own.name}.lock")):
+        check_free(settings, base)
+        changed = _appended(_own_text(own), base, dict(content))
         made = _parse(changed, own)[base]
         fresh = own.with_name(f".{own.name}.{os.getpid()}")
         fresh.write_text(changed)
@@ -121,17 +114,65 @@ def put(settings: Settings, base: str, content: Mapping[str, Any]) -> Entry:
     return made
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def check_free(settings: Settings, base: str) -> None:
+    """Raises AlreadyExists for a name that is taken, InvalidArgument for one that cannot be one."""
+    check_id(base, "name")
+    if base in entries(settings):
+        raise AlreadyExists(
+            f"The catalogue has a base model {base!r} already. Take another name, or remove it from "
+            f"{own_file(settings)}.",
+            reason="BASE_MODEL_EXISTS",
+        )
+
+
+def _own_text(own: Path) -> str:
+    """Empty when there is no file."""
+    try:
+        return own.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(
+            f"{own} is not UTF-8 text (byte {error.start}). Save it as UTF-8.", reason="INVALID_CATALOG"
+        ) from None
+    except OSError as error:
+        raise InvalidArgument(f"{own} cannot be read: {error.strerror}.", reason="INVALID_CATALOG") from None
+
+
+def _appended(text: str, base: str, content: dict[str, Any]) -> str:
+    """`text` with one more entry. Written anew, without comments, only where a line at its end would not be one."""
+    line = yaml.safe_dump({base: content}, default_flow_style=None, sort_keys=True, width=10_000)
+    changed = text + "\n" * (text != "" and not text.endswith("\n")) + line
+    whole = (yaml.safe_load(text) or {}) | {base: content}
+    try:
+        if yaml.safe_load(changed) == whole:
+            return changed
+    except yaml.YAMLError:
+        pass
+    return yaml.safe_dump(whole, sort_keys=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML lets the last of two equal keys win, silently."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+        seen.add(str(key.value))
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def _parse(text: str, file: Path) -> dict[str, Entry]:
     try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        content = yaml.load(text, _Loader) or {}
+    except (yaml.YAMLError, ValueError) as error:  # such as the 31st of February
         raise InvalidArgument(f"{file} is not YAML: {error}", reason="INVALID_CATALOG") from None
     if not isinstance(content, dict):
         raise InvalidArgument(f"{file}: expected a mapping of names to entries.", reason="INVALID_CATALOG")
@@ -150,10 +191,13 @@ def _parse(text: str, file: Path) -> dict[str, Entry]:
 
 def _faults(base: object, fields: object) -> Iterator[tuple[str, str]]:
     """Each key at fault, or the empty string for the entry itself, and what is wrong with it."""
-    try:
-        check_id(str(base), "name")
-    except GraftError as error:
-        yield "", error.violations[0].description
+    if isinstance(base, str):
+        try:
+            check_id(base, "name")
+        except GraftError as error:
+            yield "", error.violations[0].description
+    else:
+        yield "", "a name must be text: put it in quotes"
     if not isinstance(fields, dict):
         yield "", "expected keys such as `folder: /models/mine`"
         return

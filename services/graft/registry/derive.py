@@ -3,30 +3,24 @@
 Owns the folders below `base_models` in GRAFT_HOME. How it is made is `graft.training.healing`'s.
 """
 
+import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from graft import offline
+from graft.child import OnReport, run
 from graft.domain.errors import KINDS, AlreadyExists, Internal, InvalidArgument
-from graft.domain.names import check_id
 from graft.registry import catalog
 from graft.registry.base_models import ensure_base_model
 from graft.registry.facts import LINEAGE, read_facts
+from graft.registry.locks import locked, locked_if_free
 from graft.registry.sources import cache_folder
 from graft.settings import Settings
-
-END_SECONDS = 10.0
-"""How long the process has to end when it is told to."""
-
-OnReport = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,13 @@ def derive(settings: Settings, request: Request, on_report: OnReport) -> dict[st
 
     Raises InvalidArgument or AlreadyExists before anything starts, and what the process reports as its failure.
     """
-    check_id(request.name, "name")
-    if request.name in catalog.entries(settings):
+    catalog.check_free(settings, request.name)
+    place = settings.home.path / "base_models"
+    target = place / request.name
+    if target.exists():
         raise AlreadyExists(
-            f"The catalogue has a base model {request.name!r} already. Take another --name.", reason="BASE_MODEL_EXISTS"
+            f"{target} is there already, though the catalogue does not name it. Remove it, or take another --name.",
+            reason="BASE_MODEL_EXISTS",
         )
     if request.text is not None and not request.text.is_file():
         raise InvalidArgument(f"{request.text} is not a file.", reason="TEXT_UNREADABLE")
@@ -65,11 +62,7 @@ def derive(settings: Settings, request: Request, on_report: OnReport) -> dict[st
             f"{base.id} has {blocks} layers: --layers must be from 2 to {blocks - 1}, and is {request.layers}.",
             reason="LAYERS_OUT_OF_RANGE",
         )
-    place = settings.home.path / "base_models"
-    place.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=place, prefix=".derive-"))
-    target = place / request.name
-    try:
+    with _fresh_folder(place) as folder:
         lineage = _run(
             {
                 "base": base.id,
@@ -85,13 +78,8 @@ def derive(settings: Settings, request: Request, on_report: OnReport) -> dict[st
             on_report,
         )
         (folder / LINEAGE).write_text(json.dumps(lineage | {"license": base.license}, indent=1))
-        folder.chmod(0o755)
-        if target.exists():
-            raise AlreadyExists(f"{target} is there already. Remove it.", reason="BASE_MODEL_EXISTS")
+        _readable(folder)
         folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     try:
         catalog.put(
             settings,
@@ -108,52 +96,35 @@ def derive(settings: Settings, request: Request, on_report: OnReport) -> dict[st
     return lineage
 
 
+@contextlib.contextmanager
+def _fresh_folder(place: Path) -> Iterator[Path]:
+    """An empty folder below `place`, removed at the end unless it was renamed; and with it what others left there."""
+    place.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with locked(place):  # or it could be swept between its making and its lock
+            for left in place.glob(".derive-*"):
+                with locked_if_free(left) as free:
+                    if free:
+                        shutil.rmtree(left, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(dir=place, prefix=".derive-"))
+            held.callback(shutil.rmtree, folder, ignore_errors=True)
+            held.enter_context(locked(folder))
+        yield folder
+
+
+def _readable(folder: Path) -> None:
+    """For whoever may read the home: temporary folders, and what safetensors writes, are their owner's alone."""
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 def _run(order: dict[str, Any], on_report: OnReport) -> dict[str, Any]:
-    """Runs the process to its end, whatever ends this one's wait."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "graft.training.healing"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            # Ctrl-C is for the command alone, which then ends the process; in one group both would hear it.
-            start_new_session=True,
-            env={**os.environ, **offline.ENVIRONMENT},
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(order))
-            process.stdin.close()
-            report = _follow(process.stdout, on_report)
-            process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(END_SECONDS)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-        if report["kind"] == "finished":
-            lineage: dict[str, Any] = report["lineage"]
-            return lineage
-        if report["kind"] == "failed" and report["reason"] != "TRAINING_FAILED":
-            raise KINDS[report["code"]](report["message"], reason=report["reason"])
-        raise Internal(f"Deriving failed (exit code {process.returncode}): {_end(log)}", reason="DERIVE_FAILED")
-
-
-def _follow(lines: IO[str], on_report: OnReport) -> dict[str, Any]:
-    """Passes reports on; returns the last."""
-    report: dict[str, Any] = {"kind": "nothing"}
-    for line in lines:
-        report = json.loads(line)
-        on_report(report)
-    return report
-
-
-def _end(log: IO[bytes]) -> str:
-    log.seek(0)
-    lines = log.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing, and was most likely ended for memory."
+    ended = run("graft.training.healing", order, on_report, offline.ENVIRONMENT)
+    report = ended.report
+    if report["kind"] == "finished":
+        lineage: dict[str, Any] = report["lineage"]
+        return lineage
+    if report["kind"] == "failed":
+        raise KINDS[report["code"]](report["message"], reason=report["reason"])
+    raise Internal(f"Deriving failed: {ended.cause}.", reason="DERIVE_FAILED")

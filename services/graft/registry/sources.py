@@ -4,20 +4,19 @@ Owns the folders below `cache/base_models`: each is made beside its place and re
 Conversion has a process of its own (`graft.registry.convert`).
 """
 
-import contextlib
-import fcntl
 import hashlib
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from graft.registry.catalog import Entry, Folder, Hub, Packaged
 from graft.registry.hub import download
+from graft.registry.locks import locked
 from graft.settings import Settings
 
 Progress = Callable[[str], None]
@@ -83,7 +82,7 @@ def unmade(entry: Entry) -> Path:
     )
 
 
-def pull(settings: Settings, entry: Entry) -> Path:
+def pull(settings: Settings, entry: Entry, *, show_progress: bool = False) -> Path:
     """Downloads a `hub:` entry unless it is there. Raises InvalidArgument for any other kind, and what `hub` raises."""
     source = entry.source
     if not isinstance(source, Hub):
@@ -94,7 +93,7 @@ def pull(settings: Settings, entry: Entry) -> Path:
     target = _target(settings, entry)
     # Kept when a download ends halfway, so that the next goes on from there.
     partial = target.with_name(f".pull-{target.name}")
-    return make_once(target, lambda folder: download(entry.base, source, folder), partial)
+    return make_once(target, lambda folder: download(entry.base, source, folder, show_progress=show_progress), partial)
 
 
 def make_once(target: Path, make: Callable[[Path], None], partial: Path | None = None) -> Path:
@@ -103,7 +102,7 @@ def make_once(target: Path, make: Callable[[Path], None], partial: Path | None =
     What a failure left is removed, except in a folder given as `partial`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_suffix(".lock")):
+    with locked(target.with_name(f"{target.name}.lock")):
         if target.is_dir():
             return target
         temporary = partial or Path(tempfile.mkdtemp(dir=target.parent, prefix=".make-"))
@@ -117,13 +116,6 @@ def make_once(target: Path, make: Callable[[Path], None], partial: Path | None =
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
     return target
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _packaged_file(base: str, source: Packaged) -> Path:

@@ -32,12 +32,14 @@ def failure(error: BaseException, log: str) -> dict[str, Any]:
             "message": "A training worker was ended from outside: its node left, or the system killed it, most often "
             f"for memory. Look for it in the node's kernel log. {log} has the details.",
         }
-    if isinstance(root, OSError) and root.errno == errno.ENOSPC:
+    # safetensors has an error of its own for it, which is no OSError.
+    if (isinstance(root, OSError) and root.errno == errno.ENOSPC) or "No space left on device" in str(root):
+        filename = getattr(root, "filename", None)
         return {
             "code": "RESOURCE_EXHAUSTED",
             "reason": "DISK_FULL",
             "message": "The disk is full"
-            + (f" at {root.filename}" if root.filename else "")
+            + (f" at {filename}" if filename else "")
             + ". Free some space, then create the job again.",
         }
     lines = str(root).strip().splitlines()

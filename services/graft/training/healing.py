@@ -1,33 +1,36 @@
 """Makes a smaller base model from a larger one: cuts depth, then heals it by next-token training on raw text.
 
-    python -m graft.training.healing < order.json
-
-A process of its own, which `graft.registry.derive` starts: it reports a JSON object a line on standard output, the last
-one `finished` or `failed`. Does not know the catalogue.
+A process of its own, which `graft.registry.derive` starts through `graft.child`: its last report is `finished` or
+`failed`. Does not know the catalogue.
 """
 
-import json
+import hashlib
 import math
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from graft.child import receive, tell
 from graft.data.prepare import Example
 from graft.data.raw_text import default_source, python_documentation, read_documents, sequences
-from graft.domain.errors import InvalidArgument
+from graft.domain.errors import FailedPrecondition, InvalidArgument
+from graft.domain.jobs import LastLayers, Lora, Tuning
+from graft.registry.facts import LINEAGE
 from graft.training.batching import microbatches
 from graft.training.depth import angular_distances, by_angle, cut, evenly
 from graft.training.failures import failure
 from graft.training.imports import AutoModelForCausalLM, AutoTokenizer
 from graft.training.loop import LoopSettings, StepReport, Stop, train
+from graft.training.memory import FLOAT_BYTES, memory_bytes, read_shape
 from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED, token_losses
+from graft.training.tuning import node_memory_bytes
 
 SEQUENCE_TOKENS = 512
 """Of one document each. Longer ones cost more attention for a budget that is spent in minutes."""
@@ -64,19 +67,15 @@ class Order:
     seed: int = 0
 
 
-def tell(kind: str, **data: object) -> None:
-    """One line to whoever started this process; raises BrokenPipeError when nobody listens any more."""
-    print(json.dumps({"kind": kind} | data), flush=True)
-
-
 def derive(order: Order) -> dict[str, Any]:
-    """Makes the model in `order.output`; returns its lineage. Raises InvalidArgument when there is too little text."""
+    """Makes the model in `order.output`; returns its lineage.
+
+    Raises FailedPrecondition when the memory does not suffice, InvalidArgument when there is too little text.
+    """
+    check_fits(order, node_memory_bytes(_device()))
     tell("phase", message=f"Loading {order.base}.")
     tokenizer = AutoTokenizer.from_pretrained(order.base_folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        order.base_folder, dtype=torch.float32, attn_implementation=PACKED, local_files_only=True
-    )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load(order.base_folder)
     learned, held_out, text = _read(order, tokenizer)
     tell("phase", message=f"Text: {text}, {_tokens(learned):,} tokens to learn, {_tokens(held_out):,} held out.")
     before = mean_loss(model, held_out)
@@ -86,16 +85,18 @@ def derive(order: Order) -> dict[str, Any]:
     told = {"perplexity_before": _perplexity(before), "perplexity_after_cut": _perplexity(after_cut)}
     tell("cut", kept=kept, chosen_by=by, **told)
     healed_tokens = _heal(order, model, learned)
-    # What is kept is what is measured: the parent's type on disk is often 16 bits wide.
-    kept_type = _stored_type(Path(order.base_folder))
-    model.to(kept_type).to(torch.float32)
-    after = mean_loss(model, held_out)
-    lineage = {
+    model.to(_stored_type(Path(order.base_folder))).save_pretrained(order.output)
+    _copy_tokenizer(Path(order.base_folder), Path(order.output))
+    del model
+    # From the disk, as everybody will have it: the type there is often 16 bits wide.
+    after = mean_loss(_load(order.output), held_out)
+    return {
         "from": order.base,
         "digest": order.base_digest,
         "layers_kept": kept,
         "chosen_by": by,
         "text": text,
+        "text_digest": _text_digest(order),
         "tokens_healed": healed_tokens,
         "held_out_tokens": _tokens(held_out),
         "perplexity": {
@@ -104,22 +105,53 @@ def derive(order: Order) -> dict[str, Any]:
             "after_healing": _perplexity(after),
         },
     }
-    model.to(kept_type).save_pretrained(order.output)
-    _copy_tokenizer(Path(order.base_folder), Path(order.output))
-    return lineage
+
+
+def _load(folder: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=PACKED, local_files_only=True
+    )
+    return model.to(_device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_fits(order: Order, available_bytes: int) -> None:
+    """Raises FailedPrecondition DOES_NOT_FIT unless the base model can be loaded, and what is kept of it trained."""
+    shape = read_shape(Path(order.base_folder))
+    kept = memory_bytes(replace(shape, blocks=order.layers), Tuning.FULL, Lora(), LastLayers())
+    whole_bytes = shape.parameters * FLOAT_BYTES
+    if max(whole_bytes, kept.total_bytes) > available_bytes:
+        raise FailedPrecondition(
+            f"Loading {order.base} needs about {whole_bytes / 1e9:.3g} GB and healing {order.layers} layers of it "
+            f"{kept}, and there are {available_bytes / 1e9:.3g} GB. Keep fewer --layers, take a smaller base model, or "
+            "a larger machine.",
+            reason="DOES_NOT_FIT",
+            metadata={"needed_bytes": str(kept.total_bytes), "available_bytes": str(available_bytes)},
+        )
+
+
+def _text_digest(order: Order) -> str:
+    """Empty for Python's own documentation, which its version tells."""
+    if not order.text:
+        return ""
+    with open(order.text, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def _read(order: Order, tokenizer: Any) -> tuple[list[Example], list[Example], str]:
     documents = read_documents(Path(order.text)) if order.text else python_documentation()
     most = order.tokens or int(order.seconds * MOST_TOKENS_A_SECOND)
-    learned, held_out = sequences(documents, tokenizer, SEQUENCE_TOKENS, most)
+    learned, held_out = sequences(documents, tokenizer, SEQUENCE_TOKENS, most, MEASURED_SEQUENCES)
     if len(learned) < BATCH_SEQUENCES or not held_out:
         raise InvalidArgument(
             f"The text gives {len(learned)} sequences of {SEQUENCE_TOKENS} tokens to learn from and {len(held_out)} to "
             "measure on. Give more text (--data), some hundred kilobytes at least, or more --tokens.",
             reason="TEXT_TOO_SHORT",
         )
-    return learned, held_out[:MEASURED_SEQUENCES], order.text or default_source()
+    return learned, held_out, Path(order.text).name if order.text else default_source()
 
 
 def _choose(order: Order, model: Any, learned: Sequence[Example]) -> tuple[list[int], str]:
@@ -175,7 +207,9 @@ def _heal(order: Order, model: Any, learned: Sequence[Example]) -> int:
 def _gradient(model: Any, batch: Sequence[Example], device: torch.device) -> None:
     """One forward and backward pass, for its time."""
     for packed in microbatches(batch):
-        token_losses(model, packed.to(device)).mean().backward()
+        loss = token_losses(model, packed.to(device)).mean()
+        loss.backward()
+        loss.item()  # waits for a device that works on its own
     model.zero_grad()
 
 
@@ -199,13 +233,13 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     """As they are, whatever the tokenizer's class: everything small that does not describe the weights."""
     for file in source.iterdir():
         weights = file.suffix in (".safetensors", ".bin", ".gguf") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and not (target / file.name).exists() and file.name != "graft-model.json":
+        if file.is_file() and not weights and not (target / file.name).exists() and file.name != LINEAGE:
             shutil.copyfile(file, target / file.name)
 
 
 def main() -> int:
     """Exit code 0 after `finished`, 1 after `failed`."""
-    order = Order(**json.load(sys.stdin))
+    order = Order(**receive(lambda given: shutil.rmtree(given["output"], ignore_errors=True)))
     try:
         lineage = derive(order)
     except BrokenPipeError:
@@ -214,10 +248,26 @@ def main() -> int:
         import traceback
 
         traceback.print_exc()
-        tell("failed", **failure(error, "standard error"))
+        tell("failed", **failed(error, order))
         return 1
     tell("finished", lineage=lineage)
     return 0
+
+
+def failed(error: Exception, order: Order) -> dict[str, Any]:
+    """Data of a `failed` report: what a job would say, in the words of this command."""
+    told = failure(error, "standard error")
+    detail = str(error).strip().splitlines() or ["no message"]
+    others = {
+        "OUT_OF_MEMORY": "There is too little memory to heal it. Keep fewer --layers, take a smaller base model, or "
+        "a larger machine.",
+        "DISK_FULL": f"The disk of {Path(order.output).parent} is full. Free some space, then derive again.",
+        "LOSS_NOT_FINITE": f"Healing diverged: its loss is no number any more. Try another text (--data); "
+        f"otherwise the weights of {order.base} are at fault.",
+        "TRAINING_FAILED": f"Deriving failed with {type(error).__name__}: {detail[0]}",
+    }
+    reason = "DERIVE_FAILED" if told["reason"] == "TRAINING_FAILED" else told["reason"]
+    return told | {"reason": reason, "message": others.get(told["reason"], told["message"])}
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def load_base(spec: RunSpec, device: torch.device) -> Any:
     shape = read_shape(folder)
     if spec.tuning is Tuning.LAST_LAYERS:
         check_blocks(shape, spec.base_model, spec.last_layers)
-    check_memory(memory_bytes(shape, spec.tuning, spec.lora, spec.last_layers), _node_memory_bytes(device))
+    check_memory(memory_bytes(shape, spec.tuning, spec.lora, spec.last_layers), node_memory_bytes(device))
     options: dict[str, Any] = {}
     if spec.lora.base_quantization:
         options = {"quantization_config": _quantization(), "device_map": {"": device}}
@@ -175,7 +175,8 @@ def _quantization() -> Any:
     )
 
 
-def _node_memory_bytes(device: torch.device) -> int:
+def node_memory_bytes(device: torch.device) -> int:
+    """Of the device or the machine, in use or not."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
