@@ -119,6 +119,26 @@ async def test_base_and_adapters_answer_concurrently_and_each_as_itself(stack: S
     assert together == alone * 4
 
 
+async def test_seeded_answers_to_long_prompts_do_not_end_the_engine(stack: Stack, client: EngineClient) -> None:
+    del stack
+    (before,) = (await client.residency()).replicas
+
+    async def asked(seed: int) -> str:
+        # Six of them are more than a step computes: some are computed in parts. None is another's in a cache.
+        body = {"prompt": [7 + seed] * 200, "max_tokens": 4, "temperature": 1.0, "seed": seed}
+        request = engine_pb2.GenerateRequest(
+            endpoint=engine_pb2.ENDPOINT_COMPLETIONS, body=json.dumps(body).encode(), public_model="tiny"
+        )
+        response = await client.generate(request, timeout_seconds=60)
+        assert response.http_status == 200, response.body
+        return str(json.loads(response.body)["choices"][0]["text"])
+
+    assert len(await asyncio.gather(*(asked(seed) for seed in range(6)))) == 6
+    assert await asked(9) == await asked(9)
+    (after,) = (await client.residency()).replicas
+    assert (after.ready, after.engine_restarts) == (True, before.engine_restarts)
+
+
 async def test_a_low_rank_delta_of_the_last_block_scores_as_the_base_with_that_change(
     stack: Stack, client: EngineClient
 ) -> None:

@@ -7,6 +7,7 @@ only cost: 0.6 GB, 20 s of imports and a copy of every batch.
 
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from graft.serving.cpu_seeds import tolerate_seeds
 from graft.serving.processes import die_with_parent
 
 
@@ -16,6 +17,7 @@ class InCoreExecutor(UniProcExecutor):  # type: ignore[misc]  # vLLM publishes n
     def _init_executor(self) -> None:
         # The first code of ours that runs in the core; its parent is the fork server, which dies with the replica.
         die_with_parent()
+        tolerate_seeds()
         super()._init_executor()
 
     @classmethod
