@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from graft.domain.errors import ResourceExhausted
 from graft.domain.evaluations import ENDED, Contestant, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.grading import GraderSpec
 from graft.domain.resources import Dataset, DatasetFormat
@@ -238,3 +239,21 @@ async def test_a_cancelled_evaluation_stops_asking(tmp_path: Path, monkeypatch: 
             await it.store.cancel_evaluation(PROJECT, "ev-1")
             assert (await until_ended(it)).state is EvaluationState.CANCELLED
         assert engine.bodies == []
+
+
+async def test_an_unexpected_error_of_the_store_does_not_end_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as it:
+        await stored(it, tmp_path, "ds-h", reviews(4), DatasetFormat.PROMPT_COMPLETION)
+        claim, failed = it.store.claim_evaluation, []
+
+        async def failing_once(*arguments: Any) -> Any:
+            if not failed:
+                failed.append(True)
+                raise ResourceExhausted("The database's disk is full.", reason="DISK_FULL")
+            return await claim(*arguments)
+
+        monkeypatch.setattr(it.store, "claim_evaluation", failing_once)
+        found = await evaluated(it, Answering(), EvaluationSpec("ds-h", (Contestant(BASE),)))
+        assert (failed, found.state) == ([True], EvaluationState.SUCCEEDED)

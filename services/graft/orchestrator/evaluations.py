@@ -59,6 +59,8 @@ class Evaluations:
                 log.warning("evaluations_wait", error=error.message)
             except Aborted as error:
                 log.warning("evaluation_dropped", error=error.message)
+            except Exception as error:
+                log.error("evaluations_failed", exc_info=error)
             await asyncio.sleep(self._parts.settings.orchestrator.poll_seconds)
 
     async def _take(self, evaluation: Evaluation) -> None:
