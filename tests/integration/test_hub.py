@@ -27,10 +27,14 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def settings(home: Path, endpoint: str, offline: str = "0") -> dict[str, object]:
+    """All that the hub's client reads, whatever the environment of the tests says of it."""
+    return {"GRAFT_HOME": home, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "HF_HOME": home / "hf"}
+
+
 async def run(home: Path, endpoint: str, *arguments: str, offline: str = "0") -> Ran:
     """As a process of its own: the hub's client reads its address and switches once."""
-    variables = {"GRAFT_HOME": home, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "HF_HOME": home / "hf"}
-    return await ended(await started("models", *arguments, **variables))
+    return await ended(await started("models", *arguments, **settings(home, endpoint, offline)))
 
 
 async def test_weights_tokenizer_and_configuration_are_pulled_once_and_nothing_else(
@@ -79,8 +83,7 @@ async def test_a_pull_ends_within_a_file_and_leaves_no_process(
     with fake_hub("org/tiny", repository, "mit") as hub:
         await run(tmp_path, hub.url, "add", "theirs", "hub:org/tiny")
         hub.slow_on = "model.safetensors"
-        variables = {"GRAFT_HOME": tmp_path, "HF_ENDPOINT": hub.url, "HF_HOME": tmp_path / "hf"}
-        pulling = await started("models", "pull", "theirs", **variables)
+        pulling = await started("models", "pull", "theirs", **settings(tmp_path, hub.url))
         assert await asyncio.to_thread(hub.slow.wait, 60)
         children = psutil.Process(pulling.pid).children(recursive=True)
         pulling.send_signal(number)
