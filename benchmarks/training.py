@@ -62,7 +62,7 @@ def main() -> int:
         },
         contestants=KINDS,
     )
-    # bfloat16 only where the hardware multiplies it: elsewhere nobody would train in it (graft.training.tuning).
+    # bfloat16 only where an instruction multiplies it; where it pays is ADR 7's question.
     dtypes = ["float32", *(["bfloat16"] if "avx512_bf16" in report.head["machine"]["simd"] else [])]
     with temporary_folder() as folder:
         data = write_rows(reviews(REVIEWS, 0).train, folder / "reviews.jsonl")

@@ -1,7 +1,7 @@
 """What each showcase trains and measures. A plan is fixed before it is run: nothing in it is chosen by its result.
 
 Rows and budgets are such that training and evaluation take about twelve minutes on two cores without a GPU, where
-SmolLM2-135M trains 380 tokens/s, reads some 500 tokens/s and writes 80 to 130 tokens/s.
+SmolLM2-135M trains 300 to 380 tokens/s, reads some 500 tokens/s and writes 80 to 130 tokens/s.
 """
 
 from collections.abc import Callable, Mapping

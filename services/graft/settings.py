@@ -89,7 +89,7 @@ class ServingSettings(_Section):
     max_num_seqs: int = 32
     num_replicas: int = Field(default=1, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: float32 on a CPU without AVX-512 BF16 or AMX (bf16 is 7–15 times slower there), else bfloat16."""
+    """`auto`: float32 on a CPU without AMX, where it is the faster one, else bfloat16."""
 
 
 class RegistrySettings(_Section):

@@ -20,8 +20,8 @@ LEAST_DISK_BYTES = 2 * GB
 """The converted base model (0.3 GB), adapters and checkpoints, and some days of MLflow's and Ray's files."""
 LEAST_MEMORY_BYTES, GOOD_MEMORY_BYTES = 6 * GB, 8 * GB
 """At 135M parameters the idle stack takes some 4 GB, and each training worker 1.5 to 2 more."""
-BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_tile"})
-"""With either, `resolve_dtype` of `graft.serving.engine` takes bfloat16; it asks torch, which takes 3 s to import."""
+BFLOAT16_FLAG = "amx_tile"
+"""With it, `resolve_dtype` of `graft.serving.engine` takes bfloat16; it asks torch, which takes 3 s to import."""
 _SIMD = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_tile": "AMX"}
 
 
@@ -90,7 +90,7 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo"), cores: int | None = N
     cores = cores or len(os.sched_getaffinity(0))
     flags = next((set(line.split()) for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), None)
     simd = ", ".join(name for flag, name in _SIMD.items() if flags and flag in flags)
-    dtype = "bfloat16" if flags and flags & BFLOAT16_FLAGS else "float32, the faster one here"
+    dtype = "bfloat16" if flags and BFLOAT16_FLAG in flags else "float32, the faster one here"
     text = (
         f"{cores} CPU {'core' if cores == 1 else 'cores'}{f' with {simd}' if simd else ''}. "
         f"Where GRAFT_SERVING_DTYPE is auto, serving on it uses {dtype}."

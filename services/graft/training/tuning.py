@@ -29,14 +29,13 @@ REFERENCE = "reference"
 
 
 def compute_dtype(base_model: Path) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32: on AVX2 bf16 products are 7 to 15 times slower.
+    """bfloat16 on a GPU and where the processor has AMX, else float32, which is faster there (ADR 7).
 
-    What it gains is in `benchmarks/results/training.json`, both types in one run. LoRA's own weights, gradients and
-    optimizer state are float32 in either case.
+    LoRA's own weights, gradients and optimizer state are float32 in either case.
     """
     if sum(file.stat().st_size for file in base_model.glob("*.safetensors")) < SMALL_BASE_BYTES:
         return torch.float32
-    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
 
