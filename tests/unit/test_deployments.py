@@ -39,6 +39,7 @@ class FakeService:
     """Base models whose engines are not ready."""
     stuck: set[str] = field(default_factory=set)
     """Base models whose engines do not end."""
+    ending: list[str] = field(default_factory=list)
     base: str = ""
 
     def of(self, base: str) -> "FakeService":
@@ -57,6 +58,7 @@ class FakeService:
 
     async def undeploy(self, base: str) -> None:
         self._answer()
+        self.ending.append(base)
         while base in self.stuck:
             await asyncio.sleep(0.01)
         self.there.pop(base, None)
@@ -273,6 +275,11 @@ async def test_an_engine_that_does_not_end_holds_up_no_other(tmp_path: Path) -> 
         await on.until(BASE, DeploymentState.READY)
         on.service.stuck.add(BASE)
         await on.it.store.request_undeploy(PROJECT, BASE)
+
+        async def asked() -> bool:
+            return on.service.ending == [BASE]
+
+        await _until(asked)
         await on.wish(OTHER)
         await on.until(OTHER, DeploymentState.READY)
         assert BASE in on.service.there
@@ -344,19 +351,6 @@ async def test_an_engine_that_computes_something_else_than_was_trained_is_not_le
         assert failed.error is not None
         assert failed.error.reason == "PARITY_FAILED"
         assert on.service.there == {}
-
-
-async def test_probes_that_are_longer_than_the_engines_context_prove_nothing(tmp_path: Path) -> None:
-    async with world(tmp_path, GRAFT_SERVING_CONTEXT_TOKENS="3") as it:
-        on = Scene(it, FakeService(it.engine), FakeModels(tmp_path / "pulled"), it.parts.settings)
-        async with on.running():
-            await _full_model(on, LOGPROB)
-            await on.wish("tiny-full-2", "tiny:full@2")
-            failed = await on.until("tiny-full-2", DeploymentState.FAILED)
-        assert failed is not None
-        assert failed.error is not None
-        assert failed.error.reason == "PARITY_FAILED"
-        assert it.engine.bodies == []
 
 
 async def test_a_version_without_a_full_model_fails_with_the_registrys_reason(tmp_path: Path) -> None:
