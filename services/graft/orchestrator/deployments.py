@@ -1,9 +1,9 @@
 """Carries out which base models are served beside the first: what the store wishes, made so on the inference service.
 
 A full model is first fetched from the registry and becomes a base model of the catalogue. An engine is started once: if
-it fails or is not ready in time, the deployment says why and nothing is tried again until somebody asks. After a restart
-of the inference service, what was there is started again. None waits long for another, whatever becomes of that. Does
-not know Ray: the service's first application answers for all.
+it fails or is not ready in time, the deployment says why and nothing is tried again until somebody asks. After a
+restart of the inference service, what was there is started again. None waits long for another, whatever becomes of
+that. Does not know Ray: the service's first application answers for all.
 """
 
 import asyncio

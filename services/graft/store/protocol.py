@@ -154,6 +154,10 @@ class Store(Protocol):
         ...
 
     # Evaluations (orchestrator). `owner` must hold the lease, else Aborted.
+    async def end_cancelled_evaluations(self) -> tuple[str, ...]:
+        """Ends those that are to be cancelled and whose lease is free or has run out. Returns their ids."""
+        ...
+
     async def claim_evaluation(self, owner: str, lease: timedelta) -> Evaluation | None:
         """Takes the oldest that has not ended and whose lease is free or has run out, and moves it to RUNNING."""
         ...
