@@ -255,7 +255,7 @@ class _Work:
                 return await patiently("MLflow", log_it, self.parts.limits), ()
         except Exception as error:  # whatever MLflow's client raises, the figures are there
             log.warning("evaluation_not_logged", evaluation=self.evaluation.id, exc_info=error)
-            why = error.message if isinstance(error, GraftError) else type(error).__name__
+            why = error.message if isinstance(error, GraftError) else f"{type(error).__name__}."
             if isinstance(error, TimeoutError):
                 why = f"it did not answer for {LOG_SECONDS:.0f} s."
             return None, (f"MLflow has no complete run of this evaluation: {why} The figures and the report are kept.",)
