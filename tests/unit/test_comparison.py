@@ -134,6 +134,31 @@ def test_where_less_is_better_the_gain_is_still_above_zero() -> None:
     assert "Less is better." in render(found)
 
 
+def test_perplexity_is_compared_within_a_tokenizer_and_the_rest_is_said() -> None:
+    tokens = {"large base": 8, "small base": 10, "tuned@1": 10}
+    results = tuple(
+        Result(name, {Likelihood: [Likelihood(nats + row % 3, tokens[name], 40) for row in range(60)]})
+        for name, nats in (("large base", 30.0), ("small base", 25.0), ("tuned@1", 20.0))
+    )
+    scored = replace(TASK, metrics=("perplexity", "bits_per_byte"), results=results, labels=(), inputs=())
+    found = replace(COMPARISON, tasks=(scored,))
+    assert scored.difference("tuned@1", "large base") is None
+    (gain,) = found.gains
+    assert (gain.rival.name, gain.smaller, gain.outcome) == ("small base", False, "better")
+    assert found.remarks == (
+        "No base known to be larger was compared.",
+        "On Film reviews, perplexity is not compared between models whose tokenizers differ "
+        "(large base | small base, tuned@1): it is a figure a token. Compare bits_per_byte.",
+    )
+    assert Page(render(found)).text().count("whose tokenizers differ") == 1
+
+    apart = replace(found, tasks=(replace(scored, results=(results[0], results[2])),))
+    assert (apart.gains, len(apart.remarks)) == ((), 1)
+    by_bytes = replace(found, tasks=(replace(scored, metrics=("bits_per_byte", "perplexity")),))
+    (gain,) = by_bytes.gains
+    assert (gain.rival.name, gain.smaller, by_bytes.remarks) == ("large base", True, ())
+
+
 def test_several_tasks_that_differ_are_answered_in_part() -> None:
     same = tuple(replace(each, rows=TASK.results[0].rows) for each in TASK.results)
     found = replace(COMPARISON, tasks=(TASK, replace(TASK, name="other", title="Other", results=same)))

@@ -18,7 +18,7 @@ from graft.domain.errors import InvalidArgument
 from graft.domain.units import count_text
 from graft.evaluation import charts, figures
 from graft.evaluation.confusion import Confusion, confusion
-from graft.evaluation.figures import Answered, Figure, Metric, Row
+from graft.evaluation.figures import Answered, Figure, Likelihood, Metric, Row
 
 Outcome = Literal["better", "worse", "undecided"]
 
@@ -206,7 +206,9 @@ class ComparedTask:
         return found
 
     def difference(self, candidate: str, baseline: str) -> Figure | None:
-        """The candidate's first metric less the baseline's, paired by row; `None` where either was not measured.
+        """The candidate's first metric less the baseline's, paired by row.
+
+        `None` where either was not measured, or in perplexity where their tokens differ (`tokenized_alike`).
 
         Raises:
             InvalidArgument: rows that do not pair up.
@@ -217,7 +219,22 @@ class ComparedTask:
             return ours.differences[baseline]
         if metric.row not in ours.rows or metric.row not in theirs.rows:
             return None
-        return figures.difference(metric.name, ours.rows[metric.row], theirs.rows[metric.row], labels=self.labels)
+        try:
+            return figures.difference(metric.name, ours.rows[metric.row], theirs.rows[metric.row], labels=self.labels)
+        except InvalidArgument as error:
+            if error.reason == "UNPAIRED_TOKENS":
+                return None
+            raise
+
+    @cached_property
+    def tokenized_alike(self) -> tuple[tuple[str, ...], ...]:
+        """The candidates with likelihoods, in groups to which the texts are the same numbers of tokens."""
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for result in self.results:
+            rows = result.rows.get(Likelihood, ())
+            if tokens := tuple(row.tokens for row in rows if isinstance(row, Likelihood)):
+                groups.setdefault(tokens, []).append(result.candidate)
+        return tuple(map(tuple, groups.values()))
 
 
 @dataclass(frozen=True)
@@ -287,17 +304,27 @@ class Comparison:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the headline leaves unsaid: each task's sentence, where there are several, and a missing larger base."""
-        sentences = tuple(gain.sentence for gain in self.gains) if len(self.gains) > 1 else ()
-        if not self.gains or any(gain.smaller for gain in self.gains):
-            return sentences
-        return (*sentences, "No base known to be larger was compared.")
+        """What the headline leaves unsaid: each task's sentence, where there are several, a missing larger base, and
+        what could not be compared."""
+        said = [gain.sentence for gain in self.gains] if len(self.gains) > 1 else []
+        if self.gains and not any(gain.smaller for gain in self.gains):
+            said.append("No base known to be larger was compared.")
+        for task in self.tasks:
+            groups = task.tokenized_alike
+            if task.metrics[0] == "perplexity" and len(groups) > 1:
+                said.append(
+                    f"On {task.title}, perplexity is not compared between models whose tokenizers differ "
+                    f"({' | '.join(', '.join(names) for names in groups)}): it is a figure a token. "
+                    "Compare bits_per_byte."
+                )
+        return tuple(said)
 
     def _gain(self, task: ComparedTask) -> Gain | None:
         """The best fine-tuned candidate that has a larger base to beat, against the best of those.
 
-        Without such a pair, the best fine-tuned one against the best base. Ties go to the first. Both are chosen on the
-        rows that they are then compared on: that favours each in its own group.
+        Without such a pair, the best fine-tuned one against the best base; pairs without a difference do not count.
+        Ties go to the first. Both are chosen on the rows that they are then compared on: that favours each in its own
+        group.
         """
         metric = figures.metric(task.metrics[0])
         measured = task.figures[metric.name]
@@ -309,15 +336,14 @@ class Comparison:
         bases = [each for each in ranked if not each.tuned]
         pairs = [(tuned, base) for tuned in ranked if tuned.tuned for base in bases]
         smaller = [(tuned, base) for tuned, base in pairs if (tuned.parameters or math.inf) < (base.parameters or 0)]
-        if not pairs:
-            return None
-        tuned, rival = (smaller or pairs)[0]
-        found = task.difference(tuned.name, rival.name)
-        if found is None:
-            return None
-        if not metric.higher_is_better:
-            found = replace(found, value=-found.value, low=-found.high, high=-found.low)
-        return Gain(task, tuned, rival, found, bool(smaller))
+        for tuned, rival in (*smaller, *pairs):
+            found = task.difference(tuned.name, rival.name)
+            if found is None:
+                continue
+            if not metric.higher_is_better:
+                found = replace(found, value=-found.value, low=-found.high, high=-found.low)
+            return Gain(task, tuned, rival, found, (tuned, rival) in smaller)
+        return None
 
 
 def scale_of(metric: Metric) -> charts.Scale:
