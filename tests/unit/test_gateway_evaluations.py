@@ -9,11 +9,13 @@ import pytest
 from graft.api.v1 import evaluation_pb2, evaluation_service_pb2
 from graft.api.v1.dataset_pb2 import DatasetFormat as Format
 from graft.api.v1.evaluation_service_pb2_grpc import EvaluationServiceStub
+from graft.data.tasks import catalog
 from graft.data.tasks.definition import load
 from graft.domain.evaluations import EvaluationState
 from tests.support.gateways import BASE, Gateway, gateway, refused
 from tests.support.http_gateways import http_gateway
 from tests.unit.test_gateway_jobs import uploaded
+from tests.unit.test_gateway_tasks import trained_with
 from tests.unit.test_gateway_tasks import uploaded as upload_rows
 
 Evaluation = evaluation_pb2.Evaluation
@@ -175,6 +177,22 @@ async def test_labels_from_the_data_are_those_of_its_shots_too(tmp_path: Path) -
         shown = await upload_rows(it, [{"text": "x", "label": label} for label in ("a", "b", "c")])
         made = await created(it, evaluation(asked, BASE, task="text-classification", shots_dataset=shown))
         assert load(made.task_definition).labels == ("a", "b", "c")
+
+
+async def test_labels_from_the_data_are_those_that_the_models_were_trained_with_too(tmp_path: Path) -> None:
+    trained = catalog.builtin("text-classification").with_labels(("a", "b", "z"))
+    async with gateway(tmp_path) as it:
+        await trained_with(it.store, trained.to_text())
+        asked = await upload_rows(it, [{"text": "x", "label": label} for label in ("a", "b")])
+        made = await created(it, evaluation(asked, task="text-classification"))
+        assert load(made.task_definition) == trained
+        alone = await created(it, evaluation(asked, BASE, task="text-classification"))
+        assert load(alone.task_definition).labels == ("a", "b")
+        await trained_with(it.store, "name: from-the-future\nshape: round\n")
+        assert load((await created(it, evaluation(asked, task="text-classification"))).task_definition).labels == (
+            "a",
+            "b",
+        )
 
 
 async def test_the_same_over_http_with_the_report_once_it_has_succeeded(tmp_path: Path) -> None:

@@ -48,12 +48,14 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, fir
             shown = await store.get_dataset(project, spec.shots_dataset)
         except NotFound as error:
             missing.append(FieldViolation("shots_dataset", error.message))
-    contestants = []
+    contestants: list[Contestant] = []
+    learned: list[str] = []
     for index, contestant in enumerate(spec.contestants):
         field = f"contestants[{index}].model"
         try:
             found = await resolve(store, project, contestant.model, first)
             contestants.append(replace(contestant, model=found.public_model))
+            learned.append(found.task_definition)
         except (InvalidArgument, FailedPrecondition) as error:
             wrong.append(FieldViolation(field, error.message))
         except NotFound as error:
@@ -61,7 +63,7 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, fir
     wrong += [*_check_contestants(spec, contestants), *_check_numbers(spec), *_check_metrics(spec, dataset)]
     if dataset is not None and shown is not None and shown.digest == dataset.digest:  # the same file twice, perhaps
         wrong.append(FieldViolation("shots_dataset", "is the data that is asked: the answers would be shown"))
-    spec, faults = await _with_task(spec, dataset, shown)
+    spec, faults = await _with_task(spec, dataset, shown, learned)
     wrong += faults
     if dataset is not None and not faults:
         wrong += await asyncio.to_thread(lambda: [*_check_shots(spec, dataset, shown)])
@@ -77,13 +79,17 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, fir
 
 
 async def _with_task(
-    spec: EvaluationSpec, dataset: Dataset | None, shown: Dataset | None
+    spec: EvaluationSpec, dataset: Dataset | None, shown: Dataset | None, learned: list[str]
 ) -> tuple[EvaluationSpec, list[FieldViolation]]:
-    """As a job's task is checked, its data being the data that is asked and that shots are taken from."""
+    """As a job's task is checked, its data being the data that is asked and that shots are taken from.
+
+    Labels that are taken from the data are also those that the contestants `learned`: held-out data that lacks one
+    would make another prompt than they were trained with, and leave less to confuse.
+    """
     job = JobSpec("", spec.dataset, task=spec.task, task_definition=spec.task_definition)
     if dataset is not None and measured_from(dataset) == "grades":
         job = replace(job, method=Method.REINFORCEMENT)
-    job, faults = await with_task(job, dataset, None, None, shown)
+    job, faults = await with_task(job, dataset, None, None, shown, learned)
     renamed = [replace(fault, field=fault.field.replace("training_dataset", "dataset")) for fault in faults]
     return replace(spec, task=job.task, task_definition=job.task_definition), renamed
 

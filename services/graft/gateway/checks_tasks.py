@@ -5,7 +5,8 @@ that takes them from its data. Every row is rendered when the job is validated.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,11 +26,13 @@ async def with_task(
     validation: Dataset | None,
     start: AdapterVersion | None,
     shown: Dataset | None = None,
+    learned: Sequence[str] = (),
 ) -> tuple[JobSpec, list[FieldViolation]]:
     """The specification with the task's whole definition in it, and what is wrong with the task.
 
     Rows of fields without a task are of the task of the version that training goes on from, if that has one. Of an
-    evaluation `shown` is the data set of its shots, `shots_dataset`, whose labels count too.
+    evaluation `shown` is the data set of its shots, `shots_dataset`, and `learned` are the definitions of the tasks
+    that its models were trained with: the labels of both count too.
     """
     if not (spec.task or spec.task_definition) and start and training and training.format is DatasetFormat.FIELDS:
         spec = replace(spec, task_definition=start.task_definition)
@@ -48,7 +51,7 @@ async def with_task(
         return spec, wrong
     try:
         graded = spec.method is Method.REINFORCEMENT
-        task = await asyncio.to_thread(_with_data, task, training, shown, graded=graded)
+        task = await asyncio.to_thread(_with_data, task, training, shown, learned, graded=graded)
     except InvalidArgument as error:
         return spec, list(error.violations)
     return replace(spec, task=task.name, task_definition=task.to_text()), []
@@ -86,7 +89,9 @@ def _check_format(task: TaskDefinition, dataset: Dataset | None, field: str) -> 
     )
 
 
-def _with_data(task: TaskDefinition, training: Dataset, shown: Dataset | None, *, graded: bool) -> TaskDefinition:
+def _with_data(
+    task: TaskDefinition, training: Dataset, shown: Dataset | None, learned: Sequence[str], *, graded: bool
+) -> TaskDefinition:
     """The task with its labels. Rows of the `training` data whose answers are `graded` need hold none.
 
     Raises InvalidArgument when the data does not fit it.
@@ -107,9 +112,18 @@ def _with_data(task: TaskDefinition, training: Dataset, shown: Dataset | None, *
     if not task.labels_from_data or not paths:
         return task
     try:
-        return task.with_labels(labels_of(task, chain.from_iterable(map(read_rows, paths))))
+        known = [{task.completion.field: label} for label in _labels_learned(task, learned)]
+        return task.with_labels(labels_of(task, chain(known, *map(read_rows, paths))))
     except InvalidArgument as error:
         raise _refused("task", error.message) from None
+
+
+def _labels_learned(task: TaskDefinition, learned: Sequence[str]) -> Iterator[str]:
+    for text in filter(None, learned):
+        with suppress(InvalidArgument):  # of a later version of Graft
+            found = load(text)
+            if found.name == task.name:
+                yield from found.labels
 
 
 def _refused(field: str, description: str) -> InvalidArgument:

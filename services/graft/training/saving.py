@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def save_checkpoint(model: Any, base_model: Path, folder: Path) -> None:
 
 def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> About:
     """The content of `graft.json`: what was trained, and the probes as `model` scores them now."""
-    candidates = [example for example in examples if completion_tokens(example)][:PROBE_CANDIDATES]
+    candidates = islice((example for example in examples if completion_tokens(example)), PROBE_CANDIDATES)
     probes = []
     for example in sorted(candidates, key=lambda item: len(item.token_ids))[:PROBES]:
         token_ids, start = _excerpt(example, min(PROBE_TOKENS, spec.context_tokens - 1))
