@@ -14,7 +14,8 @@ from pathlib import Path
 
 from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
 from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
-from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, ServedAs
+from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, Memory, ServedAs
+from graft.domain.memory import asked_memory
 from graft.domain.names import check_alias, check_id, parse_model
 from graft.domain.reports import REPORT_VERSION, DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
@@ -149,7 +150,22 @@ class Core:
         spec = await check_job(self.store, self.settings, project, spec)
         if spec.served_as is not ServedAs.MERGED_MODEL:  # else its base's engine is not needed to prove the result
             await resolving.check_served(self.store, spec.base_model, self.settings.serving.base_model)
-        return await self.store.create_job(project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id))
+        memory = await self._memory(project, spec)
+        return await self.store.create_job(
+            project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id), memory
+        )
+
+    async def _memory(self, project: str, spec: JobSpec) -> Memory | None:
+        """What a worker will need; None where the base's shape is not known."""
+        base = await self.store.get_base_model(spec.base_model, project)
+        if base.shape is None:
+            return None
+        start_rank = 0
+        if spec.from_adapter is not None:
+            name = parse_model(spec.from_adapter, "from_adapter")
+            start = await self.get_version(project, name.base, str(name.adapter), str(name.version))
+            start_rank = start.rank
+        return asked_memory(spec, base.shape, base.target_modules, start_rank)
 
     async def get_job(self, project: str, job_id: str) -> Job:
         """Raises NotFound naming it and what exists."""
