@@ -7,19 +7,15 @@ from its data. Every row is rendered when the job is validated.
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from graft.data.reading import read_rows
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import TaskDefinition, load
-from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labels_of
+from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labelled
 from graft.domain.errors import FieldViolation, InvalidArgument, NotFound
 from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import AdapterVersion, Dataset, DatasetFormat
-
-LABEL_ROWS = 10_000
-"""Rows whose labels are collected: a label that is rarer has too few examples to be learned from."""
 
 
 async def with_task(
@@ -98,10 +94,8 @@ def _with_data(task: TaskDefinition, training: Dataset, *, graded: bool) -> Task
             f"has no {' and no '.join(map(repr, missing))}, which the task {task.name!r} needs; it has: "
             f"{', '.join(first)[:200]}. Rename columns, or write the task for them (`graft tasks new`)",
         )
-    if not task.labels_from_data:
-        return task
     try:
-        return task.with_labels(labels_of(task, islice(read_rows(path), LABEL_ROWS)))
+        return labelled(task, read_rows(path))
     except InvalidArgument as error:
         raise _refused("task", error.message) from None
 

@@ -63,6 +63,8 @@ class DatasetCheck:
     held_out_id: str | None
     context_tokens: int | None
     epochs: float
+    task_definition: str = ""
+    """YAML of the task for rows of fields; empty without one."""
     done: bool = False
     report: DatasetReport | None = None
     error: JobError | None = None

@@ -227,6 +227,7 @@ dataset_checks = Table(
     Column("held_out_id", String(63)),
     Column("context_tokens", Integer),
     Column("epochs", Float, nullable=False),
+    Column("task_definition", String, nullable=False, server_default=""),
     Column("done", Boolean, nullable=False, index=True),
     Column("report", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),

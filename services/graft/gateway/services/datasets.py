@@ -9,6 +9,7 @@ from graft.api.v1 import dataset_pb2, dataset_report_pb2, dataset_service_pb2, d
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.gateway import convert, convert_jobs
 from graft.gateway.core import Core
+from graft.gateway.dataset_checks import CheckSpec
 from graft.gateway.services.names import parent_project, split
 
 
@@ -64,15 +65,16 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
         held_out_id = None
         if request.validation_dataset:
             held_out_id = convert_jobs.dataset_id(project, request.validation_dataset, "validation_dataset")
-        report = await self._core.validate_dataset(
-            project,
+        asked = CheckSpec(
             dataset_id,
             request.base_model or self._core.settings.serving.base_model,
             held_out_id,
             request.context_tokens or None,
             request.epochs or 1.0,
+            request.task,
+            request.task_definition,
         )
-        return convert.dataset_report(report)
+        return convert.dataset_report(await self._core.validate_dataset(project, asked))
 
 
 def _misplaced(field: str, description: str) -> InvalidArgument:
