@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
+from graft.data.tasks import catalog
+from graft.data.tasks.definition import TaskDefinition
 from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
 from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, Memory, ServedAs
@@ -222,7 +224,15 @@ class Core:
                 reason="REPORT_MISSING",
             ) from None
 
-    # Base models and adapters
+    # Tasks, base models and adapters
+
+    def list_tasks(self) -> tuple[TaskDefinition, ...]:
+        """Those that Graft brings, by name. Every project sees them."""
+        return tuple(catalog.builtin(name) for name in catalog.names())
+
+    def get_task(self, name: str) -> TaskDefinition:
+        """Raises NotFound naming what exists."""
+        return catalog.builtin(name)
 
     async def list_base_models(self, project: str) -> tuple[BaseModel, ...]:
         """All, by id."""
