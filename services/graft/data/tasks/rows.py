@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any
 
 from graft.data.tasks.definition import TaskDefinition
@@ -15,8 +14,6 @@ Row = Mapping[str, Any]
 
 FORMATS = frozenset({DatasetFormat.FIELDS, DatasetFormat.QUESTION_ANSWER, DatasetFormat.ALPACA})
 """Formats whose rows are fields for a task's template. Rows of all others hold their prompt already."""
-LABEL_ROWS = 10_000
-"""Rows whose labels are collected: a label that is rarer has too few examples to be learned from."""
 CONVERSATIONS = frozenset({DatasetFormat.MESSAGES, DatasetFormat.SHAREGPT})
 """Formats of whole chats, which a task of conversations learns as they are."""
 
@@ -84,7 +81,7 @@ def labels_of(task: TaskDefinition, rows: Iterable[Row]) -> tuple[str, ...]:
 
 def labelled(task: TaskDefinition, rows: Iterable[Row]) -> TaskDefinition:
     """The task with the labels of its data, if that is where it takes them from. Raises as `labels_of`."""
-    return task.with_labels(labels_of(task, islice(rows, LABEL_ROWS))) if task.labels_from_data else task
+    return task.with_labels(labels_of(task, rows)) if task.labels_from_data else task
 
 
 def trained_as(task: TaskDefinition | None, row: Row, format: DatasetFormat) -> tuple[Row, DatasetFormat]:
