@@ -91,6 +91,23 @@ async def test_a_wish_made_while_nobody_ran_the_job_is_honoured_by_its_next_owne
         assert not it.runs.live
 
 
+async def test_nothing_of_the_orchestrator_is_at_work_once_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow_to_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.5)  # as a transaction that is rolled back
+
+    async with world(tmp_path) as it:
+        before = asyncio.all_tasks()
+        async with it.orchestrator() as orchestrator:
+            monkeypatch.setattr(orchestrator.mirror, "run", slow_to_end)
+            await asyncio.sleep(0.1)
+        assert asyncio.all_tasks() == before, "the store is closed now"
+
+
 async def _claim_nothing(*_: object) -> tuple[Job, ...]:
     return ()
 

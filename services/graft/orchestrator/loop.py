@@ -84,7 +84,8 @@ class Orchestrator:
             evaluations.cancel()
             checks.cancel()
             await self._leave()
-            await asyncio.wait({evaluations}, timeout=self.parts.limits.stop_seconds)  # it frees its lease
+            # Evaluations free their lease, and whoever ends after this would find a store that is being closed.
+            await asyncio.wait({mirror, evaluations, checks}, timeout=self.parts.limits.stop_seconds)
 
     async def _turn(self) -> None:
         store = self.parts.store
