@@ -19,6 +19,11 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
 # Bytecode that is told apart by its source's digest and not by times, which images do not keep; the same on every build.
 ENV SOURCE_DATE_EPOCH=1767225600
+# pycosat, which reasoning-gym wants, has no wheels.
+# hadolint ignore=DL3008 # Debian's archive keeps one version of a package; the base image's digest and date pin it
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 COPY deploy/locks/build.txt deploy/locks/ray-${ACCELERATOR}.txt deploy/locks/
 # A private index, its certificate or credentials come as `--secret id=pip,src=pip.conf`, which no layer keeps.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
@@ -38,7 +43,7 @@ RUN /build/bin/python deploy/setup/stubs.py \
 # hadolint ignore=DL3006 # the tag is in the argument above
 FROM ${BASE_IMAGE} AS system-cpu
 # libnuma1: vLLM's CPU kernels link to it. wget: KubeRay's operator probes Ray's pods with it.
-# hadolint ignore=DL3008 # Debian's archive keeps one version of a package; the base image's digest and date pin it
+# hadolint ignore=DL3008 # as above
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates libnuma1 wget \
     && rm -rf /var/lib/apt/lists/*
