@@ -9,6 +9,7 @@
 # --build-arg BASE_IMAGE=gcr.io/distroless/python3-debian12@sha256:…
 ARG BUILD_IMAGE=docker.io/library/python:3.11-slim-bookworm
 ARG BASE_IMAGE=gcr.io/distroless/python3-debian12:nonroot
+# checkov:skip=CKV_DOCKER_7: the tag is in the arguments above, which it does not resolve
 
 # hadolint ignore=DL3006 # the tag is in the argument above
 FROM ${BUILD_IMAGE} AS build

@@ -10,6 +10,7 @@
 # Give a digest to pin: --build-arg BASE_IMAGE=docker.io/library/python@sha256:…
 ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 ARG ACCELERATOR=cpu
+# checkov:skip=CKV_DOCKER_7: the tag is in the arguments above, which it does not resolve
 
 # hadolint ignore=DL3006 # the tag is in the argument above
 FROM ${BASE_IMAGE} AS build
