@@ -4,7 +4,6 @@ read-only root, without privileges."""
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 

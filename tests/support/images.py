@@ -105,9 +105,7 @@ class Running:
 def environment(folder: Path) -> dict[str, str]:
     """buildah's, with its storage below `folder`, not the machine's."""
     storage = folder / "storage.conf"
-    storage.write_text(
-        f'[storage]\ndriver = "vfs"\ngraphroot = "{folder / "storage"}"\nrunroot = "{folder / "run"}"\n'
-    )
+    storage.write_text(f'[storage]\ndriver = "vfs"\ngraphroot = "{folder / "storage"}"\nrunroot = "{folder / "run"}"\n')
     kept = {name: value for name, value in os.environ.items() if name != "STORAGE_DRIVER"}
     return kept | {"CONTAINERS_STORAGE_CONF": str(storage), "BUILDAH_ISOLATION": "chroot"}
 

@@ -37,7 +37,9 @@ def test_rules_and_dashboard_group_the_gateways_metrics_by_labels_that_they_have
     asked = set()
     for expression in expressions():
         if "graft" in expression:
-            asked |= {label.strip() for labels in re.findall(r"by \(([^)]*)\)", expression) for label in labels.split(",")}
+            asked |= {
+                label.strip() for labels in re.findall(r"by \(([^)]*)\)", expression) for label in labels.split(",")
+            }
     assert asked
     assert asked <= known
 
@@ -49,7 +51,9 @@ async def test_refusals_are_counted_under_the_codes_that_rules_ask_for(tmp_path:
     assert refused.status_code == 503
     (rule,) = (rule for rule in rules() if rule.get("record") == "graft:gateway_unavailable:ratio_rate5m")
     (codes,) = re.findall(r'code=~"([^"]*)"', rule["expr"])
-    counted = re.findall(r'graft_gateway_requests_total\{code="(\w+)",method="[^"]*completions[^"]*",protocol="http"\}', page)
+    counted = re.findall(
+        r'graft_gateway_requests_total\{code="(\w+)",method="[^"]*completions[^"]*",protocol="http"\}', page
+    )
     assert any(re.fullmatch(codes, code) for code in counted)
 
 
@@ -89,6 +93,14 @@ def test_promtool_accepts_configuration_and_rules_and_alerts_ring_when_they_shou
     shutil.copytree(PROMETHEUS, copy)
     (copy / "ray-token").touch()
     shutil.copytree(RULES.parent, tmp_path / "helm" / "graft" / "files")
-    for command in (["check", "config", "prometheus.yaml"], ["test", "rules", "rules.test.yaml"]):
-        done = subprocess.run(["promtool", *command], cwd=copy, capture_output=True, text=True, timeout=60, env=os.environ)
+    asked = [{"record": f"panel:{index}", "expr": each} for index, each in enumerate(expressions())]
+    (copy / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": asked}]}))
+    for command in (
+        ["check", "config", "prometheus.yaml"],
+        ["check", "rules", "panels.yaml"],
+        ["test", "rules", "rules.test.yaml"],
+    ):
+        done = subprocess.run(
+            ["promtool", *command], cwd=copy, capture_output=True, text=True, timeout=60, env=os.environ
+        )
         assert done.returncode == 0, done.stdout + done.stderr

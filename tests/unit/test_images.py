@@ -25,7 +25,9 @@ each_file = pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.n
 
 def pins(name: str) -> dict[str, str]:
     """Versions by name in one of the locks."""
-    found = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;\\]+)", (LOCKS / f"{name}.txt").read_text(), re.MULTILINE)
+    found = re.findall(
+        r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;\\]+)", (LOCKS / f"{name}.txt").read_text(), re.MULTILINE
+    )
     return {canonicalize_name(package): version for package, version in found}
 
 
@@ -76,7 +78,9 @@ def test_every_base_has_a_tag_and_can_be_given_by_digest(file: Path) -> None:
     arguments = dict(rest.split("=", 1) for word, rest in found if word == "ARG" and "=" in rest)
     images = {name: value for name, value in arguments.items() if name.endswith("_IMAGE")}
     assert images
-    assert all(re.fullmatch(r"[\w.-]+(/[\w.-]+)+:[\w.-]+", value) and ":latest" not in value for value in images.values())
+    assert all(
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)+:[\w.-]+", value) and ":latest" not in value for value in images.values()
+    )
     bases = [rest.split()[0] for word, rest in found if word == "FROM"]
     stages = [rest.split(" AS ")[1] for word, rest in found if word == "FROM" and " AS " in rest]
     assert all(base.strip("${}") in images or base in (*stages, "system-${ACCELERATOR}") for base in bases)
@@ -118,7 +122,9 @@ def test_the_gateways_lock_has_nothing_heavy() -> None:
     assert found.keys() & HEAVY == set()
 
 
-@pytest.mark.parametrize(("name", "extra"), [("gateway", "gateway"), ("ray-cpu", "serving-cpu"), ("ray-gpu", "serving-gpu")])
+@pytest.mark.parametrize(
+    ("name", "extra"), [("gateway", "gateway"), ("ray-cpu", "serving-cpu"), ("ray-gpu", "serving-gpu")]
+)
 def test_every_lock_holds_what_pyproject_asks_for(name: str, extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found, open_extras, seen = pins(name), [extra], set()
@@ -141,7 +147,10 @@ import importlib, pkgutil, sys
 from importlib.metadata import packages_distributions
 allowed = {*sys.argv[1].split(), "graft"}
 class Absent:
-    owners = {package: {each.lower().replace("_", "-") for each in owners} for package, owners in packages_distributions().items()}
+    owners = {
+        package: {each.lower().replace("_", "-") for each in owners}
+        for package, owners in packages_distributions().items()
+    }
     def find_spec(self, name, path=None, target=None):
         owners = self.owners.get(name.partition(".")[0])
         if owners is not None and not owners & allowed:

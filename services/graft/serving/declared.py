@@ -1,8 +1,8 @@
 """The application's builder for `serve deploy` and KubeRay's RayService: `graft.serving.declared:application`.
 
-For a Ray cluster that others run (deploy/serve.yaml): Serve keeps what was declared, without a process of Graft's beside
-it. What `graft.serving.main` does else, to make Serve listen on one address only, is no application's to decide: there
-the network has to guard the door.
+For a Ray cluster that others run (deploy/serve.yaml): Serve keeps what was declared, without a process of Graft's. What
+`graft.serving.main` does beside it, to make Serve listen on one address only, is no application's to decide: there the
+network has to guard the door.
 """
 
 from pathlib import Path
