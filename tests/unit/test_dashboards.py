@@ -66,6 +66,12 @@ def test_every_alert_says_what_it_is_and_what_to_do() -> None:
         assert alert["for"], alert["alert"]
 
 
+def test_every_alert_is_rung_by_a_test_of_promtool() -> None:
+    tests = yaml.safe_load((PROMETHEUS / "rules.test.yaml").read_text())["tests"]
+    rung = {each["alertname"] for test in tests for each in test["alert_rule_test"] if each["exp_alerts"]}
+    assert rung == {rule["alert"] for rule in rules() if "alert" in rule}
+
+
 def test_panels_have_a_description_and_a_unit_and_do_not_lie_on_each_other() -> None:
     everything = json.loads(DASHBOARD.read_text())["panels"]
     assert len({panel["id"] for panel in everything}) == len(everything)
