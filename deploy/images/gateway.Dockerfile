@@ -16,6 +16,10 @@ FROM ${BUILD_IMAGE} AS build
 WORKDIR /src
 # Bytecode that is told apart by its source's digest and not by times, which images do not keep; the same on every build.
 ENV SOURCE_DATE_EPOCH=1767225600
+# hadolint ignore=DL3008 # Debian's archive keeps one version of a package; nothing of this stage but files is kept
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends binutils \
+    && rm -rf /var/lib/apt/lists/*
 COPY deploy/locks/build.txt deploy/locks/gateway.txt deploy/locks/
 # A private index, its certificate or credentials come as `--secret id=pip,src=pip.conf`, which no layer keeps.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
@@ -29,12 +33,14 @@ COPY services services
 RUN /build/bin/python deploy/setup/stubs.py \
     && /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --no-index --wheel-dir /wheels . \
     && /build/bin/pip install --no-cache-dir --no-deps --no-index --target /opt/graft /wheels/*.whl \
-    # What nothing here imports: tests and headers of packages, Arrow's RPC server, and copies of its libraries under
-    # the names that compilers look for. 60 MB.
+    # What nothing here imports: tests and headers of packages, Arrow's RPC server, copies of its libraries under the
+    # names that compilers look for, and symbols for debuggers: 95 MB. Libraries that a wheel brings in `*.libs` were
+    # patched after they were linked, which strip does not always survive.
     && find /opt/graft -type d -name tests -prune -exec rm -r {} + \
-    && rm -r /opt/graft/bin /opt/graft/pyarrow/include /opt/graft/pyarrow/libarrow_flight.* \
-        /opt/graft/pyarrow/libarrow_python_flight.* /opt/graft/pyarrow/_flight.cpython-* \
-        /opt/graft/pyarrow/libarrow_*.so /opt/graft/pyarrow/libarrow_*.so.*.*.* \
+    && rm -r /opt/graft/bin /opt/graft/pyarrow/include \
+    && find /opt/graft/pyarrow -maxdepth 1 \
+        \( -name '*_flight*' -o -name 'libarrow_*.so' -o -name 'libarrow_*.so.*.*.*' \) -delete \
+    && find /opt/graft -type f -name '*.so*' ! -path '*.libs/*' -exec strip --strip-unneeded {} + \
     && mkdir -p /state
 
 # hadolint ignore=DL3006 # the tag is in the argument above

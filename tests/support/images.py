@@ -122,8 +122,10 @@ def pip_options(folder: Path) -> list[str]:
     }
     configuration = folder / "pip.conf"
     configuration.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in found.items()))
-    local = [word.removeprefix("file://") for value in found.values() for word in value.split()]
-    volumes = [f"--volume={path}:{path}:ro" for path in local if path.startswith("/") and Path(path).exists()]
+    local = {Path(word.removeprefix("file://")) for value in found.values() for word in value.split()}
+    # An index in a folder, `…/simple`, links to files beside it.
+    shown = {path.parent if path.name == "simple" else path for path in local if path.is_absolute()}
+    volumes = [f"--volume={path}:{path}:ro" for path in sorted(shown) if path.exists()]
     return [f"--secret=id=pip,src={configuration}", *volumes]
 
 
