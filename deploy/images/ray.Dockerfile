@@ -45,24 +45,18 @@ RUN /build/bin/python deploy/setup/stubs.py \
     && /build/bin/pip --python /opt/graft/bin/python install --no-cache-dir --no-deps --no-index /wheels/*.whl
 
 # hadolint ignore=DL3006 # the tag is in the argument above
-FROM ${BASE_IMAGE} AS system-cpu
-# libnuma1: vLLM's CPU kernels link to it. wget: KubeRay's operator probes Ray's pods with it.
+FROM ${BASE_IMAGE} AS system
+ARG ACCELERATOR
+# libnuma1: vLLM's CPU kernels link to it. wget: KubeRay's operator probes Ray's pods with it. On GPUs Triton compiles the
+# launchers of its kernels with a C compiler when a model starts.
 # hadolint ignore=DL3008 # as above
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates libnuma1 wget \
+RUN set -- ca-certificates libnuma1 wget \
+    && if [ "${ACCELERATOR}" = gpu ]; then set -- "$@" gcc libc6-dev; fi \
+    && apt-get update \
+    && apt-get install --yes --no-install-recommends "$@" \
     && rm -rf /var/lib/apt/lists/*
 
-FROM system-cpu AS system-gpu
-# Triton compiles the launchers of its kernels with a C compiler when a model starts.
-# hadolint ignore=DL3008 # as above
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
-ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
-
-# hadolint ignore=DL3006 # a stage of this file
-FROM system-${ACCELERATOR}
+FROM system
 LABEL org.opencontainers.image.title="graft-ray" \
       org.opencontainers.image.description="Graft's training, inference, orchestrator and MLflow" \
       org.opencontainers.image.licenses="Apache-2.0"
