@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,8 +75,12 @@ class Image:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        running = Running(self, process, log)
         try:
-            yield Running(self, process, log)
+            while process.poll() is None and not running.started():
+                time.sleep(0.05)
+            assert process.poll() is None, log.read_text()
+            yield running
         finally:
             process.kill()
             process.wait()
@@ -93,6 +98,11 @@ class Running:
     def inside(self) -> psutil.Process:
         (child,) = psutil.Process(self.process.pid).children()
         return child
+
+    def started(self) -> bool:
+        """Past what prepares its namespaces: its root is the image's."""
+        children = psutil.Process(self.process.pid).children()
+        return bool(children) and os.readlink(f"/proc/{children[0].pid}/root") == str(self.image.root)
 
     def execute(self, arguments: Sequence[str], **variables: str) -> "subprocess.CompletedProcess[str]":
         """Runs another command beside it, as `kubectl exec` would."""
