@@ -34,7 +34,7 @@ RUN /build/bin/python deploy/setup/stubs.py \
     && /build/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation --no-index --wheel-dir /wheels . \
     && /build/bin/pip install --no-cache-dir --no-deps --no-index --target /opt/graft /wheels/*.whl \
     # What nothing here imports: tests and headers of packages, Arrow's RPC server, copies of its libraries under the
-    # names that compilers look for, and symbols for debuggers: 95 MB. Libraries that a wheel brings in `*.libs` were
+    # names that compilers look for, and symbols for debuggers: 70 MB. Libraries that a wheel brings in `*.libs` were
     # patched after they were linked, which strip does not always survive.
     && find /opt/graft -type d -name tests -prune -exec rm -r {} + \
     && rm -r /opt/graft/bin /opt/graft/pyarrow/include \
