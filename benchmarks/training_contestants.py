@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ def trl(base: Path, data: Path, dtype: torch.dtype, flags: dict[str, Any]) -> Pl
     return play
 
 
-def rows(examples: tuple[Example, ...], steps: int) -> list[dict[str, list[int]]]:
+def rows(examples: Sequence[Example], steps: int) -> list[dict[str, list[int]]]:
     """The examples of so many steps, in the order in which Graft's loop takes them."""
     order = [index for batch in batches(len(examples), BATCH_SIZE, steps, SEED) for index in batch]
     return [

@@ -185,5 +185,5 @@ def test_rows_of_csv_train_as_those_of_jsonl(tmp_path: Path, tokenizer: Any) -> 
         prepare(tmp_path / name, Format.QUESTION_ANSWER, tokenizer, 100, OverLengthPolicy.FAIL).examples
         for name in ("rows.csv", "rows.jsonl")
     ]
-    assert both[0] == both[1]
+    assert list(both[0]) == list(both[1])
     assert _learned(both[0][0], tokenizer) == "yes<|im_end|>"

@@ -1,6 +1,7 @@
 """What each method reads from its rows. The tiny tokenizer has a token a byte, and one for the end."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_a_preference_is_two_sequences_that_learn_their_answers(read: Any, token
         "q? never<|im_end|>",
     ]
     assert [_learned(side, tokenizer) for side in (pair.chosen, pair.rejected)] == ["yes<|im_end|>", "never<|im_end|>"]
-    assert (prepared.examples, prepared.sequences) == ((), (pair.chosen,))
+    assert (prepared.examples, list(prepared.sequences)) == ((), [pair.chosen])
     assert (prepared.stats.tokens, prepared.stats.completion_tokens, prepared.stats.longest_tokens) == (16, 10, 9)
 
 
@@ -242,3 +243,25 @@ def test_fields_become_the_prompt_that_their_task_makes_and_stay_what_the_grader
     (prompt,) = read([row], DatasetFormat.FIELDS, **options).prompts
     assert list(prompt.token_ids) == prompt_ids(to_prompt(task, row), tokenizer)[-CONTEXT_TOKENS:]
     assert dict(prompt.row) == row
+
+
+def test_what_is_learned_from_waits_on_disk_and_not_in_memory(read: Any) -> None:
+    rows = [{"text": "abcdefgh" * 500} for _ in range(100)]
+    tokens = 100 * 4000
+    read(rows[:1], DatasetFormat.TEXT, method=Method.SELF_SUPERVISED)  # what is imported is no part of it
+    tracemalloc.start()
+    try:
+        prepared = read(rows, DatasetFormat.TEXT, method=Method.SELF_SUPERVISED)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert prepared.stats.tokens > tokens
+    assert held < 2 * tokens  # in arrays they would be five bytes each, and each piece of 20 an object
+
+
+def test_a_slice_an_index_from_the_end_and_one_out_of_range_are_those_of_a_sequence(read: Any) -> None:
+    examples = _text(read, "ab", "cd", "ef").examples
+    assert examples[-1] == examples[2] == list(examples)[2]
+    assert examples[1:] == (examples[1], examples[2])
+    with pytest.raises(IndexError):
+        examples[3]

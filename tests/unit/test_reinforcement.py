@@ -104,8 +104,11 @@ class AlwaysOne:
         return [Grade(1.0, True, "") for _ in items]
 
 
-def test_the_reward_rises_and_nearness_to_the_base_is_measured(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    asked = Reinforcement(ASKED.grader, 8, 4, 1.0, 0.01, 0.2)
+@pytest.mark.parametrize("beta", [0.01, 0.0])
+def test_the_reward_rises_and_the_distance_from_the_base_is_measured(
+    model: Any, tokenizer: Any, tmp_path: Path, beta: float
+) -> None:
+    asked = Reinforcement(ASKED.grader, 8, 4, 1.0, beta, 0.2)
     objective, _ = objective_of(model, tokenizer, tmp_path, asked)
     told = run(model, objective)
     assert told[0]["reward"] < 0.2

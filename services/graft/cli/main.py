@@ -47,7 +47,9 @@ def options(
 
 @app.command()
 def up(
-    detach: Annotated[bool, typer.Option("--detach", help="Return when ready; stop with `graft down`.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when ready, also if it runs already; stop with `graft down`.")
+    ] = False,
     as_json: JsonLines = False,
 ) -> None:
     """Start the local stack, and keep it running until Ctrl-C."""
@@ -61,7 +63,9 @@ def up(
                 local.start_detached(settings)
             else:
                 with console.status("Starting the local stack"):
-                    local.start_detached(settings)
+                    started = local.start_detached(settings)
+                if not started:
+                    print("The stack is running already.")
             _print_ready(settings, as_json=as_json)
             return
         told: dict[str, str] = {}

@@ -5,9 +5,9 @@ Owns the over-length policy, the cutting of documents and which tokens have loss
 """
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 from graft.data.canonical import Preference, canonical
 from graft.data.graded import PromptExample, graded_prompt, render_prompt
 from graft.data.preference import PreferenceExample, render_preference
-from graft.data.reading import read_rows
+from graft.data.reading import naming_row, read_rows
 from graft.data.rendering import Example, Tokenizer, render
 from graft.data.split import Split
+from graft.data.spool import Spool, View
 from graft.data.tasks.definition import TaskDefinition
 from graft.data.tasks.rows import trained_as
 from graft.domain.errors import FieldViolation, InvalidArgument
@@ -51,25 +52,27 @@ class DataStats:
 @dataclass(frozen=True)
 class Prepared:
     """What is learned from, in the file's order, and its measurements. `pairs` are those of the preference method and
-    `prompts` those of reinforcement, which have no `examples`."""
+    `prompts` those of reinforcement, which have no `examples`. Examples and pairs are on disk, and each is read when it
+    is asked for; prompts are in memory, with the rows that graders read."""
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     stats: DataStats
-    pairs: tuple[PreferenceExample, ...] = ()
-    prompts: tuple[PromptExample, ...] = ()
+    pairs: Sequence[PreferenceExample] = ()
+    prompts: Sequence[PromptExample] = ()
 
     @property
-    def sequences(self) -> tuple[Example, ...]:
+    def sequences(self) -> Sequence[Example]:
         """What a model should come to say: the examples, or the chosen answers; of prompts, whose answers are yet to be
         sampled, the prompts."""
-        prompts = tuple(_all_learned(Example(prompt.token_ids, b"")) for prompt in self.prompts)
-        return self.examples or tuple(pair.chosen for pair in self.pairs) or prompts
+        if self.pairs:
+            return View(len(self.pairs), lambda index: self.pairs[index].chosen)
+        return self.examples or tuple(_all_learned(Example(prompt.token_ids, b"")) for prompt in self.prompts)
 
     def within(self, items: int, tokens: int) -> "Prepared":
         """The first of the examples or pairs, so many or so few that they have at most so many tokens; at least one."""
-        sizes = [len(example.token_ids) for example in self.examples] or [pair.tokens for pair in self.pairs]
+        sizes = chain((len(example.token_ids) for example in self.examples), (pair.tokens for pair in self.pairs))
         count, total = 0, 0
-        for size in sizes[:items]:
+        for size in islice(sizes, items):
             total += size
             if count and total > tokens:
                 break
@@ -100,9 +103,10 @@ def prepare(
     Raises InvalidArgument: OVER_LENGTH_EXAMPLES under the policy `fail`, naming the first 20 rows, NO_EXAMPLES when
     nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.
     """
-    kept: list[tuple[Example, ...]] = []
+    spool = Spool()
     graded: list[Mapping[str, Any]] = []
-    lengths = array("L")
+    lengths, sizes = array("L"), array("L")
+    learned_tokens = 0
     over: list[FieldViolation] = []
     over_count = 0
     for row_number, row in enumerate(read_rows(path), start=1):
@@ -111,19 +115,27 @@ def prepare(
         sequences = _sequences(row, format, tokenizer, row_number, method, task)
         length = max(len(sequence.token_ids) for sequence in sequences)
         lengths.append(length)
-        before = len(kept)
         if length > context_tokens:
             over_count += 1
             if len(over) < REPORTED_ROWS:
                 over.append(FieldViolation(f"row {row_number}", f"has {length} tokens"))
+        kept: Iterable[Example] = ()
         if method is Method.SELF_SUPERVISED:
-            kept += ((piece,) for sequence in sequences for piece in _pieces(sequence, context_tokens))
+            kept = chain.from_iterable(_pieces(sequence, context_tokens) for sequence in sequences)
         elif length <= context_tokens:
-            kept.append(sequences)
-        elif policy is OverLengthPolicy.TRUNCATE and (cut := _cut_prompt(sequences, length - context_tokens)):
-            kept.append(cut)
-        if method is Method.REINFORCEMENT and len(kept) > before:
+            kept = sequences
+        elif policy is OverLengthPolicy.TRUNCATE:
+            kept = _cut_prompt(sequences, length - context_tokens)
+        if method is Method.SUPERVISED and loss_on is LossOn.ALL:
+            # Only now: the mask has said where a prompt may be cut.
+            kept = map(_all_learned, kept)
+        if method is Method.REINFORCEMENT and kept:
             graded.append(row)
+        for example in kept:
+            spool.add(example)
+            sizes.append(len(example.token_ids))
+            # The first token of a sequence is predicted from nothing.
+            learned_tokens += sum(example.loss_mask[1:])
     if over and policy is OverLengthPolicy.FAIL and method is not Method.SELF_SUPERVISED:
         raise InvalidArgument(
             f"{over_count} of {len(lengths)} rows are longer than {context_tokens} tokens "
@@ -139,32 +151,30 @@ def prepare(
             "validation data set.",
             reason="NO_EXAMPLES",
         )
-    if not kept:
+    if not spool:
         raise InvalidArgument(
             f"None of the {len(lengths)} {format} rows fits {context_tokens} tokens; "
             f"the shortest has {min(lengths, default=0)}.",
             reason="NO_EXAMPLES",
         )
-    if method is Method.SUPERVISED and loss_on is LossOn.ALL:
-        # Only now: the mask has said where a prompt may be cut.
-        kept = [tuple(_all_learned(sequence) for sequence in sequences) for sequences in kept]
-    sizes = [len(sequence.token_ids) for sequences in kept for sequence in sequences]
+    sequences_of_item = 2 if method is Method.PREFERENCE else 1
     stats = DataStats(
         row_count=len(lengths),
-        example_count=len(kept),
+        example_count=len(spool) // sequences_of_item,
         tokens=sum(sizes),
-        # The first token of a sequence is predicted from nothing.
-        completion_tokens=sum(sum(sequence.loss_mask[1:]) for sequences in kept for sequence in sequences),
+        completion_tokens=learned_tokens,
         longest_tokens=max(lengths),
         median_tokens=int(median(sizes)),
         over_length_count=over_count,
     )
+    examples = spool.read()
     if method is Method.PREFERENCE:
-        return Prepared((), stats, tuple(PreferenceExample(*answers) for answers in kept))
+        pairs = View(stats.example_count, lambda index: PreferenceExample(*examples[2 * index : 2 * index + 2]))
+        return Prepared((), stats, pairs)
     if method is Method.REINFORCEMENT:
-        prompts = tuple(PromptExample(prompt.token_ids, row) for (prompt,), row in zip(kept, graded, strict=True))
+        prompts = tuple(PromptExample(prompt.token_ids, row) for prompt, row in zip(examples, graded, strict=True))
         return Prepared((), stats, prompts=prompts)
-    return Prepared(tuple(sequence for sequences in kept for sequence in sequences), stats)
+    return Prepared(examples, stats)
 
 
 def render_row(
@@ -175,7 +185,7 @@ def render_row(
     task: TaskDefinition | None = None,
 ) -> Example:
     """The example of a file's row. A refusal names the row, counted from 1."""
-    with _naming(row_number):
+    with naming_row(row_number):
         return render(canonical(*trained_as(task, row, format)), tokenizer)
 
 
@@ -190,7 +200,7 @@ def _sequences(
     """The example of a row, the two answers of a preference, or the prompt whose answers are graded."""
     if method not in (Method.PREFERENCE, Method.REINFORCEMENT):
         return (render_row(row, format, tokenizer, row_number, task),)
-    with _naming(row_number):
+    with naming_row(row_number):
         if method is Method.REINFORCEMENT:
             return (render_prompt(graded_prompt(row, format, task), tokenizer),)
         found = canonical(row, format)
@@ -204,19 +214,6 @@ def _sequences(
         return pair.chosen, pair.rejected
 
 
-@contextmanager
-def _naming(row_number: int) -> Iterator[None]:
-    try:
-        yield
-    except InvalidArgument as error:
-        raise InvalidArgument(
-            f"Row {row_number}: {error.message}",
-            reason=error.reason,
-            metadata=error.metadata,
-            violations=(FieldViolation(f"row {row_number}", error.message),),
-        ) from None
-
-
 def _pieces(document: Example, context_tokens: int) -> Iterator[Example]:
     """A document in pieces. Each begins with the last token of the one before: every token but the first is predicted,
     and once."""
@@ -225,11 +222,11 @@ def _pieces(document: Example, context_tokens: int) -> Iterator[Example]:
         yield Example(document.token_ids[start:end], document.loss_mask[start:end])
 
 
-def _cut_prompt(sequences: Sequence[Example], tokens: int) -> tuple[Example, ...] | None:
-    """Drops so many tokens from the start of each, never a learned one. None when the learned part is too long."""
+def _cut_prompt(sequences: Sequence[Example], tokens: int) -> tuple[Example, ...]:
+    """Drops so many tokens from the start of each, never a learned one. Empty when the learned part is too long."""
     # One token must stay before the first learned one: it is predicted from something.
     if any(any(sequence.loss_mask[: tokens + 1]) for sequence in sequences):
-        return None
+        return ()
     return tuple(Example(sequence.token_ids[tokens:], sequence.loss_mask[tokens:]) for sequence in sequences)
 
 

@@ -10,6 +10,7 @@ import structlog
 
 from graft.data.analysis import Base, analyse
 from graft.data.formats import FileReport, validate_file
+from graft.data.tasks.definition import TaskDefinition, load
 from graft.data.tokenizers import load_tokenizer
 from graft.domain.errors import GraftError, Internal, NotFound, Unavailable
 from graft.domain.jobs import JobError
@@ -52,7 +53,8 @@ class Checker:
             base = await self._store.get_base_model(check.base_model)
             dataset = await self._store.get_dataset(check.project, check.dataset_id)
             held_out = await self._store.get_dataset(check.project, check.held_out_id) if check.held_out_id else None
-            report = await call(examine, base, dataset, held_out, check.context_tokens, check.epochs)
+            task = load(check.task_definition) if check.task_definition else None
+            report = await call(examine, base, dataset, held_out, check.context_tokens, check.epochs, task)
         except Unavailable:
             raise  # the check stays
         except GraftError as refusal:
@@ -70,13 +72,21 @@ class Checker:
 
 
 def examine(
-    base: BaseModel, dataset: Dataset, held_out: Dataset | None, context_tokens: int | None, epochs: float
+    base: BaseModel,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    context_tokens: int | None,
+    epochs: float,
+    task: TaskDefinition | None = None,
 ) -> DatasetReport:
-    """Measures a stored data set. Raises NotFound for a missing file, InvalidArgument for one that was changed."""
+    """Measures a stored data set.
+
+    Raises NotFound for a missing file, InvalidArgument for one that was changed or that the `task` does not fit.
+    """
     path, file = _file(dataset)
     measured = Base(base.id, load_tokenizer(base.path), context_tokens or base.context_tokens, base.parameter_count)
     other = _file(held_out) if held_out is not None else None
-    return analyse(path, file, base=measured, held_out=other, epochs=epochs)
+    return analyse(path, file, base=measured, task=task, held_out=other, epochs=epochs)
 
 
 def _file(dataset: Dataset) -> tuple[Path, FileReport]:

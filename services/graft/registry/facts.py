@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from graft.domain.errors import FailedPrecondition
+from graft.domain.shapes import Shape
 from graft.registry.weights import Damaged, parameter_count
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block in each of ARCHITECTURES: LoRA's `all-linear`."""
-ARCHITECTURES = ("LlamaForCausalLM",)
-"""Those that the tests train packed and serve, with an adapter on LINEAR, to the same log-probabilities.
-
-Mistral, Qwen2 and Qwen3 train the same way (tests/unit/test_architectures.py), but no test has yet compared what vLLM
-answers for them with what was trained; until one does they are refused.
-"""
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Those that the tests train packed (tests/unit/test_architectures.py) and serve (tests/integration/
+test_mixed_batches.py), with an adapter on LINEAR, to the log-probabilities of transformers and PEFT."""
 LINEAGE = "graft-model.json"
 """In a folder that Graft made: where the weights come from."""
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -34,6 +32,8 @@ class Facts:
     """Of one folder."""
 
     layers: int
+    shape: Shape | None
+    """None where `config.json` does not tell all of it."""
     context_tokens: int
     """Longest sequence that the model was made for or, where it is shorter, its attention's window."""
     digest: str
@@ -58,7 +58,7 @@ def read_facts(base: str, folder: Path, cache: Path) -> Facts:
         raise FailedPrecondition(
             f"Base model {base!r}: {folder / 'config.json'} has no usable {error}.", reason="BASE_MODEL_CONFIG_INVALID"
         ) from None
-    return Facts(layers=layers, context_tokens=context_tokens, **_measured(base, folder, cache))
+    return Facts(layers=layers, shape=_shape(config), context_tokens=context_tokens, **_measured(base, folder, cache))
 
 
 def read_config(base: str, folder: Path) -> dict[str, Any]:
@@ -89,6 +89,13 @@ def read_config(base: str, folder: Path) -> dict[str, Any]:
             reason="BASE_MODEL_QUANTIZED",
         )
     return config
+
+
+def _shape(config: dict[str, Any]) -> Shape | None:
+    try:
+        return Shape.of(config)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:

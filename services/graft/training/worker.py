@@ -3,6 +3,7 @@
 Does not know Ray: who its companions are, how many threads it may use and whom to tell is passed in.
 """
 
+import heapq
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -85,7 +86,7 @@ def run_worker(
     dtype = base.dtype
     model = tune(spec, base)
     torch.manual_seed(spec.seed + group.rank)  # dropout, if any, must differ
-    shortest = sorted(data.sequences, key=lambda item: len(item.token_ids))[:2]
+    shortest = heapq.nsmallest(2, data.sequences, key=lambda item: len(item.token_ids))
     check_packing(
         model,
         next(microbatches(shortest, most_tokens=2 * spec.context_tokens)).to(device),

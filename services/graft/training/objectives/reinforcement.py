@@ -97,9 +97,7 @@ class Reinforced:
         self._patience = patience
         self._device = torch.device(device)
         self._reference = reference
-        self.metric_names: tuple[str, ...] = ("sampler_ratio", "sampler_truncated", "clip_ratio")
-        if asked.beta:
-            self.metric_names += ("kl",)
+        self.metric_names: tuple[str, ...] = ("sampler_ratio", "sampler_truncated", "clip_ratio", "kl")
         self.latest: list[Example] = []
         """Answers of the last step, of this worker."""
 
@@ -166,11 +164,11 @@ class Reinforced:
             yield pack_rollouts([items[place] for place in row], self._device)
 
     def loss(self, model: Any, part: PackedRollouts) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed over the tokens of the answers."""
+        """Summed over the tokens of the answers. The divergence is measured also where it has no part in the loss: it
+        tells how far the policy went for its reward, for one more forward pass."""
         asked = self._asked
-        if asked.beta:
-            with torch.no_grad(), self._reference(model):
-                reference_K = _log_probs(token_logits(model, part.packed) / asked.temperature, part.packed)
+        with torch.no_grad(), self._reference(model):
+            reference_K = _log_probs(token_logits(model, part.packed) / asked.temperature, part.packed)
         logits_K_V = token_logits(model, part.packed)
         log_probs_K = _log_probs(logits_K_V / asked.temperature, part.packed)
         with torch.no_grad():
@@ -182,11 +180,10 @@ class Reinforced:
         ratios_K = (log_probs_K - log_probs_K.detach()).exp()
         losses_K, clipped_K = policy_losses(ratios_K, part.advantages_K, asked.epsilon)
         losses_K = losses_K * weights_K.clamp(max=MOST_WEIGHT)
-        sums = [weights_K.sum(), truncated_K.sum(), clipped_K.sum()]
+        kl_K = ratios_K * kl_estimates(log_probs_K, reference_K)
         if asked.beta:
-            kl_K = ratios_K * kl_estimates(log_probs_K, reference_K)
             losses_K = losses_K + asked.beta * kl_K
-            sums.append(kl_K.sum())
+        sums = [weights_K.sum(), truncated_K.sum(), clipped_K.sum(), kl_K.sum()]
         return losses_K.sum(), torch.stack([item.detach().float() for item in sums]) * part.share
 
     def close(self) -> None:
