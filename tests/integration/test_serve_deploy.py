@@ -1,4 +1,7 @@
-"""`serve deploy deploy/serve.yaml` on a Ray cluster that is there already, and the names of what Ray measures then."""
+"""`serve deploy deploy/serve.yaml` on a Ray cluster that is there already, and the names of what Ray measures then.
+
+One cluster for the module, used in order: the first test deploys what the others ask.
+"""
 
 import asyncio
 import json
@@ -118,8 +121,7 @@ def test_the_shipped_file_deploys_an_application_that_answers(cluster: Cluster) 
 
 
 def test_an_argument_that_does_not_exist_is_refused_by_name(cluster: Cluster) -> None:
-    document = declared(cluster) if not (cluster.folder / "base").exists() else None
-    document = document or yaml.safe_load((cluster.folder / "serve.yaml").read_text())
+    document = yaml.safe_load((cluster.folder / "serve.yaml").read_text())
     document["applications"][0]["args"]["serving"]["num_replica"] = 2
     file = cluster.folder / "wrong.yaml"
     file.write_text(yaml.safe_dump(document))
@@ -133,8 +135,7 @@ def test_an_argument_that_does_not_exist_is_refused_by_name(cluster: Cluster) ->
         time.sleep(1)
     assert "num_replica" in application["message"]
     # What was there before goes on answering.
-    client_answers = asyncio.run(_answers(cluster))
-    assert client_answers == 200
+    assert asyncio.run(_answers(cluster)) == 200
 
 
 async def _answers(cluster: Cluster) -> int:
