@@ -1,0 +1,174 @@
+"""`serve deploy deploy/serve.yaml` on a Ray cluster that is there already, and the names of what Ray measures then.
+
+One cluster for the module, used in order: the first test deploys what the others ask.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from graft.internal.engine_client import EngineClient
+from graft.settings import Settings, load
+from graft.stack.processes import ray_environment
+from tests.support.dashboards import metric_names
+from tests.support.serving_stack import free_ports, ray_cluster, request
+from tests.support.tiny_llama import make_tiny_llama
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Cluster:
+    settings: Settings
+    environment: dict[str, str]
+    folder: Path
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.settings.ray.dashboard_port}"
+
+    def serve(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "ray.serve.scripts", *arguments, "--address", self.dashboard],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    ray_port, dashboard_port, grpc_port = free_ports(3)
+    variables = {
+        "GRAFT_HOME": str(folder / "home"),
+        "GRAFT_RAY_PORT": str(ray_port),
+        "GRAFT_RAY_DASHBOARD_PORT": str(dashboard_port),
+        "GRAFT_SERVING_GRPC_PORT": str(grpc_port),
+        "GRAFT_SERVING_BASE_MODEL": "tiny",
+        "GRAFT_RAY_NUM_CPUS": "2",
+        "GRAFT_RAY_OBJECT_STORE_MIB": "80",
+    }
+    settings = load(variables)
+    environment = {**os.environ, "GRAFT_TEST_STACK": str(folder), **ray_environment(settings)}
+    with ray_cluster(settings, environment, folder, dashboard=True):
+        yield Cluster(settings, environment, folder)
+
+
+def declared(cluster: Cluster) -> dict[str, Any]:
+    """The file as it is shipped, with this machine's folders, ports and a tiny base model."""
+    document: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+    base = make_tiny_llama(cluster.folder / "base")
+    home = cluster.settings.home.path
+    (home / "base_models.yaml").write_text(yaml.safe_dump({"tiny": {"folder": str(base), "license": "Apache-2.0"}}))
+    document["grpc_options"]["port"] = cluster.settings.serving.grpc_port
+    document["http_options"]["port"] = free_ports(1)[0]
+    document["applications"][0]["args"].update(
+        home=str(home),
+        tracking_uri="http://127.0.0.1:9",
+        serving={"base_model": "tiny", "max_lora_rank": 16, "context_tokens": 256, "dtype": "float32"},
+    )
+    return document
+
+
+async def ready(client: EngineClient, cluster: Cluster) -> None:
+    deadline = time.monotonic() + 240
+    while True:
+        assert time.monotonic() < deadline, cluster.serve("status")
+        try:
+            replicas = (await client.residency()).replicas
+        except Exception:  # noqa: BLE001 - whatever it is, the deadline tells it
+            replicas = []
+        if replicas and all(replica.ready for replica in replicas):
+            return
+        await asyncio.sleep(0.5)
+
+
+def test_the_shipped_file_deploys_an_application_that_answers(cluster: Cluster) -> None:
+    file = cluster.folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(declared(cluster)))
+    cluster.serve("deploy", str(file))
+
+    async def ask() -> None:
+        client = EngineClient(cluster.settings.engine_address, "tiny")
+        try:
+            await ready(client, cluster)
+            response = await client.generate(request(None, "hi"), timeout_seconds=60)
+            assert response.http_status == 200
+            assert json.loads(response.body)["model"] == "tiny"
+        finally:
+            await client.close()
+
+    asyncio.run(ask())
+    status = yaml.safe_load(cluster.serve("status"))
+    assert status["applications"]["graft-engine"]["status"] == "RUNNING"
+
+
+def test_an_argument_that_does_not_exist_is_refused_by_name(cluster: Cluster) -> None:
+    document = yaml.safe_load((cluster.folder / "serve.yaml").read_text())
+    document["applications"][0]["args"]["serving"]["num_replica"] = 2
+    file = cluster.folder / "wrong.yaml"
+    file.write_text(yaml.safe_dump(document))
+    cluster.serve("deploy", str(file))
+    deadline = time.monotonic() + 120
+    while True:
+        application = yaml.safe_load(cluster.serve("status"))["applications"]["graft-engine"]
+        if application["status"] == "DEPLOY_FAILED":
+            break
+        assert time.monotonic() < deadline, application
+        time.sleep(1)
+    assert "num_replica" in application["message"]
+    # What was there before goes on answering.
+    assert asyncio.run(_answers(cluster)) == 200
+
+
+async def _answers(cluster: Cluster) -> int:
+    client = EngineClient(cluster.settings.engine_address, "tiny")
+    try:
+        return (await client.generate(request(None, "hi"), timeout_seconds=60)).http_status
+    finally:
+        await client.close()
+
+
+def test_ray_exports_each_metric_that_rules_and_dashboards_ask_of_it(cluster: Cluster) -> None:
+    wanted = {name for name in metric_names() if name.startswith("ray_")}
+    assert wanted
+    deadline = time.monotonic() + 120
+    while True:
+        missing = wanted - exported(cluster)
+        if not missing:
+            return
+        assert time.monotonic() < deadline, f"never exported: {sorted(missing)}"
+        time.sleep(2)
+
+
+def exported(cluster: Cluster) -> set[str]:
+    """Names of every sample on every node's endpoint, which Ray's own discovery names, as in deploy/prometheus."""
+    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    discovery = urllib.request.Request(
+        f"{cluster.dashboard}/api/prometheus/sd", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(discovery, timeout=10) as answer:
+        groups = json.load(answer)
+    names = set()
+    for target in (target for group in groups for target in group["targets"]):
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        names |= {line.split("{")[0].split(" ")[0] for line in lines if line and not line.startswith("#")}
+    return names
