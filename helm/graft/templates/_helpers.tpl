@@ -6,9 +6,10 @@
 {{- end }}
 {{- end }}
 
-{{/* What selects pods: never changes within a release. Called with (list $ component). */}}
+{{/* All labels of pods, and what selects them: they never change within a release, so that a chart's version alone replaces
+no pod. Without app.kubernetes.io/name, by which KubeRay's Services find heads. Called with (list $ component). */}}
 {{- define "graft.selector" -}}
-app.kubernetes.io/name: graft
+app.kubernetes.io/part-of: graft
 app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
@@ -19,7 +20,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 
 {{- define "graft.labels" -}}
 {{ include "graft.selector" . }}
-app.kubernetes.io/part-of: graft
+app.kubernetes.io/name: graft
 app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version }}
@@ -39,7 +40,7 @@ helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Versio
 
 {{/* The Secrets' names: a given one, or the chart's own. */}}
 {{- define "graft.databaseSecret" -}}
-{{- if .Values.database.bundled.enabled }}{{ include "graft.fullname" . }}-database{{ else }}{{ .Values.database.existingSecret }}{{ end }}
+{{- if not .Values.database.existingSecret }}{{ include "graft.fullname" . }}-database{{ else }}{{ .Values.database.existingSecret }}{{ end }}
 {{- end }}
 {{- define "graft.raySecret" -}}
 {{- .Values.ray.existingTokenSecret | default (printf "%s-ray-token" (include "graft.fullname" .)) }}

@@ -12,7 +12,7 @@ metadata:
 {{- end }}
 
 {{- define "graft.databaseEgress" }}
-{{- if .Values.database.bundled.enabled }}
+{{- if not .Values.database.existingSecret }}
 {{- include "graft.arrow" (list . "postgresql" 5432) }}
 {{- else }}
 - to: {{- range .Values.networkPolicy.database.cidrs }}
