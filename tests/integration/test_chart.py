@@ -1,6 +1,8 @@
-"""The chart as both Helms render it: every example, the settings in it, and what it says about values that are wrong."""
+"""The chart as both Helms render it: every example, the settings in it, and what it says of values that are wrong."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import yaml
 
 from graft import settings
-from tests.support.chart import CHART, EXAMPLES, LAPTOP, Object, helm, of_kind, render, run, template
+from tests.support.chart import CHART, EXAMPLES, LAPTOP, ROOT, Object, helm, helm_path, of_kind, render, run, template
 from tests.support.kubernetes_schemas import KUBERAY, VERSIONS, kuberay_archive, kuberay_faults, kubernetes_faults
 
 __all__ = ["helm"]
@@ -33,15 +35,23 @@ def test_every_example_passes_lint(helm: Path, values: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [*EXAMPLES, EVERYTHING], ids=lambda values: getattr(values, "stem", "everything"))
-def test_kubernetes_takes_what_every_example_renders(helm: Path, values: Path | Object) -> None:
-    objects = render(helm, values)
+def test_both_helms_render_the_same(values: Path | Object) -> None:
+    three, four = (
+        [one for one in render(helm_path(name), values) if one["kind"] != "Secret"] for name in ("helm3", "helm4")
+    )
+    assert three == four
+
+
+@pytest.mark.parametrize("values", [*EXAMPLES, EVERYTHING], ids=lambda values: getattr(values, "stem", "everything"))
+def test_kubernetes_takes_what_every_example_renders(values: Path | Object) -> None:
+    objects = render(helm_path("helm4"), values)
     assert [fault for one in objects for version in VERSIONS for fault in kubernetes_faults(one, version)] == []
 
 
 @pytest.mark.parametrize("values", [*EXAMPLES, EVERYTHING], ids=lambda values: getattr(values, "stem", "everything"))
-def test_kuberay_takes_what_every_example_renders(helm: Path, values: Path | Object) -> None:
+def test_kuberay_takes_what_every_example_renders(values: Path | Object) -> None:
     archive = kuberay_archive()
-    objects = [one for one in render(helm, values) if one["kind"] in KUBERAY]
+    objects = [one for one in render(helm_path("helm4"), values) if one["kind"] in KUBERAY]
     assert {one["kind"] for one in objects} == set(KUBERAY)
     assert [fault for one in objects for fault in kuberay_faults(archive, one)] == []
 
@@ -129,6 +139,29 @@ def test_helm_test_runs_the_file_that_the_repository_tests(helm: Path) -> None:
     assert script == (CHART / "files" / "train_and_ask.py").read_text()
 
 
+def test_the_readme_is_what_the_values_say() -> None:
+    told = subprocess.run([sys.executable, ROOT / "helm" / "readme", "--check"], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
+def test_every_value_is_documented_and_has_a_schema() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    page = (CHART / "README.md").read_text()
+
+    def check(value: Object, node: Object, path: str) -> None:
+        for key, inner in value.items():
+            where = f"{path}.{key}".removeprefix(".")
+            known = node["properties"][key]
+            known = schema["definitions"][known["$ref"].rpartition("/")[2]] if "$ref" in known else known
+            if f"| `{where}` |" not in page:
+                assert isinstance(inner, dict), f"{where} is not documented"
+                assert known["additionalProperties"] is False, where
+                check(inner, known, where)
+
+    check(values, schema, "")
+
+
 def test_without_kuberay_the_message_says_how_to_install_it(helm: Path) -> None:
     told = template(helm, LAPTOP, capabilities=())
     assert told.returncode != 0
@@ -152,11 +185,23 @@ WRONG: list[tuple[Object, str, str]] = [
         "gateway.replicas: Invalid type. Expected: integer, given: string",
         "at '/gateway/replicas': got string, want integer",
     ),
-    ({"gateway": {"replicas": 0}}, "gateway.replicas: Must be greater than or equal to 1", "'/gateway/replicas': minimum"),
+    (
+        {"gateway": {"replicas": 0}},
+        "gateway.replicas: Must be greater than or equal to 1",
+        "'/gateway/replicas': minimum",
+    ),
     ({"gateway": {"autoscaling": {"minReplicas": 20}}}, "gateway.autoscaling.minReplicas is greater", ""),
-    ({"storage": {"kind": "nfs"}}, "storage.kind must be one of the following", "'/storage/kind': value must be one of"),
+    (
+        {"storage": {"kind": "nfs"}},
+        "storage.kind must be one of the following",
+        "'/storage/kind': value must be one of",
+    ),
     ({"storage": {"kind": "s3"}}, "storage.s3.url is empty: set it to a bucket", ""),
-    ({"storage": {"s3": {"url": "bucket"}}}, "storage.s3.url: Does not match pattern", "'/storage/s3/url': 'bucket' does"),
+    (
+        {"storage": {"s3": {"url": "bucket"}}},
+        "storage.s3.url: Does not match pattern",
+        "'/storage/s3/url': 'bucket' does",
+    ),
     (
         {"images": {"ray": {"digest": "sha256:12"}}},
         "images.ray.digest: Does not match pattern",
@@ -192,9 +237,7 @@ WRONG: list[tuple[Object, str, str]] = [
 
 
 @pytest.mark.parametrize(("wrong", "helm3_says", "helm4_says"), WRONG, ids=lambda value: str(value)[:50])
-def test_a_wrong_value_is_named_with_what_is_wrong(
-    helm: Path, wrong: Object, helm3_says: str, helm4_says: str
-) -> None:
+def test_a_wrong_value_is_named_with_what_is_wrong(helm: Path, wrong: Object, helm3_says: str, helm4_says: str) -> None:
     told = template(helm, {"baseModel": "smollm2-135m", **wrong})
     assert told.returncode != 0
     assert (helm3_says if "helm3" in helm.name else helm4_says or helm3_says) in told.stderr

@@ -1,7 +1,7 @@
-"""The chart on a real API server, by both Helms: install, upgrade, failed upgrade, rollback, uninstall, rights, admission.
+"""The chart on a real API server, by both Helms: install, upgrades, rollback, uninstall, rights, admission.
 
-`make test-k8s` starts the control plane and this in it. Pods there become ready without running anything: what stands in
-for them here completes the Jobs of hooks, and nothing else.
+`make test-k8s` starts the control plane and this in it. Pods there run nothing and all have one address: what stands in
+for them here answers their probes and completes the Jobs of hooks, and nothing else.
 """
 
 import json
@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.skipif(
     "GRAFT_TEST_CLUSTER" not in os.environ, reason="There is no cluster to test on: run `make test-k8s`."
 )
 NAMESPACE = "graft-test"
+POD_ADDRESS = "192.168.192.168"
+PROBED_PORTS = (5000, 8080)
 KINDS = "all,pvc,cm,secret,sa,role,rolebinding,networkpolicy,ingress,raycluster,rayservice"
 WAIT = ("--wait", "--timeout", "120s")
 
@@ -44,7 +47,9 @@ def complete_jobs(stop: threading.Event, completed: list[str]) -> None:
     """Says of every Job that it has succeeded, which its pods never will."""
     done = {"conditions": [{"type": "Complete", "status": "True"}], "succeeded": 1}
     while not stop.wait(1):
-        for job in json.loads(kubectl("-n", NAMESPACE, "get", "jobs", "-o", "json", check=False) or '{"items": []}')["items"]:
+        for job in json.loads(kubectl("-n", NAMESPACE, "get", "jobs", "-o", "json", check=False) or '{"items": []}')[
+            "items"
+        ]:
             name = job["metadata"]["name"]
             if not job.get("status", {}).get("succeeded"):
                 patch = json.dumps({"status": done})
@@ -53,6 +58,30 @@ def complete_jobs(stop: threading.Event, completed: list[str]) -> None:
                     check=False,
                 )
                 completed.append(name)
+
+
+class Well(BaseHTTPRequestHandler):
+    """Answers every probe."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Not a line a probe."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def probes() -> Iterator[None]:
+    """Something answers where the kubelet asks."""
+    servers = [ThreadingHTTPServer((POD_ADDRESS, port), Well) for port in PROBED_PORTS]
+    threads = [threading.Thread(target=server.serve_forever) for server in servers]
+    for thread in threads:
+        thread.start()
+    yield
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
@@ -116,7 +145,9 @@ def test_a_release_is_installed_upgraded_rolled_back_and_leaves_nothing(helm: Pa
 
     # What cannot be scheduled: the gateway that answers stays.
     too_much = ("--set", "gateway.resources.requests.cpu=1000")
-    failed = helm_does(helm, "upgrade", "graft", str(CHART), *values, *too_much, "--wait", "--timeout", "20s", check=False)
+    failed = helm_does(
+        helm, "upgrade", "graft", str(CHART), *values, *too_much, "--wait", "--timeout", "20s", check=False
+    )
     assert failed.returncode != 0
     assert available("graft-gateway") == 1
 
@@ -135,7 +166,8 @@ def test_a_release_is_installed_upgraded_rolled_back_and_leaves_nothing(helm: Pa
 
 
 @pytest.mark.timeout(300)
-def test_the_autoscaler_may_patch_its_cluster_and_nobody_may_read_secrets(namespace: list[str]) -> None:
+@pytest.mark.usefixtures("namespace")
+def test_the_autoscaler_may_patch_its_cluster_and_nobody_may_read_secrets() -> None:
     helm_does(helm_path("helm4"), "install", "graft", str(CHART), "--values", str(LAPTOP))
 
     def may(account: str, verb: str, resource: str) -> bool:
@@ -165,7 +197,11 @@ def test_the_api_server_admits_every_object_of_every_example(helm: Path, values:
     # Gateway API is not installed here, and its definitions are in no package.
     without = ("--set", "gatewayApi.httpRoute.enabled=false", "--set", "gatewayApi.grpcRoute.enabled=false")
     told = helm_does(helm, "template", "graft", str(CHART), "--values", str(values), "--validate", *without)
-    kubectl("-n", NAMESPACE, "create", "--dry-run=server", "-f", "-", stdin=told.stdout)
+    objects = [one for one in yaml.safe_load_all(told.stdout) if one]
+    accounts = [one for one in objects if one["kind"] == "ServiceAccount"]  # without them no pod is admitted
+    others = [one for one in objects if one["kind"] != "ServiceAccount"]
+    kubectl("-n", NAMESPACE, "create", "-f", "-", stdin=yaml.safe_dump_all(accounts))
+    kubectl("-n", NAMESPACE, "create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump_all(others))
     assert namespace == []
 
 
@@ -181,7 +217,10 @@ def test_without_kuberay_the_install_is_refused_before_anything_is_made(helm: Pa
         told = helm_does(helm, "install", "graft", str(CHART), "--values", str(LAPTOP), check=False)
         assert told.returncode != 0
         assert "KubeRay's operator is not installed" in told.stderr
-        assert {one["metadata"]["name"] for one in json.loads(kubectl("-n", NAMESPACE, "get", "all,cm,secret,sa", "-o", "json"))["items"]} <= before
+        assert {
+            one["metadata"]["name"]
+            for one in json.loads(kubectl("-n", NAMESPACE, "get", "all,cm,secret,sa", "-o", "json"))["items"]
+        } <= before
     finally:
         fresh = json.loads(definitions)
         for one in fresh["items"]:

@@ -126,7 +126,10 @@ def test_ray_asks_everybody_for_a_token(helm: Path) -> None:
     (orchestrator,) = [pod for pod in pods(objects) if pod.component == "orchestrator"]
     variables = {variable["name"]: variable for variable in orchestrator.containers[-1]["env"]}
     assert variables["RAY_AUTH_MODE"]["value"] == "token"
-    assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "r-graft-ray-token", "key": "auth_token"}
+    assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {
+        "name": "r-graft-ray-token",
+        "key": "auth_token",
+    }
 
 
 def test_mlflow_answers_to_its_own_names_and_to_its_user_alone(helm: Path) -> None:
@@ -169,7 +172,9 @@ def test_network_policies_allow_the_arrows_of_the_design_and_no_others(helm: Pat
                         if "ipBlock" in peer:
                             found.add((component, peer["ipBlock"]["cidr"], port))
                         elif "namespaceSelector" not in peer:
-                            found.add((component, peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"], port))
+                            found.add(
+                                (component, peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"], port)
+                            )
     assert outgoing == ARROWS
     # The same arrows, seen from where they end; whoever is a client of the gateway may be anybody here.
     assert {(source, target, port) for target, source, port in incoming} == {

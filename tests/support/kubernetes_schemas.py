@@ -1,6 +1,7 @@
 """What Kubernetes and KubeRay would refuse: strict schemas of each version, without a cluster.
 
-KubeRay's definitions are test data beside the repository (`../shared/k8s`), or in the archive that GRAFT_TEST_KUBERAY names.
+KubeRay's definitions are test data beside the repository (`../shared/k8s`), or in the archive that GRAFT_TEST_KUBERAY
+names.
 """
 
 import functools
@@ -70,14 +71,23 @@ def kuberay_faults(archive: Path, one: Object) -> list[str]:
     ]
 
 
+@functools.cache
+def _kubernetes() -> Any:
+    import kubernetes_validate
+    from kubernetes_validate import utils
+
+    # It reads some megabytes of definitions anew for each object.
+    utils.schema_contents = functools.cache(utils.schema_contents)
+    return kubernetes_validate
+
+
 def kubernetes_faults(one: Object, version: str) -> list[str]:
     """What a version of Kubernetes says against an object of its own kinds."""
-    import kubernetes_validate
-
+    validator = _kubernetes()
     if one["apiVersion"].partition("/")[0] in (*ELSEWHERE, "ray.io"):
         return []
     try:
-        kubernetes_validate.validate(one, version, strict=True)
-    except kubernetes_validate.ValidationError as error:
+        validator.validate(one, version, strict=True)
+    except validator.ValidationError as error:
         return [f"{version} {one['kind']} {one['metadata']['name']}: {error.message}"]
     return []

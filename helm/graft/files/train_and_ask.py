@@ -2,7 +2,7 @@
 
     GRAFT_ADDRESS=graft-gateway:50051 GRAFT_API_KEY=… python3 train_and_ask.py smollm2-135m
 
-Exit codes: 0 when the adapter has answered, 1 when something failed (the last line says what). Needs graft's client only.
+Exit codes: 0 when the adapter has answered, 1 when something failed, told by the last line. Needs Graft's client only.
 """
 
 import json
@@ -33,7 +33,9 @@ def wait_for_engine(graft: Graft) -> None:
         except Unavailable as error:
             reason = error.message
         if time.monotonic() > deadline:
-            raise Unavailable(f"The engine is not ready after {READY_SECONDS:.0f} s: {reason}", reason="ENGINE_STARTING")
+            raise Unavailable(
+                f"The engine is not ready after {READY_SECONDS:.0f} s: {reason}", reason="ENGINE_STARTING"
+            )
         time.sleep(2)
 
 

@@ -112,8 +112,8 @@ async def add_initial_key(store: Store, file: Path) -> None:
         ) from None
     if len(secret) < SHORTEST_KEY:
         raise FailedPrecondition(
-            f"{file} (GRAFT_GATEWAY_INITIAL_KEY_FILE) holds {len(secret)} characters: an API key needs {SHORTEST_KEY} at "
-            "least.",
+            f"{file} (GRAFT_GATEWAY_INITIAL_KEY_FILE) holds {len(secret)} characters: an API key needs at least "
+            f"{SHORTEST_KEY}.",
             reason="INITIAL_KEY_TOO_SHORT",
         )
     digest = key_hash(secret)
