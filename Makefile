@@ -3,10 +3,10 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code dpo grpo jargon small-vs-large)
-.PHONY: help setup demo test test-unit bench showcase $(SHOWCASES) lint stubs lock
+.PHONY: help setup demo test test-unit test-k8s bench showcase $(SHOWCASES) lint stubs lock
 
 help: ## Lists the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@for one in $(SHOWCASES); do printf 'make %-24s Runs this showcase alone; results in docs/showcase.md\n' "$$one"; done
 
 setup: ## Makes .venv with locked dependencies and generated stubs
@@ -24,6 +24,9 @@ test: setup ## Runs every test
 
 test-unit: setup ## Runs the tests that need no server
 	$(BIN)/pytest tests/unit
+
+test-k8s: setup ## Tests the Helm chart on a real Kubernetes control plane (root; the first time builds it, six minutes)
+	@helm/test-k8s
 
 bench: setup ## Measures against TRL, PEFT, vLLM and Ray Serve; BENCH=training runs one, --quick in it a smoke run
 	$(BIN)/python -m benchmarks $(BENCH)

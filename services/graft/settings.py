@@ -69,6 +69,8 @@ class GatewaySettings(_Section):
     max_upload_bytes: int = 512 * MIB
     """OpenAI's limit for a file."""
     shutdown_grace_seconds: float = 10.0
+    initial_key_file: Path | None = None
+    """Holds an API key of the project `default`, which is added to the store at start: a cluster's first."""
 
 
 class ServingSettings(_Section):

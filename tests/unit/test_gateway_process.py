@@ -26,7 +26,9 @@ from graft.api.v1.base_model_service_pb2 import ListBaseModelsRequest
 from graft.api.v1.base_model_service_pb2_grpc import BaseModelServiceStub
 from graft.api.v1.generation_service_pb2 import GenerateRequest
 from graft.api.v1.generation_service_pb2_grpc import GenerationServiceStub
-from graft.gateway.main import serve
+from graft.domain.errors import FailedPrecondition
+from graft.gateway.auth import key_hash
+from graft.gateway.main import add_initial_key, serve
 from graft.internal.engine_client import EngineClient
 from graft.settings import Settings, load
 from tests.support.fake_engine import FakeEngine, fake_engine
@@ -199,3 +201,23 @@ def test_tls_files_that_are_no_pair_are_refused_at_start(tmp_path: Path) -> None
     _, told = (process := start(tmp_path, **files)).communicate(timeout=30)
     assert process.returncode == 2
     assert "do not make a pair" in told
+
+
+async def test_the_initial_key_is_added_once_and_opens_the_default_project(tmp_path: Path) -> None:
+    file = tmp_path / "api-key"
+    file.write_text("graft-" + "k" * 40 + "\n")
+    async with seeded_store(tmp_path) as store:
+        for _ in range(2):
+            await add_initial_key(store, file)
+        assert await store.find_key(key_hash("graft-" + "k" * 40)) == "default"
+        assert await store.has_keys()
+
+
+async def test_an_initial_key_that_can_be_guessed_or_not_be_read_is_refused(tmp_path: Path) -> None:
+    async with seeded_store(tmp_path) as store:
+        with pytest.raises(FailedPrecondition, match="GRAFT_GATEWAY_INITIAL_KEY_FILE"):
+            await add_initial_key(store, tmp_path / "none")
+        (tmp_path / "short").write_text("secret")
+        with pytest.raises(FailedPrecondition, match="6 characters"):
+            await add_initial_key(store, tmp_path / "short")
+        assert not await store.has_keys()

@@ -11,15 +11,18 @@ import asyncio
 import signal
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import structlog
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from graft import logs
 from graft.domain.errors import FailedPrecondition, GraftError, Internal
+from graft.domain.names import DEFAULT_PROJECT
 from graft.gateway import server
-from graft.gateway.auth import Authenticator
+from graft.gateway.auth import Authenticator, key_hash
 from graft.gateway.core import Core
 from graft.gateway.http.app import build_app
 from graft.gateway.uploads import remove_abandoned
@@ -27,6 +30,9 @@ from graft.internal.engine_client import EngineClient
 from graft.settings import Settings, load
 from graft.store.protocol import Store
 from graft.store.sql import migrate, open_store
+
+SHORTEST_KEY = 32
+"""Characters. Only a key's SHA-256 is stored, which does not protect one that can be guessed."""
 
 _log = structlog.get_logger("graft.gateway")
 
@@ -82,12 +88,39 @@ async def run(settings: Settings) -> None:
     store = open_store(settings.store_url)
     engine = EngineClient(settings.engine_address, settings.serving.base_model)
     try:
+        if settings.gateway.initial_key_file is not None:
+            await add_initial_key(store, settings.gateway.initial_key_file)
         if removed := await asyncio.to_thread(remove_abandoned, settings):
             _log.info("abandoned uploads removed", files=removed)
         await serve(settings, store, engine, stop)
     finally:
         await engine.close()
         await store.close()
+
+
+async def add_initial_key(store: Store, file: Path) -> None:
+    """Adds the key in `file` to the project `default`, unless it is in the store already.
+
+    Raises FailedPrecondition when the file cannot be read or holds no key that may be one.
+    """
+    try:
+        secret = file.read_text().strip()
+    except OSError as error:
+        raise FailedPrecondition(
+            f"GRAFT_GATEWAY_INITIAL_KEY_FILE names {file}, which cannot be read ({error.strerror}).",
+            reason="INITIAL_KEY_UNREADABLE",
+        ) from None
+    if len(secret) < SHORTEST_KEY:
+        raise FailedPrecondition(
+            f"{file} (GRAFT_GATEWAY_INITIAL_KEY_FILE) holds {len(secret)} characters: an API key needs at least "
+            f"{SHORTEST_KEY}.",
+            reason="INITIAL_KEY_TOO_SHORT",
+        )
+    digest = key_hash(secret)
+    if await store.find_key(digest) is None:
+        with suppress(IntegrityError):  # another gateway, which starts at the same time, has added it
+            await store.add_key(digest, DEFAULT_PROJECT, "initial")
+            _log.info("initial API key added", project=DEFAULT_PROJECT)
 
 
 def _migrate(url: str) -> None:

@@ -1,0 +1,220 @@
+{{/* Names are cut to 30 characters: KubeRay adds suffixes of up to 33 and a Service's name ends at 63. */}}
+{{- define "graft.fullname" -}}
+{{- if .Values.fullnameOverride }}{{ .Values.fullnameOverride | trunc 30 | trimSuffix "-" }}
+{{- else if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 30 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 30 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* All labels of pods, and what selects them: they never change within a release, so that a chart's version alone replaces
+no pod. Without app.kubernetes.io/name, by which KubeRay's Services find heads. Called with (list $ component). */}}
+{{- define "graft.selector" -}}
+app.kubernetes.io/part-of: graft
+app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{- define "graft.match" -}}
+{{- dict "matchLabels" (include "graft.selector" . | fromYaml) | toJson }}
+{{- end }}
+
+{{- define "graft.labels" -}}
+{{ include "graft.selector" . }}
+app.kubernetes.io/name: graft
+app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version }}
+{{- end }}
+
+{{/* An image by digest, else by tag, else by the chart's version. Called with (list $ image). */}}
+{{- define "graft.image" -}}
+{{- $image := index . 1 -}}
+{{- $registry := (index . 0).Values.images.registry -}}
+{{- if $registry }}{{ trimSuffix "/" $registry }}/{{ end }}{{ $image.repository }}
+{{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default (index . 0).Chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{- define "graft.baseModel" -}}
+{{- required "baseModel is not set: name the base model that is served and fine-tuned, for example --set baseModel=smollm2-135m" .Values.baseModel -}}
+{{- end }}
+
+{{/* The Secrets' names: a given one, or the chart's own. */}}
+{{- define "graft.databaseSecret" -}}
+{{- if not .Values.database.existingSecret }}{{ include "graft.fullname" . }}-database{{ else }}{{ .Values.database.existingSecret }}{{ end }}
+{{- end }}
+{{- define "graft.raySecret" -}}
+{{- .Values.ray.existingTokenSecret | default (printf "%s-ray-token" (include "graft.fullname" .)) }}
+{{- end }}
+{{- define "graft.mlflowSecret" -}}
+{{- .Values.mlflow.auth.existingSecret | default (printf "%s-mlflow" (include "graft.fullname" .)) }}
+{{- end }}
+{{- define "graft.apiKeySecret" -}}
+{{- .Values.gateway.existingApiKeySecret | default (printf "%s-api-key" (include "graft.fullname" .)) }}
+{{- end }}
+
+{{- define "graft.mlflowUri" -}}
+http://{{ include "graft.fullname" . }}-mlflow:5000
+{{- end }}
+
+{{/* A value of the release's Secret that is kept over upgrades. Called with (list $ secret key length). */}}
+{{- define "graft.kept" -}}
+{{- $held := (lookup "v1" "Secret" (index . 0).Release.Namespace (index . 1)) | default dict -}}
+{{- with get (get $held "data" | default dict) (index . 2) }}{{ . | b64dec }}{{ else }}{{ randAlphaNum (int (index . 3)) }}{{ end }}
+{{- end }}
+
+{{- define "graft.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "graft.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{/* Where a pod may be placed. Called with the component's values. */}}
+{{- define "graft.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- define "graft.pullSecrets" -}}
+{{- with .Values.images.pullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Spreads replicas over nodes. Called with (list $ component). */}}
+{{- define "graft.spread" -}}
+topologySpreadConstraints:
+  - maxSkew: 1
+    topologyKey: kubernetes.io/hostname
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector: {{ include "graft.match" . }}
+{{- end }}
+
+{{/* Variables of every process of Graft. HOME is apart from GRAFT_HOME, which pods may share. */}}
+{{- define "graft.env" -}}
+- {name: GRAFT_HOME, value: /var/lib/graft}
+- {name: GRAFT_CONFIG, value: /etc/graft/graft.yaml}
+- {name: HOME, value: /tmp}
+{{- include "graft.storageEnv" . }}
+{{- end }}
+
+{{- define "graft.storageEnv" }}
+{{- if eq .Values.storage.kind "s3" }}
+{{- with .Values.storage.s3.region }}
+- {name: AWS_DEFAULT_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- with .Values.storage.s3.existingSecret }}
+- {name: AWS_ACCESS_KEY_ID, valueFrom: {secretKeyRef: {name: {{ . }}, key: access-key-id}}}
+- {name: AWS_SECRET_ACCESS_KEY, valueFrom: {secretKeyRef: {name: {{ . }}, key: secret-access-key}}}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "graft.storeEnv" -}}
+- {name: GRAFT_STORE_URL, valueFrom: {secretKeyRef: {name: {{ include "graft.databaseSecret" . }}, key: store-url}}}
+{{- end }}
+
+{{- define "graft.mlflowEnv" -}}
+{{- if .Values.mlflow.auth.enabled }}
+- {name: MLFLOW_TRACKING_USERNAME, valueFrom: {secretKeyRef: {name: {{ include "graft.mlflowSecret" . }}, key: username}}}
+- {name: MLFLOW_TRACKING_PASSWORD, valueFrom: {secretKeyRef: {name: {{ include "graft.mlflowSecret" . }}, key: password}}}
+{{- end }}
+{{- end }}
+
+{{/* The state's mounts. Called with (list $ hasCatalogue); `run` is a pod's own, as its pid file is. */}}
+{{- define "graft.stateMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: state, mountPath: /var/lib/graft}
+- {name: run, mountPath: /var/lib/graft/run}
+{{- if .Values.catalog }}
+- {name: catalog, mountPath: /var/lib/graft/base_models.yaml, subPath: base_models.yaml, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "graft.stateVolumes" -}}
+- {name: tmp, emptyDir: {}}
+- {name: run, emptyDir: {}}
+- name: state
+{{- if eq .Values.storage.kind "pvc" }}
+  persistentVolumeClaim: {claimName: {{ .Values.storage.pvc.existingClaim | default (printf "%s-state" (include "graft.fullname" .)) }}}
+{{- else }}
+  emptyDir: {sizeLimit: {{ .Values.storage.s3.cacheSize }}}
+{{- end }}
+{{- if .Values.catalog }}
+- name: catalog
+  configMap: {name: {{ include "graft.fullname" . }}-catalog}
+{{- end }}
+{{- end }}
+
+{{/* Sections of graft.yaml that more than one process has. */}}
+{{- define "graft.sharedSettings" -}}
+{{- $settings := dict "serving" (include "graft.serving" . | fromYaml) }}
+{{- if eq .Values.storage.kind "s3" }}
+{{- $storage := dict "url" .Values.storage.s3.url }}
+{{- with .Values.storage.s3.endpointUrl }}{{ $_ := set $storage "endpoint_url" . }}{{ end }}
+{{- $_ := set $settings "storage" $storage }}
+{{- end }}
+{{- toYaml $settings }}
+{{- end }}
+
+{{- define "graft.serving" -}}
+host: {{ include "graft.fullname" . }}-inference
+grpc_port: 9000
+base_model: {{ include "graft.baseModel" . | quote }}
+max_loras: {{ .Values.inference.maxLoras }}
+max_cpu_loras: {{ .Values.inference.maxCpuLoras }}
+max_lora_rank: {{ .Values.inference.maxLoraRank }}
+context_tokens: {{ .Values.inference.contextTokens }}
+kv_cache_gib: {{ .Values.inference.kvCacheGib }}
+max_num_seqs: {{ .Values.inference.maxNumSeqs }}
+num_replicas: {{ .Values.inference.replicas }}
+dtype: {{ .Values.inference.dtype }}
+{{- end }}
+
+{{/* Brings a base model of the hub to the state before a process that needs it starts; does nothing when it is there. */}}
+{{- define "graft.pull" -}}
+{{- if hasKey (get .Values.catalog .Values.baseModel | default dict) "hub" }}
+initContainers:
+  - name: pull-base-model
+    image: {{ include "graft.image" (list . .Values.images.ray) }}
+    imagePullPolicy: {{ .Values.images.pullPolicy }}
+    command: [python, -m, graft.cli.main, models, pull, {{ .Values.baseModel | quote }}]
+    env: {{- include "graft.env" . | nindent 6 }}
+      {{- with .Values.hub.existingTokenSecret }}
+      - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}}
+      {{- end }}
+      {{- with .Values.hub.endpoint }}
+      - {name: HF_ENDPOINT, value: {{ . | quote }}}
+      {{- end }}
+    securityContext: {{- include "graft.containerSecurity" . | nindent 6 }}
+    resources: {requests: {cpu: 100m, memory: 512Mi}, limits: {memory: 2Gi}}
+    volumeMounts: {{- include "graft.stateMounts" . | nindent 6 }}
+      - {name: settings, mountPath: /etc/graft, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{/* A worker's resources, with its GPUs. Called with values that hold resources, gpus and gpuResource. */}}
+{{- define "graft.rayResources" -}}
+{{- $resources := deepCopy .resources }}
+{{- if gt (int .gpus) 0 }}
+{{- $_ := set $resources "limits" (merge (dict .gpuResource (int .gpus)) (get $resources "limits" | default dict)) }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}

@@ -1,0 +1,26 @@
+{{/* Pods of Ray: (list $ component placement serviceAccount), and their container: (list $ image). */}}
+{{- define "graft.rayContainer" }}
+{{- $ := index . 0 }}
+image: {{ index . 1 }}
+imagePullPolicy: {{ $.Values.images.pullPolicy }}
+env: {{- include "graft.env" $ | nindent 2 }}
+  {{- include "graft.mlflowEnv" $ | nindent 2 }}
+  {{- range $key, $value := dict "DO_NOT_TRACK" "1" "MLFLOW_DISABLE_TELEMETRY" "true" "RAY_USAGE_STATS_ENABLED" "0" "VLLM_NO_USAGE_STATS" "1" "HF_HUB_OFFLINE" "1" }}
+  - {name: {{ $key }}, value: {{ $value | quote }}}
+  {{- end }}
+securityContext: {{- include "graft.containerSecurity" $ | nindent 2 }}
+volumeMounts: {{- include "graft.stateMounts" $ | nindent 2 }}
+  - {name: settings, mountPath: /etc/graft, readOnly: true}
+{{- end }}
+
+{{- define "graft.rayPod" }}
+{{- $ := index . 0 }}
+{{- include "graft.pullSecrets" $ }}
+serviceAccountName: {{ index . 3 }}
+enableServiceLinks: false
+securityContext: {{- include "graft.podSecurity" $ | nindent 2 }}
+{{- include "graft.placement" (index . 2) }}
+volumes: {{- include "graft.stateVolumes" $ | nindent 2 }}
+  - name: settings
+    configMap: {name: {{ include "graft.fullname" $ }}-ray}
+{{- end }}

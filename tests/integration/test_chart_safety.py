@@ -1,0 +1,211 @@
+"""What the chart's pods may do: as whom they run, which token they hold, and whom they may reach."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.chart import EXAMPLES, LAPTOP, Object, Pod, helm, of_kind, pods, render
+
+__all__ = ["helm"]
+
+DATABASE, STORAGE, API = "10.0.1.0/24", "10.0.2.0/24", "10.0.3.0/24"
+OUTSIDE: Object = {
+    "baseModel": "smollm2-135m",
+    "database": {"existingSecret": "db"},
+    "storage": {"kind": "s3", "s3": {"url": "s3://bucket/x"}},
+    "networkPolicy": {
+        "database": {"cidrs": [DATABASE]},
+        "storage": {"cidrs": [STORAGE]},
+        "kubernetesApi": {"cidrs": [API], "ports": [6443]},
+    },
+}
+ARROWS = {
+    ("gateway", "inference", 9000),
+    ("gateway", DATABASE, 5432),
+    ("gateway", STORAGE, 443),
+    ("orchestrator", "inference", 9000),
+    ("orchestrator", "mlflow", 5000),
+    ("orchestrator", "training", 10001),
+    ("orchestrator", DATABASE, 5432),
+    ("orchestrator", STORAGE, 443),
+    ("training", "training", 0),
+    ("training", "inference", 9000),
+    ("training", "mlflow", 5000),
+    ("training", STORAGE, 443),
+    ("training", API, 6443),
+    ("inference", "inference", 0),
+    ("inference", "mlflow", 5000),
+    ("inference", STORAGE, 443),
+    ("mlflow", DATABASE, 5432),
+    ("mlflow", STORAGE, 443),
+    ("migrate", DATABASE, 5432),
+    ("test", "gateway", 8080),
+    ("test", "gateway", 50051),
+}
+"""Who may open a connection to whom, on which port; 0 is every port. The table of docs/kubernetes.md."""
+
+
+@pytest.mark.parametrize("values", EXAMPLES, ids=lambda file: file.stem)
+def test_every_container_is_confined_and_has_its_resources(helm: Path, values: Path) -> None:
+    found = list(pods(render(helm, values)))
+    assert {"gateway", "orchestrator", "mlflow", "training", "inference", "migrate", "test"} <= {
+        pod.component for pod in found
+    }
+    for pod in found:
+        security = pod.spec["securityContext"]
+        assert security["runAsNonRoot"] is True, pod.name
+        assert security["runAsUser"] > 0, pod.name
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}, pod.name
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod.spec), pod.name
+        assert not any("hostPath" in volume for volume in pod.spec["volumes"]), pod.name
+        for container in pod.containers:
+            where = f"{pod.name}/{container['name']}"
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False, where
+            assert own["readOnlyRootFilesystem"] is True, where
+            assert own["capabilities"] == {"drop": ["ALL"]}, where
+            assert set(container["resources"]["requests"]) == {"cpu", "memory"}, where
+            assert "memory" in container["resources"]["limits"], where
+            assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"], where
+
+
+def test_mounts_have_their_volumes(helm: Path) -> None:
+    for values in EXAMPLES:
+        for pod in pods(render(helm, values)):
+            volumes = [volume["name"] for volume in pod.spec["volumes"]]
+            mounted = {mount["name"] for container in pod.containers for mount in container["volumeMounts"]}
+            assert len(volumes) == len(set(volumes)), pod.name
+            assert mounted == set(volumes), pod.name
+
+
+def test_only_the_autoscaler_has_a_token_and_may_only_what_it_needs(helm: Path) -> None:
+    objects = render(helm, LAPTOP)
+    holders = {pod.name for pod in pods(objects) if pod.spec["automountServiceAccountToken"] is not False}
+    assert holders == {"RayCluster/r-graft-training/head"}
+    (head,) = [pod for pod in pods(objects) if pod.name in holders]
+    assert head.spec["serviceAccountName"] == "r-graft-autoscaler"
+    (role,) = of_kind(objects, "Role").values()
+    assert role["rules"] == [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
+        {
+            "apiGroups": ["ray.io"],
+            "resources": ["rayclusters"],
+            "resourceNames": ["r-graft-training"],
+            "verbs": ["get", "patch"],
+        },
+    ]
+    (binding,) = of_kind(objects, "RoleBinding").values()
+    assert [subject["name"] for subject in binding["subjects"]] == ["r-graft-autoscaler"]
+    assert not [one["kind"] for one in objects if one["kind"].startswith("Cluster")]
+
+
+@pytest.mark.parametrize("values", EXAMPLES, ids=lambda file: file.stem)
+def test_secrets_come_by_reference_only(helm: Path, values: Path) -> None:
+    objects = render(helm, values)
+    contents = {
+        value
+        for secret in of_kind(objects, "Secret").values()
+        for value in secret["stringData"].values()
+        if value != "graft"  # a user's name
+    }
+    elsewhere = str([one for one in objects if one["kind"] != "Secret"])
+    assert not [value for value in contents if value in elsewhere]
+    for pod in pods(objects):
+        for container in pod.containers:
+            for variable in container.get("env", []):
+                secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "SECRET", "API_KEY", "STORE_U"))
+                assert not (secret and "value" in variable), f"{pod.name}: {variable['name']}"
+
+
+def test_ray_asks_everybody_for_a_token(helm: Path) -> None:
+    objects = render(helm, LAPTOP)
+    expected = {"mode": "token", "secretName": "r-graft-ray-token"}
+    assert of_kind(objects, "RayCluster")["r-graft-training"]["spec"]["authOptions"] == expected
+    service = of_kind(objects, "RayService")["r-graft-inference"]
+    assert service["spec"]["rayClusterConfig"]["authOptions"] == expected
+    (orchestrator,) = [pod for pod in pods(objects) if pod.component == "orchestrator"]
+    variables = {variable["name"]: variable for variable in orchestrator.containers[-1]["env"]}
+    assert variables["RAY_AUTH_MODE"]["value"] == "token"
+    assert variables["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == {
+        "name": "r-graft-ray-token",
+        "key": "auth_token",
+    }
+
+
+def test_mlflow_answers_to_its_own_names_and_to_its_user_alone(helm: Path) -> None:
+    (mlflow,) = [pod for pod in pods(render(helm, LAPTOP)) if pod.component == "mlflow"]
+    (container,) = mlflow.containers
+    assert "--app-name=basic-auth" in container["args"]
+    (hosts,) = [argument for argument in container["args"] if argument.startswith("--allowed-hosts=")]
+    names = hosts.partition("=")[2].split(",")
+    assert {"r-graft-mlflow:5000", "r-graft-mlflow.ns.svc:5000"} <= set(names)
+    assert "*" not in names
+
+
+def selects(selector: Object, pod: Pod) -> bool:
+    """Whether a label selector without expressions takes a pod."""
+    return selector.get("matchLabels", {}).items() <= pod.labels.items()
+
+
+@pytest.mark.parametrize("values", [*EXAMPLES, OUTSIDE], ids=lambda values: getattr(values, "stem", "outside"))
+def test_network_policies_cover_every_pod_in_both_directions(helm: Path, values: Path | Object) -> None:
+    objects = render(helm, values)
+    policies = of_kind(objects, "NetworkPolicy")
+    for pod in pods(objects):
+        taking = {name for name, one in policies.items() if selects(one["spec"]["podSelector"], pod)}
+        assert taking == {"r-graft-default", f"r-graft-{pod.component}"}, pod.name
+    for name, policy in policies.items():
+        assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"], name
+
+
+def test_network_policies_allow_the_arrows_of_the_design_and_no_others(helm: Path) -> None:
+    objects = render(helm, OUTSIDE)
+    policies = of_kind(objects, "NetworkPolicy")
+    outgoing: set[tuple[str, str, int]] = set()
+    incoming: set[tuple[str, str, int]] = set()
+    for name, policy in policies.items():
+        component = name.removeprefix("r-graft-")
+        for direction, peers, found in (("egress", "to", outgoing), ("ingress", "from", incoming)):
+            for rule in policy["spec"].get(direction, []):
+                for peer in rule.get(peers, []):
+                    for port in [port["port"] for port in rule.get("ports", [])] or [0]:
+                        if "ipBlock" in peer:
+                            found.add((component, peer["ipBlock"]["cidr"], port))
+                        elif "namespaceSelector" not in peer:
+                            found.add(
+                                (component, peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"], port)
+                            )
+    assert outgoing == ARROWS
+    # The same arrows, seen from where they end; whoever is a client of the gateway may be anybody here.
+    assert {(source, target, port) for target, source, port in incoming} == {
+        arrow for arrow in ARROWS if arrow[1] in ("inference", "mlflow", "training")
+    }
+    anybody = [
+        name for name, one in policies.items() for rule in one["spec"].get("ingress", []) if not rule.get("from")
+    ]
+    assert anybody == ["r-graft-gateway"]
+
+
+def test_the_bundled_database_is_reached_by_those_that_store(helm: Path) -> None:
+    policies = of_kind(render(helm, LAPTOP), "NetworkPolicy")
+    (rule,) = policies["r-graft-postgresql"]["spec"]["ingress"]
+    assert {peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in rule["from"]} == {
+        "gateway",
+        "orchestrator",
+        "mlflow",
+        "migrate",
+    }
+
+
+def test_kuberay_finds_its_own_label_on_the_pods_of_ray(helm: Path) -> None:
+    for pod in pods(render(helm, LAPTOP)):
+        assert "app.kubernetes.io/name" not in pod.labels, pod.name
+
+
+def test_a_new_version_of_the_chart_alone_replaces_no_pod(helm: Path) -> None:
+    for pod in pods(render(helm, LAPTOP)):
+        assert set(pod.labels) == {
+            "app.kubernetes.io/part-of",
+            "app.kubernetes.io/instance",
+            "app.kubernetes.io/component",
+        }
