@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from graft.domain.errors import InvalidArgument
 
@@ -53,6 +53,23 @@ class StoreSettings(_Section):
 
     url: str = ""
     """SQLAlchemy URL, `sqlite+aiosqlite:///…` or `postgresql+psycopg://…`. Empty: SQLite in the home."""
+
+
+class StorageSettings(_Section):
+    """Where data sets, checkpoints and results lie that several hosts read."""
+
+    url: str = ""
+    """`s3://bucket/prefix`, or another fsspec URL. Empty: the home, for processes on one machine."""
+    endpoint_url: str = ""
+    """Of an S3-compatible server (MinIO, Ceph …); empty: Amazon's, or AWS_ENDPOINT_URL. Keys come by AWS_* variables,
+    never from here."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        if value and "://" not in value:
+            raise ValueError("must be a URL such as s3://bucket/prefix, or empty")
+        return value
 
 
 class GatewaySettings(_Section):
@@ -138,6 +155,7 @@ class Settings(_Section):
 
     home: HomeSettings
     store: StoreSettings = StoreSettings()
+    storage: StorageSettings = StorageSettings()
     gateway: GatewaySettings = GatewaySettings()
     serving: ServingSettings = ServingSettings()
     registry: RegistrySettings = RegistrySettings()
@@ -205,11 +223,18 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, str
     return found
 
 
+def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """This host's cache, by `GRAFT_CACHE` or `GRAFT_HOME` alone: Ray's nodes have no settings file."""
+    env = os.environ if environment is None else environment
+    home = Path(env.get("GRAFT_HOME") or "~/.graft").expanduser().absolute()
+    return Path(env.get("GRAFT_CACHE") or home / "cache").expanduser().absolute()
+
+
 def load(environment: Mapping[str, str] | None = None) -> Settings:
     """Reads the file and the environment (`os.environ` when None). Raises InvalidArgument listing every fault."""
     env = os.environ if environment is None else environment
     home = Path(env.get("GRAFT_HOME") or "~/.graft").expanduser().absolute()
-    cache = Path(env.get("GRAFT_CACHE") or home / "cache").expanduser().absolute()
+    cache = cache_folder(env)
     file = Path(env.get("GRAFT_CONFIG") or home / "graft.yaml")
     sections: dict[str, Any] = {}
     if file.is_file():

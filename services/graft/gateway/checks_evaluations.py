@@ -10,6 +10,7 @@ from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import Dataset
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.resolving import resolve
+from graft.settings import Settings
 from graft.store.protocol import Store
 
 MAX_CONTESTANTS = 16
@@ -45,8 +46,8 @@ def measured_from(dataset: Dataset) -> str:
     return found.get(dataset.format.value, "answers")
 
 
-async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, first: str) -> EvaluationSpec:
-    """Returns the specification with versions in the place of aliases. `first` is the stack's first base model.
+async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, settings: Settings) -> EvaluationSpec:
+    """Returns the specification with versions in the place of aliases.
 
     Raises InvalidArgument with every fault. When the only faults are names that do not exist, raises NotFound.
     """
@@ -66,14 +67,14 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, fir
     for index, contestant in enumerate(spec.contestants):
         field = f"contestants[{index}].model"
         try:
-            found = await resolve(store, project, contestant.model, first)
+            found = await resolve(store, project, contestant.model, settings.serving.base_model)
             contestants.append(replace(contestant, model=found.public_model))
         except (InvalidArgument, FailedPrecondition) as error:
             wrong.append(FieldViolation(field, error.message))
         except NotFound as error:
             missing.append(FieldViolation(field, error.message))
     wrong += [*_check_contestants(spec, contestants), *_check_numbers(spec), *_check_metrics(spec, dataset)]
-    spec, faults = await _with_task(spec, dataset)
+    spec, faults = await _with_task(spec, dataset, settings)
     wrong += faults
     if wrong or missing:
         violations = (*wrong, *missing)
@@ -86,12 +87,14 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, fir
     return replace(spec, contestants=tuple(contestants))
 
 
-async def _with_task(spec: EvaluationSpec, dataset: Dataset | None) -> tuple[EvaluationSpec, list[FieldViolation]]:
+async def _with_task(
+    spec: EvaluationSpec, dataset: Dataset | None, settings: Settings
+) -> tuple[EvaluationSpec, list[FieldViolation]]:
     """As a job's task is checked, its data being the data that is asked."""
     job = JobSpec("", spec.dataset, task=spec.task, task_definition=spec.task_definition)
     if dataset is not None and measured_from(dataset) == "grades":
         job = replace(job, method=Method.REINFORCEMENT)
-    job, faults = await with_task(job, dataset, None, None)
+    job, faults = await with_task(job, dataset, None, None, settings)
     renamed = [replace(fault, field=fault.field.replace("training_dataset", "dataset")) for fault in faults]
     return replace(spec, task=job.task, task_definition=job.task_definition), renamed
 

@@ -80,7 +80,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         validation = await _found(store.get_dataset(project, spec.validation_dataset), "validation_dataset", missing)
     wrong: list[FieldViolation] = []
     start = await _start(store, project, spec, wrong, missing)
-    spec, unfit = await with_task(spec, training, validation, start)
+    spec, unfit = await with_task(spec, training, validation, start, settings)
     wrong += unfit
     if spec.method is None:
         known = METHOD_OF_FORMAT.get(training.format.value) if training else None

@@ -17,13 +17,19 @@ from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labels_of
 from graft.domain.errors import FieldViolation, InvalidArgument, NotFound
 from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import AdapterVersion, Dataset, DatasetFormat
+from graft.gateway.uploads import dataset_file
+from graft.settings import Settings
 
 LABEL_ROWS = 10_000
 """Rows whose labels are collected: a label that is rarer has too few examples to be learned from."""
 
 
 async def with_task(
-    spec: JobSpec, training: Dataset | None, validation: Dataset | None, start: AdapterVersion | None
+    spec: JobSpec,
+    training: Dataset | None,
+    validation: Dataset | None,
+    start: AdapterVersion | None,
+    settings: Settings,
 ) -> tuple[JobSpec, list[FieldViolation]]:
     """The specification with the task's whole definition in it, and what is wrong with the task.
 
@@ -45,7 +51,9 @@ async def with_task(
         return spec, wrong
     try:
         graded = spec.method is Method.REINFORCEMENT
-        task = await asyncio.to_thread(_with_data, task, training, graded=graded)
+        file = await asyncio.to_thread(dataset_file, settings, training)
+        if file is not None and training.format not in CONVERSATIONS:  # one that is gone is told at the validation
+            task = await asyncio.to_thread(_with_data, task, file, graded=graded)
     except InvalidArgument as error:
         return spec, list(error.violations)
     return replace(spec, task=task.name, task_definition=task.to_text()), []
@@ -83,13 +91,11 @@ def _check_format(task: TaskDefinition, dataset: Dataset | None, field: str) -> 
     )
 
 
-def _with_data(task: TaskDefinition, training: Dataset, *, graded: bool) -> TaskDefinition:
+def _with_data(task: TaskDefinition, path: Path, *, graded: bool) -> TaskDefinition:
     """The task with its labels. Rows whose answers are `graded` need hold none.
 
     Raises InvalidArgument when the data does not fit it.
     """
-    if training.format in CONVERSATIONS or not (path := Path(training.uri)).is_file():
-        return task  # a file that is gone is told when the job is validated
     needed = task.required if graded else (*task.required, task.completion.field)
     first = next(read_rows(path), {})
     if missing := [name for name in needed if name not in first]:
