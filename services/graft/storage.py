@@ -165,7 +165,7 @@ class Storage:
             return fsspec.filesystem(protocol, **(self._s3_options() if protocol == "s3" else {}))
         except ImportError as error:
             raise FailedPrecondition(
-                f"storage.url is {self.root}, whose package is not installed: {error}. For S3: pip install graft[s3].",
+                f"storage.url is {self.root}, whose package is missing: {error}. For S3: pip install graft[s3].",
                 reason="PACKAGE_MISSING",
             ) from None
 
@@ -199,8 +199,8 @@ class Storage:
             ) from error
         except PermissionError as error:
             raise FailedPrecondition(
-                f"The storage refuses {where}: {error} Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may "
-                "do.",
+                f"The storage refuses {where}: {error} Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they "
+                "may do.",
                 reason="STORAGE_REFUSED",
             ) from error
         except OSError as error:
@@ -218,9 +218,26 @@ class Storage:
             raise
 
 
+LOCAL = Storage("")
+"""For processes that share this host's disk."""
+
+
 def open_storage(settings: Settings) -> Storage:
     """The storage of the settings; the home where they name none."""
     return Storage(settings.storage.url.rstrip("/") or str(settings.home.path), settings.storage.endpoint_url)
+
+
+def base_model_uri(storage: Storage, digest: str) -> str:
+    """Where the base model with this digest is in a shared storage, for hosts that have none."""
+    return storage.uri("base_models", digest.removeprefix("sha256:"))
+
+
+def fetch_base_model(storage: Storage, path: str, digest: str) -> Path:
+    """The base model's folder on this host: `path`, or, where nothing is there, a copy from the shared storage."""
+    if (Path(path) / "config.json").is_file() or not storage.shared:
+        return Path(path)
+    name = digest.removeprefix("sha256:")
+    return storage.fetch_folder(base_model_uri(storage, digest), cache_folder() / "base_models" / f"fetched-{name}")
 
 
 def is_url(place: str) -> bool:

@@ -49,7 +49,7 @@ def test_a_file_is_put_fetched_once_and_deleted(storage: Storage, tmp_path: Path
     storage.delete(uri)
     storage.delete(uri)
     assert storage.fetch(uri, tmp_path / "cache") == first
-    with pytest.raises(NotFound, match="ds-1.jsonl"):
+    with pytest.raises(NotFound, match="ds-1"):
         storage.fetch(uri, tmp_path / "another host's")
 
 
@@ -67,7 +67,7 @@ def test_a_folder_is_there_whole_or_not_at_all(storage: Storage, tmp_path: Path)
     assert (copy / "inner" / "b.json").read_text() == "{}"
     assert (copy / "a.safetensors").stat().st_size == 1000
     storage.delete(storage.uri("runs", "ft-1", "adapter", "a.safetensors"))
-    with pytest.raises(NotFound, match="a.safetensors"):
+    with pytest.raises(NotFound, match="safetensors"):
         storage.fetch_folder(uri, tmp_path / "half")
     assert not (tmp_path / "half").exists()
 

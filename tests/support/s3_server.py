@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.postgres import free_port
 from graft.stack.processes import tcp_probe
+from tests.support.postgres import free_port
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ def s3_server() -> Iterator[S3Server]:
     (server.folder / "graft").mkdir(parents=True)
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
-            [rclone, "serve", "s3", str(server.folder), "--addr", f"127.0.0.1:{port}"]
-            + ["--auth-key", f"{server.key},{server.secret}", "--config", os.devnull],
+            [
+                *(rclone, "serve", "s3", str(server.folder), "--addr", f"127.0.0.1:{port}"),
+                *("--auth-key", f"{server.key},{server.secret}", "--config", os.devnull),
+            ],
             stdout=log,
             stderr=log,
         )

@@ -11,11 +11,13 @@ import structlog
 from graft.data.analysis import Base, analyse
 from graft.data.formats import FileReport, validate_file
 from graft.data.tokenizers import load_tokenizer
-from graft.domain.errors import GraftError, Internal, NotFound, Unavailable
+from graft.domain.errors import GraftError, Internal, Unavailable
 from graft.domain.jobs import JobError
 from graft.domain.reports import DatasetReport
 from graft.domain.resources import BaseModel, Dataset
+from graft.orchestrator.files import dataset_path
 from graft.orchestrator.threads import call, to_the_end
+from graft.storage import LOCAL, Storage
 from graft.store.protocol import DatasetCheck, Store
 
 log = structlog.get_logger()
@@ -27,8 +29,9 @@ CHECKS_AT_ONCE = 1
 class Checker:
     """Makes the checks in the store, oldest first."""
 
-    def __init__(self, store: Store, poll_seconds: float) -> None:
+    def __init__(self, store: Store, poll_seconds: float, storage: Storage = LOCAL) -> None:
         self._store = store
+        self._storage = storage
         self._poll_seconds = poll_seconds
         self._down = False
 
@@ -52,7 +55,7 @@ class Checker:
             base = await self._store.get_base_model(check.base_model)
             dataset = await self._store.get_dataset(check.project, check.dataset_id)
             held_out = await self._store.get_dataset(check.project, check.held_out_id) if check.held_out_id else None
-            report = await call(examine, base, dataset, held_out, check.context_tokens, check.epochs)
+            report = await call(examine, self._storage, base, dataset, held_out, check.context_tokens, check.epochs)
         except Unavailable:
             raise  # the check stays
         except GraftError as refusal:
@@ -70,21 +73,20 @@ class Checker:
 
 
 def examine(
-    base: BaseModel, dataset: Dataset, held_out: Dataset | None, context_tokens: int | None, epochs: float
+    storage: Storage,
+    base: BaseModel,
+    dataset: Dataset,
+    held_out: Dataset | None,
+    context_tokens: int | None,
+    epochs: float,
 ) -> DatasetReport:
     """Measures a stored data set. Raises NotFound for a missing file, InvalidArgument for one that was changed."""
-    path, file = _file(dataset)
+    path, file = _file(storage, dataset)
     measured = Base(base.id, load_tokenizer(base.path), context_tokens or base.context_tokens, base.parameter_count)
-    other = _file(held_out) if held_out is not None else None
+    other = _file(storage, held_out) if held_out is not None else None
     return analyse(path, file, base=measured, held_out=other, epochs=epochs)
 
 
-def _file(dataset: Dataset) -> tuple[Path, FileReport]:
-    path = Path(dataset.uri)
-    if not path.is_file():
-        raise NotFound(
-            f"The file of data set {dataset.id!r} is gone from the store's disk. Upload it again.",
-            reason="DATASET_FILE_MISSING",
-            metadata={"dataset": dataset.id},
-        )
+def _file(storage: Storage, dataset: Dataset) -> tuple[Path, FileReport]:
+    path = dataset_path(storage, dataset)
     return path, validate_file(path, dataset.format)

@@ -28,8 +28,10 @@ from graft.evaluation.outcome import Measured, Subject, compare, results_of
 from graft.grading import GradeItem, build_grader
 from graft.orchestrator.asking import Answer, Answers, Asked, ask_all, scores
 from graft.orchestrator.evaluating import adapter_ref
+from graft.orchestrator.files import dataset_path
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.threads import call
+from graft.storage import Storage
 
 log = structlog.get_logger()
 
@@ -135,10 +137,13 @@ class _Work:
         spec, store = self.evaluation.spec, self.parts.store
         dataset = await store.get_dataset(self.evaluation.project, spec.dataset)
         task = load_task(spec.task_definition) if spec.task_definition else None
-        questions = await call(_read, dataset, task, spec.max_rows)
+        storage = self.parts.storage
+        questions = await call(_read, storage, dataset, task, spec.max_rows)
         shown: Questions | None = None
         if spec.shots_dataset is not None:
-            shown = await call(_read, await store.get_dataset(self.evaluation.project, spec.shots_dataset), task, 0)
+            shown = await call(
+                _read, storage, await store.get_dataset(self.evaluation.project, spec.shots_dataset), task, 0
+            )
         asked = [await self._asked(contestant, questions, shown) for contestant in spec.contestants]
         answers = [Answers(self.folder / f"answers-{place}.jsonl") for place in range(len(asked))]
         self.answered = sum(len(each.found) for each in answers)
@@ -160,7 +165,11 @@ class _Work:
             dataset=dataset,
             created=datetime.now(UTC),
         )
-        await call(write, comparison, self.folder / "report.html")
+        report = self.folder / "report.html"
+        await call(write, comparison, report)
+        if storage.shared:  # where the gateway reads it
+            uri = storage.uri("evaluations", dataset.project, self.evaluation.id, report.name)
+            await call(storage.put_file, report, uri)
         results = await call(results_of, comparison, spec.contestants, measured)
         run_id = await call(self._log, comparison.headline, dataset, results)
         await self.tell()
@@ -256,8 +265,8 @@ class _Work:
         return run_id
 
 
-def _read(dataset: Dataset, task: TaskDefinition | None, max_rows: int) -> Questions:
-    return read_questions(Path(dataset.uri), dataset.format, task, max_rows=max_rows)
+def _read(storage: Storage, dataset: Dataset, task: TaskDefinition | None, max_rows: int) -> Questions:
+    return read_questions(dataset_path(storage, dataset), dataset.format, task, max_rows=max_rows)
 
 
 def _in_order(answers: Answers, questions: Questions) -> tuple[Answer, ...]:

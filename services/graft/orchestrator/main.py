@@ -28,6 +28,7 @@ from graft.orchestrator.threads import call
 from graft.registry.base_models import ensure_base_model
 from graft.registry.mlflow_registry import Registry
 from graft.settings import Settings
+from graft.storage import open_storage
 from graft.store.sql import open_store
 from graft.training.run import RayRuns
 
@@ -90,7 +91,10 @@ async def serve(settings: Settings) -> None:
                 registry=registry,
                 engine=engine,
                 preparer=TokenizingPreparer(
-                    settings.engine_address, settings.serving.base_model, settings.serving.context_tokens
+                    settings.engine_address,
+                    settings.serving.base_model,
+                    settings.serving.context_tokens,
+                    open_storage(settings),
                 ),
                 capacity=cluster_cpus,
                 settings=settings,

@@ -24,6 +24,7 @@ async def register(context: Context) -> None:
     material = await context.material()
     served_as = job.spec.served_as or ServedAs.ADAPTER
     merged = served_as is ServedAs.MERGED_MODEL
+    await context.fetch_results()
     served = context.output_dir / ("model" if merged else "adapter")
     if missing := [name for name in ((MODEL_CONFIG,) if merged else FILES) if not (served / name).is_file()]:
         raise FailedPrecondition(

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from graft.domain.jobs import EventLevel, JobState, Method, Resolved
 from graft.orchestrator.context import Context
 from graft.orchestrator.evaluating import evaluate
+from graft.orchestrator.files import share_base_model
 from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
@@ -62,6 +63,7 @@ async def start(context: Context) -> None:
     job, parts = context.job, context.parts
     material = await context.material()
     context.track(material)
+    await context.patiently("The storage", lambda: call(share_base_model, parts.storage, material.base))
     spec = parts.preparer.plan(
         job, material.base, material.dataset, material.validation, context.output_dir, await start_from(context)
     )

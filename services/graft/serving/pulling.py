@@ -10,6 +10,8 @@ from graft.domain.errors import FailedPrecondition
 from graft.domain.resources import BaseModel
 from graft.serving.prove import BaseShapes, base_shapes, prove
 from graft.serving.residency import Ref
+from graft.settings import cache_folder
+from graft.storage import LOCAL, Storage, is_url
 
 
 class Registry(Protocol):
@@ -27,7 +29,11 @@ class ProvingPuller:
         base: BaseModel,
         max_lora_rank: int,
         open_registry: Callable[[], Registry],
+        storage: Storage = LOCAL,
+        cache: Path | None = None,
     ) -> None:
+        self._storage = storage
+        self._cache = cache or cache_folder()
         self._base = base
         self._max_lora_rank = max_lora_rank
         self._open_registry = open_registry
@@ -49,7 +55,12 @@ class ProvingPuller:
         return base_shapes(self._base)
 
     def _pull(self, ref: Ref) -> Path:
-        folder = Path(ref.path) if ref.path else self._registry.pull(ref.registered_model, ref.version, ref.digest)
+        if is_url(ref.path):
+            folder = self._storage.fetch_folder(ref.path, self._cache / "adapters" / ref.digest.removeprefix("sha256:"))
+        elif ref.path:
+            folder = Path(ref.path)
+        else:
+            folder = self._registry.pull(ref.registered_model, ref.version, ref.digest)
         if not folder.is_dir():
             raise FailedPrecondition(
                 f"Adapter {ref.model} cannot be served: its folder does not exist.",

@@ -19,9 +19,10 @@ from typing import Any
 import ray
 from ray.util import list_named_actors
 
-from graft.domain.errors import Aborted
+from graft.domain.errors import Aborted, GraftError
 from graft.training.failures import failure
 from graft.training.fit import Fit
+from graft.training.places import ERRORS, REPORTS, on_this_host, uri_of
 from graft.training.search import OPTIONS, Search, free_places
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
@@ -36,7 +37,7 @@ class _Run:
     """The run's actor."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self._spec = spec
+        self._spec = spec = on_this_host(spec)
         self._lock = threading.Lock()
         self._reports: list[Report] = []
         self._folder = Path(spec.output_dir)
@@ -54,14 +55,24 @@ class _Run:
         """Takes a report from rank 0, a failure from any worker. Nothing follows an end: what came first is why."""
         with self._lock:
             if trace:
-                with open(self._folder / "error.log", "a") as file:
+                with open(self._folder / ERRORS, "a") as file:
                     file.write(trace + "\n")
             if self._ended():
                 return
             report = Report(len(self._reports) + 1, kind, time.time(), data)
-            with open(self._folder / "reports.jsonl", "a") as file:
+            with open(self._folder / REPORTS, "a") as file:
                 file.write(json.dumps(asdict(report)) + "\n")
             self._reports.append(report)
+            if self._ended() and self._spec.storage is not None:
+                threading.Thread(target=self._keep, daemon=True).start()
+
+    def _keep(self) -> None:
+        """What is left of the run for people to read. They are no result: a storage that is away has none of them."""
+        storage = self._spec.storage
+        for name in (REPORTS, ERRORS):
+            if storage is not None and (file := self._folder / name).is_file():
+                with suppress(GraftError):
+                    storage.put_file(file, uri_of(self._spec, file))
 
     def poll(self, after_sequence: int) -> tuple[bool, list[Report]]:
         """Whether it still works, and the reports with a higher sequence."""
