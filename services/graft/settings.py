@@ -91,6 +91,8 @@ class GatewaySettings(_Section):
 class ServingSettings(_Section):
     """The inference service: one base model and many adapters, and whatever is deployed beside them."""
 
+    address: str = ""
+    """`host:port` of an inference service that runs elsewhere. Empty: the stack's own, on `host` and `grpc_port`."""
     host: str = "127.0.0.1"
     grpc_port: int = 9000
     base_model: str = "smollm2-135m"
@@ -116,13 +118,18 @@ class RegistrySettings(_Section):
     """Empty: the stack's own server on `host` and `port`."""
     host: str = "127.0.0.1"
     port: int = 5000
+    backend_store_uri: str = ""
+    """Of the stack's own server: its database, such as `postgresql://…`. Empty: SQLite in the home."""
+    artifacts_destination: str = ""
+    """Of the stack's own server: a folder or a URL such as `s3://bucket/mlflow`. Empty: a folder in the home."""
 
 
 class OrchestratorSettings(_Section):
     """The job loop."""
 
     ray_address: str = ""
-    """Empty: the stack's own cluster."""
+    """`ray://host:10001`, which needs nothing of Ray on this machine, or `host:port` of the head of a cluster that this
+    machine is a node of. Empty: the stack's own cluster."""
     poll_seconds: float = 0.25
     lease_seconds: float = 15.0
     max_concurrent_jobs: int = 0
@@ -191,11 +198,11 @@ class Settings(_Section):
     @property
     def engine_address(self) -> str:
         """`host:port` of the internal gRPC."""
-        return f"{self.serving.host}:{self.serving.grpc_port}"
+        return self.serving.address or f"{self.serving.host}:{self.serving.grpc_port}"
 
     @property
     def ray_address(self) -> str:
-        """`host:port` of Ray's head."""
+        """Where Ray is: `host:port` of its head, or `ray://host:port`."""
         return self.orchestrator.ray_address or f"{self.ray.host}:{self.ray.port}"
 
 
