@@ -232,6 +232,12 @@ def base_model_uri(storage: Storage, digest: str) -> str:
     return storage.uri("base_models", digest.removeprefix("sha256:"))
 
 
+def share_base_model(storage: Storage, path: str, digest: str) -> None:
+    """Puts a base model where every host can fetch it, once for all. Raises as `Storage`."""
+    if storage.shared:
+        storage.put_folder(Path(path), base_model_uri(storage, digest))
+
+
 def fetch_base_model(storage: Storage, path: str, digest: str) -> Path:
     """The base model's folder on this host: `path`, or, where nothing is there, a copy from the shared storage."""
     if (Path(path) / "config.json").is_file() or not storage.shared:

@@ -23,6 +23,7 @@ from graft.orchestrator.ports import ApplicationsPort, ModelSource
 from graft.orchestrator.threads import call, to_the_end
 from graft.registry.full_models import adopt
 from graft.settings import Settings
+from graft.storage import open_storage, share_base_model
 from graft.store.protocol import Store
 
 log = structlog.get_logger()
@@ -103,6 +104,7 @@ class Deployments:
             await self._move(base, DeploymentState.STARTING)
             async with self._turn:
                 model = await self._model(wish)
+                await call(share_base_model, open_storage(self._settings), model.path, model.digest)
                 await self._engine.deploy(model)
                 replicas = await self._ready(base)
                 await self._prove(model, replicas)

@@ -1,12 +1,12 @@
-"""What the orchestrator reads and shares of files: data sets, what a run has left, base models. Blocking calls."""
+"""What the orchestrator reads of files: data sets, and what a run has left. Blocking calls."""
 
 import shutil
 from pathlib import Path
 
 from graft.domain.errors import NotFound
 from graft.domain.jobs import Job
-from graft.domain.resources import BaseModel, Dataset
-from graft.storage import Storage, base_model_uri
+from graft.domain.resources import Dataset
+from graft.storage import Storage
 from graft.training.spec import run_key
 
 RESULTS = ("adapter", "trained_adapter", "model")
@@ -39,12 +39,7 @@ def fetch_results(storage: Storage, job: Job, output_dir: Path) -> None:
 
 
 def drop_copies(storage: Storage, output_dir: Path) -> None:
-    """Removes what `fetch_results` has fetched: the registry and the storage both have it."""
+    """Removes what `fetch_results` has fetched and nobody reads again: models are large."""
     if storage.shared:
-        shutil.rmtree(output_dir, ignore_errors=True)
-
-
-def share_base_model(storage: Storage, base: BaseModel) -> None:
-    """Puts the base model where every host can fetch it, once for all."""
-    if storage.shared:
-        storage.put_folder(Path(base.path), base_model_uri(storage, base.digest))
+        for name in ("trained_adapter", "model"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from graft.domain.jobs import EventLevel, JobState, Method, Resolved
 from graft.orchestrator.context import Context
 from graft.orchestrator.evaluating import evaluate
-from graft.orchestrator.files import share_base_model
 from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
@@ -19,6 +18,7 @@ from graft.orchestrator.room import with_concurrency
 from graft.orchestrator.sampling import check_engine
 from graft.orchestrator.starting import say_start, start_from, with_start
 from graft.orchestrator.threads import call, to_the_end
+from graft.storage import share_base_model
 
 __all__ = ["STEPS"]
 
@@ -62,10 +62,11 @@ async def start(context: Context) -> None:
     """STARTING: starts the run, or finds it started, and waits for its first report."""
     job, parts = context.job, context.parts
     material = await context.material()
+    base = material.base
     context.track(material)
-    await context.patiently("The storage", lambda: call(share_base_model, parts.storage, material.base))
+    await context.patiently("The storage", lambda: call(share_base_model, parts.storage, base.path, base.digest))
     spec = parts.preparer.plan(
-        job, material.base, material.dataset, material.validation, context.output_dir, await start_from(context)
+        job, base, material.dataset, material.validation, context.output_dir, await start_from(context)
     )
     await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
     while not (status := await poll(context, 0)).reports:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from graft.domain.errors import Unavailable
 from graft.settings import cache_folder
@@ -17,11 +17,12 @@ from graft.storage import fetch_base_model
 from graft.training.spec import RunSpec
 
 PATIENCE_SECONDS = 600.0
-"""How long a finished run waits for the storage to take its result: as long as the orchestrator waits for a service."""
+"""How long a run waits for the storage, for its data as for its result: as long as the orchestrator for a service."""
 RETRY_SECONDS = 2.0
 REPORTS = "reports.jsonl"
 ERRORS = "error.log"
 
+T = TypeVar("T")
 Tell = Callable[[str, dict[str, Any]], None]
 
 
@@ -55,8 +56,8 @@ def put(spec: RunSpec, folder: Path) -> str:
     return uri
 
 
-def put_patiently(spec: RunSpec, folder: Path, tell: Tell) -> str:
-    """`put`, again and again while the storage is away: what took hours to train is not lost to a minute without it.
+def patiently(ask: Callable[[], T], tell: Tell) -> T:
+    """What `ask` returns, tried again while the storage is away: what took hours to train is not lost to a minute.
 
     Raises Unavailable after PATIENCE_SECONDS.
     """
@@ -64,13 +65,13 @@ def put_patiently(spec: RunSpec, folder: Path, tell: Tell) -> str:
     told = False
     while True:
         try:
-            return put(spec, folder)
+            return ask()
         except Unavailable as error:
             if time.monotonic() > deadline:
                 raise
             if not told:
                 told = True
-                text = f"{error.message} The result is kept and put there again for up to {PATIENCE_SECONDS:.0f} s."
+                text = f"{error.message} Trying again for up to {PATIENCE_SECONDS:.0f} s."
                 tell("message", {"message": text, "level": "WARN"})
             time.sleep(RETRY_SECONDS)
 

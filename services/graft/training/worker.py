@@ -7,6 +7,7 @@ import heapq
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from graft.training.methods import (
 from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import check_packing
-from graft.training.places import put, put_patiently, remove, with_files
+from graft.training.places import patiently, put, remove, with_files
 from graft.training.results import RESULTS, Yardstick, save_result
 from graft.training.saving import KEPT_MODELS, save_checkpoint
 from graft.training.spec import Clock, RunSpec
@@ -71,7 +72,7 @@ def run_worker(
     Raises InvalidArgument or FailedPrecondition when data, base model or hyperparameters are at fault.
     """
     torch.set_num_threads(threads())
-    spec = with_files(spec)
+    spec = patiently(lambda: with_files(spec), tell if group.rank == 0 else _silent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not (Path(spec.base_model_path) / "config.json").is_file():
         raise InvalidArgument(
@@ -142,10 +143,14 @@ def run_worker(
         result = save(Path(spec.output_dir))
         for name in RESULTS:
             if (folder := Path(spec.output_dir) / name).is_dir():
-                put_patiently(spec, folder, tell)
+                patiently(partial(put, spec, folder), tell)
         tell("finished", {"message": held_out.summary, **follow.result, **result})
     # Nobody leaves before rank 0 has told the end: a worker that is gone is a failure to those that remain.
     group.reduce(torch.zeros(1))
+
+
+def _silent(_kind: str, _data: dict[str, Any]) -> None:
+    """Whom the other workers tell."""
 
 
 class _Follower:
