@@ -10,6 +10,7 @@ from graft.stack import preflight
 from graft.stack.backends import check_backends
 from graft.stack.machine import State
 from graft.stack.processes import described
+from tests.support.command import ended, started
 from tests.support.postgres import free_port
 
 
@@ -77,3 +78,14 @@ def test_the_doctor_says_of_each_backend_that_it_does_not_answer_and_what_to_loo
         assert str(port) in checks[name].message
         assert setting in checks[name].fix
     assert "secret" not in checks["database"].message
+
+
+async def test_a_settings_file_can_be_named_to_the_doctor_and_its_faults_are_told(tmp_path: Path) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text("storage: {url: s3//bucket}\n")
+    ran = await ended(await started("doctor", "--json", "--config", str(config), GRAFT_HOME=str(tmp_path)))
+    assert ran.code == 1
+    told = {check["name"]: check for check in ran.json["checks"]}
+    assert told["settings"]["state"] == "fail"
+    assert str(config) in told["settings"]["message"]
+    assert "s3://bucket/prefix" in told["settings"]["message"]

@@ -68,8 +68,11 @@ class RayLink:
         with self._lock:
             if not self._broken and ray.is_initialized():
                 return
-            ray.shutdown()
-            self.connect()
+            try:
+                ray.shutdown()
+                self.connect()
+            except Exception as error:  # whatever it is, the cluster cannot be reached now: it may be upgraded
+                raise ConnectionError(f"No session with {self._address}: {error}") from error
             self._broken = False
 
 
