@@ -25,6 +25,8 @@ from graft.gateway.uploads import Upload
 from graft.orchestrator.context import stored_events
 from graft.registry.mlflow_registry import Registry
 from graft.settings import load
+from graft.stack.backends import check_ray
+from graft.stack.machine import State
 from graft.storage import open_storage
 from graft.store.sql import migrate, open_store
 from tests.integration.test_orchestrator_process import BASE, ScoringEngine, listening, process, served, until
@@ -152,6 +154,12 @@ async def test_a_job_trains_on_two_hosts_while_its_orchestrator_restarts_and_los
                         session.kill()
                     async with served(engine, engine_port):
                         await until(store, JobState.SUCCEEDED, second, log, 400)
+                for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+                    monkeypatch.setenv(name, environment[name])
+                trusted = await asyncio.to_thread(check_ray, settings)
+                monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+                stranger = await asyncio.to_thread(check_ray, settings)
+            nowhere = await asyncio.to_thread(check_ray, settings)
             job = await store.get_job("default", "job-1")
             events = await stored_events(store, job)
             checkpoints = await store.list_checkpoints("default", "job-1")
@@ -159,6 +167,12 @@ async def test_a_job_trains_on_two_hosts_while_its_orchestrator_restarts_and_los
             report = storage.read(storage.uri("runs", "job-1", "1", "reports.jsonl")).decode()
             names = storage.names(storage.uri("runs", "job-1", "1", "checkpoints", "step-100"))
             await store.close()
+    assert trusted.state is State.OK, trusted
+    assert "2 nodes, 2 CPUs" in trusted.message
+    assert "token" in stranger.message
+    assert "RAY_AUTH_TOKEN" in stranger.fix
+    assert "token" not in nowhere.message
+    assert "ray_address" in nowhere.fix
     assert (job.attempt, job.fine_tuned_model) == (1, f"{BASE}:sums@1")
     assert job.metrics["parity_max_abs_difference"] < 1e-3
     reports = [event.data["report"] for event in events if "report" in event.data]

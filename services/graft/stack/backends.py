@@ -21,8 +21,8 @@ from graft.stack.machine import Check, State
 
 ANSWER_SECONDS = 5.0
 """Another machine on a network that works answers in milliseconds."""
-RAY_SECONDS = 60.0
-"""Ray Client starts a driver on the head for each session, which takes seconds."""
+RAY_SECONDS = 90.0
+"""Ray Client starts a driver on the head for each session, which takes seconds, and tries half a minute by itself."""
 _ASK_RAY = """
 import json, sys
 try:

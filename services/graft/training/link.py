@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 NAMESPACE = "graft"
 CLIENT_SCHEME = "ray://"
+WHY_SECONDS = 5.0
+"""A head answers in milliseconds."""
 
 
 class RayLink:
@@ -40,8 +42,11 @@ class RayLink:
         """Makes a session. Raises ConnectionError when nothing answers, RuntimeError for other versions of Ray or
         Python than the cluster's."""
         if self.by_client:
-            # What else `ray.init` takes would be passed on to the driver that the head starts for this session.
-            ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False)
+            try:
+                # What else `ray.init` takes would be passed on to the driver that the head starts for this session.
+                ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False)
+            except ConnectionError as error:
+                raise ConnectionError(f"{self._why_not()} ({error})") from error
             return
         ray.init(
             address=self._address,
@@ -63,6 +68,22 @@ class RayLink:
         except grpc.RpcError as error:
             self._broken = True
             raise ConnectionError(f"Ray Client: {error}") from error
+
+    def _why_not(self) -> str:
+        """What Ray Client keeps to itself: it says of a wrong token and of a wrong port that time has run out."""
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated import ray_client_pb2, ray_client_pb2_grpc
+
+        with init_grpc_channel(self._address.removeprefix(CLIENT_SCHEME)) as channel:
+            ask = ray_client_pb2_grpc.RayletDriverStub(channel).ClusterInfo
+            try:
+                ask(ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING), timeout=WHY_SECONDS)
+            except grpc.RpcError as error:
+                code, details = error.code(), (error.details() or "").splitlines()
+                if code is grpc.StatusCode.UNAUTHENTICATED:
+                    return "It refuses this process's token"
+                return f"{code.name}: {details[0] if details else 'no details'}"
+        return "It answers, and starts no session"
 
     def _renew(self) -> None:
         with self._lock:
