@@ -141,7 +141,7 @@ class Storage:
                 with self._told(f"{uri}/{name}"):
                     self.file_system().get_file(_path(f"{uri}/{name}"), str(fresh / name))
                     if (found := (fresh / name).stat().st_size) != size:
-                        raise OSError(f"{name} has {found} bytes where {size} were put")
+                        raise OSError(f"it has {found} bytes where {size} were put")
             try:
                 fresh.rename(target)
             except OSError:
