@@ -1,5 +1,6 @@
 """Base and adapters in one batch of a real engine, every slot filled: Graft's kernels hold, vLLM's own do not."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,54 +16,82 @@ from graft.serving.cpu_lora import STOCK, WRAPPER
 from ..support.adapters import TARGETS
 from ..support.mixed_batches import PROMPTS
 from ..support.tiny_llama import make_tiny_llama
+from ..support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 BASE_SPEAKER = 0
+Models: TypeAlias = dict[int, Path]
+"""Folders: the base (0) and its adapters."""
 Run: TypeAlias = "Callable[[str], dict[str, Any]]"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    return with_adapters(make_tiny_llama(folder / "base"), folder)
+
+
+@pytest.fixture(scope="module")
+def run(models: Models) -> Run:
+    """Runs the engine with the plugins that VLLM_PLUGINS names; once for each value."""
+    return functools.cache(lambda plugins: run_engine(models, plugins))
+
+
+def with_adapters(base: Path, folder: Path) -> Models:
     """The base (0) and two adapters of different rank that PEFT itself made."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("models")
-    made = {BASE_SPEAKER: make_tiny_llama(folder / "base")}
+    made = {BASE_SPEAKER: base}
     for speaker, rank in ((1, 8), (2, 4)):
         torch.manual_seed(speaker)
         config = LoraConfig(r=rank, lora_alpha=4 * rank, target_modules=list(TARGETS), init_lora_weights=False)
-        base = AutoModelForCausalLM.from_pretrained(made[BASE_SPEAKER], dtype=torch.float32)
-        get_peft_model(base, config).save_pretrained(folder / f"adapter-{speaker}")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        get_peft_model(model, config).save_pretrained(folder / f"adapter-{speaker}")
         made[speaker] = folder / f"adapter-{speaker}"
     return made
 
 
-@pytest.fixture(scope="module")
-def run(models: dict[int, Path]) -> Run:
-    """Runs the engine with the plugins that VLLM_PLUGINS names; once for each value."""
-    done: dict[str, dict[str, Any]] = {}
+def run_engine(models: Models, plugins: str) -> dict[str, Any]:
+    """What `tests.support.mixed_batches` prints."""
+    environment = os.environ | {
+        "VLLM_PLUGINS": plugins,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "tests.support.mixed_batches", *map(str, models.values())]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    printed: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return printed
 
-    def once(plugins: str) -> dict[str, Any]:
-        if plugins not in done:
-            environment = os.environ | {
-                "VLLM_PLUGINS": plugins,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-                "VLLM_NO_USAGE_STATS": "1",
-                "HF_HUB_OFFLINE": "1",
-            }
-            command = [sys.executable, "-m", "tests.support.mixed_batches", *map(str, models.values())]
-            ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-            assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-            done[plugins] = json.loads(ended.stdout.splitlines()[-1])
-        return done[plugins]
 
-    return once
+def each_answers_as_peft_does(models: Models, alone: dict[str, Any]) -> None:
+    """Greedy tokens and their log-probabilities are those of transformers and PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    answers = {key: tuple(answer["token_ids"]) for key, answer in alone.items()}
+    assert len(set(answers.values())) == len(answers), "speakers that answer alike would hide a mix-up"
+    for speaker, path in models.items():
+        model = AutoModelForCausalLM.from_pretrained(models[BASE_SPEAKER], dtype=torch.float32)
+        if speaker != BASE_SPEAKER:
+            model = PeftModel.from_pretrained(model, path)
+        for key in (key for key in alone if speakers({key}) == {speaker}):
+            prompt, answer = alone[key]["prompt_token_ids"], alone[key]["token_ids"]
+            with torch.inference_mode():
+                logprobs_TV = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            steps = logprobs_TV[len(prompt) - 1 : -1]
+            assert steps.argmax(-1).tolist() == answer, key
+            expected = steps.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+            assert alone[key]["logprobs"] == pytest.approx(expected, abs=1e-3), key
 
 
 def wrong(result: dict[str, Any]) -> set[str]:
@@ -102,23 +131,14 @@ def test_the_stock_kernels_fail_this_check_for_every_base_answer_and_no_other(ru
     assert wrong(result) == {f"{BASE_SPEAKER}/{prompt}" for prompt in range(len(PROMPTS))}
 
 
-def test_each_speaker_answers_as_peft_computes_it(run: Run, models: dict[int, Path]) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def test_each_speaker_answers_as_peft_computes_it(run: Run, models: Models) -> None:
+    each_answers_as_peft_does(models, run("graft_cpu_lora")["alone"])
 
-    alone = run("graft_cpu_lora")["alone"]
-    answers = {key: tuple(answer["token_ids"]) for key, answer in alone.items()}
-    assert len(set(answers.values())) == len(answers), "speakers that answer alike would hide a mix-up"
-    for speaker, path in models.items():
-        model = AutoModelForCausalLM.from_pretrained(models[BASE_SPEAKER], dtype=torch.float32)
-        if speaker != BASE_SPEAKER:
-            model = PeftModel.from_pretrained(model, path)
-        for key in (key for key in alone if speakers({key}) == {speaker}):
-            prompt, answer = alone[key]["prompt_token_ids"], alone[key]["token_ids"]
-            with torch.inference_mode():
-                logprobs_TV = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-            steps = logprobs_TV[len(prompt) - 1 : -1]
-            assert steps.argmax(-1).tolist() == answer, key
-            expected = steps.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
-            assert alone[key]["logprobs"] == pytest.approx(expected, abs=1e-3), key
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_other_architectures_answer_in_mixed_batches_as_peft_computes_them(kind: str, tmp_path: Path) -> None:
+    models = with_adapters(make_tiny_model(tmp_path / "base", kind), tmp_path)
+    result = run_engine(models, "graft_cpu_lora")
+    assert result["wrapper"] == WRAPPER
+    assert wrong(result) == set()
+    each_answers_as_peft_does(models, result["alone"])

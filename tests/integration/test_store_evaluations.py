@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from graft.domain.errors import Aborted, FailedPrecondition, NotFound
 from graft.domain.evaluations import (
@@ -52,6 +53,14 @@ async def test_a_retried_create_returns_the_first_evaluation(store: SqlStore) ->
     assert [found.id for found in (await store.list_evaluations("default", 10, "")).items] == [made[0].id]
     with pytest.raises(NotFound, match=r"'ev-9' does not exist\. Existing: ev-"):
         await store.get_evaluation("default", "ev-9")
+
+
+async def test_an_id_that_is_taken_is_no_repeated_request(store: SqlStore) -> None:
+    for number in (1, 2):
+        await store.create_evaluation("default", f"ev-{number}", SPEC, None)
+    for request_id in (None, "request"):
+        with pytest.raises(IntegrityError):
+            await store.create_evaluation("default", "ev-1", SPEC, request_id)
 
 
 async def test_one_owner_takes_the_oldest_and_ends_it_with_what_was_found(store: SqlStore) -> None:

@@ -1,8 +1,9 @@
-"""Packed training of LoRA on LINEAR computes what transformers and PEFT do, for every architecture that has these.
+"""Packed training of LoRA on LINEAR computes what transformers and PEFT do, for every architecture of the catalogue.
 
-More than facts.ARCHITECTURES: one is taken there only when it is also proven to be served as it was trained.
+That they are also served so is tests/integration/test_mixed_batches.py's.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from graft.data.prepare import Example
-from graft.registry import facts
+from graft.domain.errors import FailedPrecondition
 from graft.registry.facts import ARCHITECTURES, LINEAR, read_facts
 from graft.training.batching import microbatches
 from graft.training.imports import LoraConfig, get_peft_model
@@ -33,7 +34,7 @@ def _example(length: int, seed: int) -> Example:
 
 
 def test_every_architecture_of_the_catalogue_is_trained_here() -> None:
-    assert set(ARCHITECTURES) <= set(KINDS)
+    assert set(ARCHITECTURES) == set(KINDS)
 
 
 @pytest.mark.parametrize("architecture", KINDS)
@@ -72,8 +73,14 @@ def test_gradient_steps_on_a_packed_row_give_the_adapter_that_transformers_and_p
     torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_sliding_window_limits_the_context_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "ARCHITECTURES", tuple(KINDS))
+def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(FailedPrecondition, match="GPT2LMHeadModel; supported: LlamaForCausalLM") as raised:
+        read_facts("old", tmp_path, tmp_path)
+    assert raised.value.reason == "UNSUPPORTED_ARCHITECTURE"
+
+
+def test_a_sliding_window_limits_the_context_where_it_is_used(tmp_path: Path) -> None:
     used = make_tiny_model(tmp_path / "used", "mistral", sliding_window=64)
     named = make_tiny_model(tmp_path / "named", "qwen2", sliding_window=64, use_sliding_window=False)
     assert read_facts("used", used, tmp_path).context_tokens == 64

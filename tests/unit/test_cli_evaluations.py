@@ -86,7 +86,8 @@ async def test_compare_uploads_a_file_adds_few_shot_bases_and_shows_who_wins(tmp
     rows, report = tmp_path / "held-out.jsonl", tmp_path / "reports" / "mine.html"
     rows.write_bytes(ROWS)
     async with gateway(tmp_path) as it:
-        train = (await uploaded(it)).rsplit("/", 1)[1]
+        learned = "".join(f'{{"prompt": "{n}?", "completion": "yes"}}\n' for n in range(8))
+        train = (await uploaded(it, learned.encode())).rsplit("/", 1)[1]
         async with played(it, EvaluationState.SUCCEEDED):
             options = ["--shots", "8", "--shots-from", train, "--metric", "accuracy", "--report", report]
             shown = await ran(it, "compare", rows, BASE, f"{BASE}:reviews", *options)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from graft.cli.comparing import comparison_json, comparison_table, confusion_table, print_comparison
 from graft.domain.errors import InvalidArgument
+from graft.evaluation import figures
 from graft.evaluation.comparison import Candidate, ComparedTask, Comparison, Result, Speed
 from graft.evaluation.comparison_page import render, write
 from graft.evaluation.confusion import confusion
@@ -132,6 +133,56 @@ def test_where_less_is_better_the_gain_is_still_above_zero() -> None:
     assert gain.advantage.low > 0
     assert "of perplexity, of which less is better" in found.headline
     assert "Less is better." in render(found)
+
+
+def test_each_candidate_is_scored_once_for_all_its_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[str] = []
+    plain = figures.statistic
+
+    def counting(name: str, *rest: Any) -> Any:
+        scored.append(name)
+        return plain(name, *rest)
+
+    monkeypatch.setattr("graft.evaluation.figures.statistic", counting)
+    task = replace(TASK)
+    assert task.figures["accuracy"] == TASK.figures["accuracy"]
+    for one in ANSWERS:
+        for other in ANSWERS:
+            there, back = task.difference(one, other), task.difference(other, one)
+            assert there is not None
+            assert back is not None
+            expected = figures.difference("accuracy", _answered(ANSWERS[one]), _answered(ANSWERS[other]))
+            for name in ("value", "low", "high"):
+                assert getattr(there, name) == pytest.approx(getattr(expected, name), abs=1e-12)
+            assert (back.value, back.low, back.high) == (-there.value, -there.high, -there.low)
+    measured = 2 * len(ANSWERS)  # accuracy and macro-F1
+    by_hand = 2 * len(ANSWERS) ** 2
+    assert len(scored) == measured + by_hand
+
+
+def test_perplexity_is_compared_within_a_tokenizer_and_the_rest_is_said() -> None:
+    tokens = {"large base": 8, "small base": 10, "tuned@1": 10}
+    results = tuple(
+        Result(name, {Likelihood: [Likelihood(nats + row % 3, tokens[name], 40) for row in range(60)]})
+        for name, nats in (("large base", 30.0), ("small base", 25.0), ("tuned@1", 20.0))
+    )
+    scored = replace(TASK, metrics=("perplexity", "bits_per_byte"), results=results, labels=(), inputs=())
+    found = replace(COMPARISON, tasks=(scored,))
+    assert scored.difference("tuned@1", "large base") is None
+    (gain,) = found.gains
+    assert (gain.rival.name, gain.smaller, gain.outcome) == ("small base", False, "better")
+    assert found.remarks == (
+        "No base known to be larger was compared.",
+        "On Film reviews, perplexity is not compared between models whose tokenizers differ "
+        "(large base | small base, tuned@1): it is a figure a token. Compare bits_per_byte.",
+    )
+    assert Page(render(found)).text().count("whose tokenizers differ") == 1
+
+    apart = replace(found, tasks=(replace(scored, results=(results[0], results[2])),))
+    assert (apart.gains, len(apart.remarks)) == ((), 1)
+    by_bytes = replace(found, tasks=(replace(scored, metrics=("bits_per_byte", "perplexity")),))
+    (gain,) = by_bytes.gains
+    assert (gain.rival.name, gain.smaller, by_bytes.remarks) == ("large base", True, ())
 
 
 def test_several_tasks_that_differ_are_answered_in_part() -> None:

@@ -197,7 +197,7 @@ async def test_texts_and_pairs_are_scored_token_by_token_over_the_whole_of_each(
         engine = Scoring()
         found = await evaluated(it, engine, EvaluationSpec("ds-h", (Contestant(BASE),)))
         assert found.state is EvaluationState.SUCCEEDED, found.error
-        perplexity, bits = found.results[0].figures
+        bits, perplexity = found.results[0].figures
         # Each token costs a nat for each step of its letter from `a`, whatever window it lies in.
         nats = sum(range(26)) + 1
         assert perplexity.value == pytest.approx(math.exp(nats / 27))

@@ -7,6 +7,7 @@ import pytest
 from sacrebleu.metrics import CHRF
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
+from graft.domain import evaluations as domain
 from graft.domain.errors import InvalidArgument
 from graft.evaluation import metrics
 from graft.evaluation.confusion import confusion
@@ -260,6 +261,17 @@ def test_a_paired_difference_is_narrower_than_two_intervals_apart() -> None:
     assert apart.low > 0
     assert apart.high - apart.low < (alone.high - alone.low) / 5
     assert apart.value == pytest.approx(measure("perplexity", worse).value - alone.value)
+
+
+def test_the_domain_names_every_metric_with_what_it_is_computed_from() -> None:
+    kinds = {Answered: "answers", Graded: "grades", Preference: "pairs", Likelihood: "texts"}
+    assert {name: kinds[one.row] for name, one in METRICS.items()} == domain.METRICS
+    for name, samples in domain.SAMPLES_NEEDED.items():
+        measure(name, [Graded(samples, 0)])
+        if samples > 1:
+            with pytest.raises(InvalidArgument):
+                measure(name, [Graded(samples - 1, 0)])
+    assert {name for name, kind in domain.METRICS.items() if kind == "grades"} == set(domain.SAMPLES_NEEDED)
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 
 from graft.api.v1 import evaluation_pb2, evaluation_service_pb2
+from graft.api.v1.dataset_pb2 import DatasetFormat as Format
 from graft.api.v1.evaluation_service_pb2_grpc import EvaluationServiceStub
+from graft.data.tasks import catalog
+from graft.data.tasks.definition import load
 from graft.domain.evaluations import EvaluationState
 from tests.support.gateways import BASE, Gateway, gateway, refused
 from tests.support.http_gateways import http_gateway
 from tests.unit.test_gateway_jobs import uploaded
+from tests.unit.test_gateway_tasks import trained_with
+from tests.unit.test_gateway_tasks import uploaded as upload_rows
 
 Evaluation = evaluation_pb2.Evaluation
 
@@ -87,8 +92,107 @@ async def test_shots_need_data_of_their_own(tmp_path: Path) -> None:
         asked = Evaluation(dataset=dataset, contestants=[evaluation_pb2.Contestant(model=BASE, shots=4)])
         error = await refused(created(it, asked))
         assert "shots_dataset: is required" in error.message
-        asked.shots_dataset = dataset
-        assert "would be shown" in (await refused(created(it, asked))).message
+        for same in (dataset, await uploaded(it)):
+            asked.shots_dataset = same
+            assert "would be shown" in (await refused(created(it, asked))).message
+
+
+LINES = {
+    "pairs": (Format.DATASET_FORMAT_PREFERENCE, {"prompt": "p", "chosen": "a", "rejected": "b"}),
+    "texts": (Format.DATASET_FORMAT_TEXT, {"text": "Once upon a time."}),
+    "raw": (Format.DATASET_FORMAT_PROMPT_COMPLETION, {"prompt": "p", "completion": "c"}),
+    "chat": (Format.DATASET_FORMAT_QUESTION_ANSWER, {"question": "q", "answer": "a"}),
+    "graded": (Format.DATASET_FORMAT_GRADED_PROMPTS, {"prompt": "p", "answer": "a"}),
+    "graded chat": (
+        Format.DATASET_FORMAT_GRADED_PROMPTS,
+        {"messages": [{"role": "user", "content": "q"}], "answer": "a"},
+    ),
+    "fields": (Format.DATASET_FORMAT_FIELDS, {"review": "Fine", "sentiment": "positive"}),
+}
+
+
+async def stored(it: Gateway, kind: str, count: int = 4) -> str:
+    format, row = LINES[kind]
+    return await upload_rows(it, [row] * count, format)
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown", "fields", "field", "told"),
+    [
+        ("pairs", "raw", {}, "contestants[1].shots", "are 2, and of preference rows"),
+        ("texts", "raw", {}, "contestants[1].shots", "are 2, and of text rows"),
+        ("raw", "texts", {}, "shots_dataset", "text rows, which hold no answers"),
+        ("raw", "graded", {}, "shots_dataset", "graded_prompts rows, which hold no answers"),
+        ("raw", "chat", {}, "shots_dataset", "turns of a chat, and those of the dataset are raw text"),
+        ("chat", "raw", {}, "shots_dataset", "raw text, and those of the dataset are turns of a chat"),
+        ("graded", "chat", {"grader": {"kind": "exact_match"}}, "shots_dataset", "of the dataset are raw text"),
+        ("graded chat", "raw", {"grader": {"kind": "exact_match"}}, "shots_dataset", "are turns of a chat: the one"),
+        ("fields", "raw", {"task": "sentiment"}, "shots_dataset", "hold their prompt already"),
+        ("fields", "chat", {"task": "sentiment"}, "shots_dataset", "has no 'review' and no 'sentiment'"),
+    ],
+)
+async def test_shots_that_could_not_be_shown_are_refused(
+    tmp_path: Path, asked: str, shown: str, fields: dict[str, Any], field: str, told: str
+) -> None:
+    contestants = [evaluation_pb2.Contestant(model=BASE), evaluation_pb2.Contestant(model=BASE, shots=2)]
+    async with gateway(tmp_path) as it:
+        given = Evaluation(
+            dataset=await stored(it, asked), shots_dataset=await stored(it, shown), contestants=contestants, **fields
+        )
+        error = await refused(created(it, given))
+        assert [fault.field for fault in error.violations] == [field]
+        assert told in error.violations[0].description
+
+
+async def test_shots_of_the_same_kind_are_taken_up_to_the_rows_that_there_are(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        for asked, shown, fields in (
+            ("raw", "raw", {}),
+            ("graded", "raw", {"grader": {"kind": "exact_match"}}),
+            ("graded chat", "chat", {"grader": {"kind": "exact_match"}}),
+            ("fields", "fields", {"task": "sentiment"}),
+        ):
+            given = evaluation(await stored(it, asked, 6), BASE, shots_dataset=await stored(it, shown), **fields)
+            given.contestants[0].shots = 4
+            assert (await created(it, given)).contestants[0].shots == 4
+            given.contestants[0].shots = 5
+            error = await refused(created(it, given))
+            assert "has 4 rows, and 5 shots are asked for" in error.message
+
+
+async def test_a_metric_of_more_samples_than_are_taken_is_refused(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        dataset, grader = await stored(it, "graded"), {"kind": "exact_match"}
+        for samples, told in ((0, "samples is 1"), (4, "samples is 4")):
+            given = evaluation(dataset, grader=grader, samples=samples, metrics=["pass_at_1", "pass_at_5"])
+            error = await refused(created(it, given))
+            assert [fault.field for fault in error.violations] == ["metrics[1]"]
+            assert f"'pass_at_5' needs 5 samples or more of each prompt; {told}" in error.message
+        await created(it, evaluation(dataset, grader=grader, samples=5, metrics=["pass_at_1", "pass_at_5"]))
+
+
+async def test_labels_from_the_data_are_those_of_its_shots_too(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        asked = await upload_rows(it, [{"text": "x", "label": label} for label in ("a", "b")])
+        shown = await upload_rows(it, [{"text": "x", "label": label} for label in ("a", "b", "c")])
+        made = await created(it, evaluation(asked, BASE, task="text-classification", shots_dataset=shown))
+        assert load(made.task_definition).labels == ("a", "b", "c")
+
+
+async def test_labels_from_the_data_are_those_that_the_models_were_trained_with_too(tmp_path: Path) -> None:
+    trained = catalog.builtin("text-classification").with_labels(("a", "b", "z"))
+    async with gateway(tmp_path) as it:
+        await trained_with(it.store, trained.to_text())
+        asked = await upload_rows(it, [{"text": "x", "label": label} for label in ("a", "b")])
+        made = await created(it, evaluation(asked, task="text-classification"))
+        assert load(made.task_definition) == trained
+        alone = await created(it, evaluation(asked, BASE, task="text-classification"))
+        assert load(alone.task_definition).labels == ("a", "b")
+        await trained_with(it.store, "name: from-the-future\nshape: round\n")
+        assert load((await created(it, evaluation(asked, task="text-classification"))).task_definition).labels == (
+            "a",
+            "b",
+        )
 
 
 async def test_the_same_over_http_with_the_report_once_it_has_succeeded(tmp_path: Path) -> None:

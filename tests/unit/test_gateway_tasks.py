@@ -229,6 +229,17 @@ async def test_labels_are_taken_from_the_data_where_the_task_says_so(tmp_path: P
         assert "more than 256 different values" in fields_of(error)["task"]
 
 
+async def test_a_label_that_first_comes_late_counts(tmp_path: Path) -> None:
+    rows = [{"text": "x", "label": "ab"[n % 2]} for n in range(10_001)]
+    async with gateway(tmp_path) as it:
+        dataset = await uploaded(it, [*rows, {"text": "x", "label": "rare"}])
+        job = await created(it, dataset, task="text-classification")
+        assert load(job.task_definition).labels == ("a", "b", "rare")
+        spaced = await uploaded(it, [*rows[:2], {"text": "x", "label": "b "}])
+        error = await refused(created(it, spaced, task="text-classification"))
+        assert "'b ' differs from 'b' in white space alone" in fields_of(error)["task"]
+
+
 async def test_training_goes_on_with_the_task_of_the_version_that_it_starts_from(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         dataset = await uploaded(it, [{"review": "x", "verdict": "yes"}])

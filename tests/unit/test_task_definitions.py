@@ -10,12 +10,10 @@ import yaml
 
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import load
-from graft.data.tasks.reading import METRICS
 from graft.data.tasks.rows import to_prompt, to_training_row, trained_as
 from graft.data.tasks.templates import render_choices, render_prompt
 from graft.domain.errors import InvalidArgument, NotFound
 from graft.domain.resources import DatasetFormat
-from graft.evaluation import figures
 
 PLAIN: dict[str, Any] = {
     "name": "films",
@@ -205,10 +203,6 @@ def test_missing_and_unknown_inputs_are_told_together() -> None:
         render_prompt(catalog.builtin("question-answering"), {"questoin": "Who?"})
     assert [fault.field for fault in caught.value.violations] == ["inputs.questoin", "inputs.question"]
     assert "it needs question, and may have context" in caught.value.message
-
-
-def test_metric_names_are_those_that_evaluations_know() -> None:
-    assert set(METRICS) == set(figures.METRICS)
 
 
 def test_tasks_need_neither_tokenizers_nor_torch() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from graft.data.prepare import Example
 from graft.domain.errors import FailedPrecondition, InvalidArgument
 from graft.domain.jobs import LastLayers, Lora, OverLengthPolicy, ServedAs, Tuning
 from graft.domain.resources import BaseModel, DatasetFormat
+from graft.orchestrator.evaluating import Probe, fits
 from graft.registry.base_models import LINEAR
 from graft.registry.digest import adapter_digest
 from graft.serving.prove import base_shapes, prove
@@ -20,7 +22,7 @@ from graft.training import loop, memory
 from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED
 from graft.training.results import Yardstick, save_result
-from graft.training.saving import save_checkpoint
+from graft.training.saving import PROBE_TOKENS, describe, save_checkpoint
 from graft.training.spec import RunSpec, StartFrom
 from graft.training.tuning import load_base, reference, tune
 from tests.support.tiny_llama import make_tiny_llama
@@ -176,6 +178,49 @@ def test_each_choice_learns_and_what_it_leaves_loads_as_it_was_served(
         first, second = (each.apply_chat_template(messages, tokenize=True) for each in tokenizers)
         assert first == second
         assert json.loads((root / "model" / "graft.json").read_text())["probes"] != about["probes"]
+
+
+def _long(count: int, mask: Callable[[int], bool]) -> list[Example]:
+    rng = random.Random(1)
+    length = 400
+    return [
+        Example([rng.randint(3, 250) for _ in range(length)], [mask(place) for place in range(length)])
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first_learned", "prompt_tokens"), [(0, 1), (1, 1), (100, 100), (390, PROBE_TOKENS // 2), (399, PROBE_TOKENS // 2)]
+)
+def test_probes_of_long_examples_are_excerpts_that_the_engine_scores_as_the_trainer_did(
+    first_learned: int, prompt_tokens: int, spec: RunSpec, base_folder: Path
+) -> None:
+    mine = replace(spec, context_tokens=400)
+    model = _plain(base_folder)
+    examples = _long(5, lambda place: place >= first_learned)
+    # The base's own positions are scored by plain transformers, the trainer's by its packed attention.
+    about = describe(mine, load_base(mine, CPU), examples)
+    assert len(about["probes"]) == 4
+    for probe, example in zip(about["probes"], examples, strict=False):
+        prompt, completion = probe["prompt_token_ids"], probe["completion_token_ids"]
+        assert fits(Probe(prompt, completion, 0.0), PROBE_TOKENS + 1)
+        assert len(prompt) == prompt_tokens
+        place = max(first_learned, 1)
+        assert completion[0] == example.token_ids[place], "the completion starts at the first learned token"
+        assert prompt + completion == example.token_ids[place - len(prompt) : place + len(completion)]
+        with torch.no_grad():
+            scored = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        expected = [float(scored[len(prompt) - 1 + n, token]) for n, token in enumerate(completion)]
+        assert probe["mean_logprob"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
+def test_a_probe_leaves_room_for_an_answer_in_the_context_that_it_was_trained_in(
+    spec: RunSpec, base_folder: Path
+) -> None:
+    del base_folder
+    about = describe(spec, load_base(spec, CPU), _long(1, bool))
+    (probe,) = about["probes"]
+    assert fits(Probe(probe["prompt_token_ids"], probe["completion_token_ids"], 0.0), spec.context_tokens)
 
 
 def test_what_may_change_is_exactly_what_was_chosen(spec: RunSpec) -> None:

@@ -6,7 +6,6 @@ Owns the over-length policy, the cutting of documents and which tokens have loss
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from graft.data.canonical import Preference, canonical
 from graft.data.graded import PromptExample, graded_prompt, render_prompt
 from graft.data.preference import PreferenceExample, render_preference
-from graft.data.reading import read_rows
+from graft.data.reading import naming_row, read_rows
 from graft.data.rendering import Example, Tokenizer, render
 from graft.data.split import Split
 from graft.data.spool import Spool, View
@@ -186,7 +185,7 @@ def render_row(
     task: TaskDefinition | None = None,
 ) -> Example:
     """The example of a file's row. A refusal names the row, counted from 1."""
-    with _naming(row_number):
+    with naming_row(row_number):
         return render(canonical(*trained_as(task, row, format)), tokenizer)
 
 
@@ -201,7 +200,7 @@ def _sequences(
     """The example of a row, the two answers of a preference, or the prompt whose answers are graded."""
     if method not in (Method.PREFERENCE, Method.REINFORCEMENT):
         return (render_row(row, format, tokenizer, row_number, task),)
-    with _naming(row_number):
+    with naming_row(row_number):
         if method is Method.REINFORCEMENT:
             return (render_prompt(graded_prompt(row, format, task), tokenizer),)
         found = canonical(row, format)
@@ -213,19 +212,6 @@ def _sequences(
             )
         pair = render_preference(found, tokenizer)
         return pair.chosen, pair.rejected
-
-
-@contextmanager
-def _naming(row_number: int) -> Iterator[None]:
-    try:
-        yield
-    except InvalidArgument as error:
-        raise InvalidArgument(
-            f"Row {row_number}: {error.message}",
-            reason=error.reason,
-            metadata=error.metadata,
-            violations=(FieldViolation(f"row {row_number}", error.message),),
-        ) from None
 
 
 def _pieces(document: Example, context_tokens: int) -> Iterator[Example]:

@@ -7,18 +7,20 @@ models, tokenizers or who answers.
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graft.data.canonical import Chat, GradedPrompt, Message, Pair, Preference, Text, Tool, canonical
-from graft.data.reading import read_rows
+from graft.data.canonical import Chat, Message, Pair, Preference, Text, Tool, canonical
+from graft.data.graded import graded_prompt
+from graft.data.reading import naming_row, read_rows
 from graft.data.split import canonical_json
 from graft.data.tasks.definition import TaskDefinition
-from graft.data.tasks.rows import FORMATS, inputs_of, to_prompt, trained_as
+from graft.data.tasks.rows import FORMATS, inputs_of, trained_as
 from graft.data.tasks.templates import render_choices
-from graft.domain.errors import InvalidArgument
+from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.domain.evaluations import METRICS
 from graft.domain.resources import DatasetFormat
 
 MOST_LABELS = 20
@@ -48,10 +50,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Grade:
-    """A prompt whose answers are graded by the row's other fields."""
+    """A prompt whose answers are graded."""
 
     prompt: Prompt
     row: Mapping[str, Any]
+    """The whole row, as a grader sees it in training."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,17 @@ def read_questions(
 ) -> Questions:
     """The questions of a validated file's rows, or of `max_rows` of them chosen by the hash of their content.
 
-    Raises InvalidArgument: INVALID_TASK_ROW naming what a task's template misses, NOTHING_TO_ASK.
+    Raises InvalidArgument, naming the row: INVALID_TASK_ROW for what a task's template misses and for an answer that is
+    none of its choices, NOTHING_TO_ASK.
     """
-    rows = read_rows(path) if not max_rows else _chosen(read_rows(path), max_rows)
-    items = tuple(question(row, format, task) for row in rows)
+    rows = enumerate(read_rows(path), start=1)
+    items = tuple(
+        _numbered(number, row, format, task) for number, row in (_chosen(rows, max_rows) if max_rows else rows)
+    )
     if not items:
         raise InvalidArgument("The data set has no rows to ask.", reason="NOTHING_TO_ASK")
     decoding = task.decoding if task else None
-    labels = _task_labels(task)
+    labels = _task_labels(task) if format in FORMATS else ()
     if not labels:
         labels, items = _found_labels(items)
     return Questions(
@@ -115,14 +121,15 @@ def read_questions(
     )
 
 
+def _numbered(row_number: int, row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None) -> Question:
+    with naming_row(row_number):
+        return question(row, format, task)
+
+
 def question(row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None = None) -> Question:
     """One row's question. Raises InvalidArgument for a row that has no answer to compare with."""
-    if format is DatasetFormat.GRADED_PROMPTS and task is None:
-        found = canonical(row, format)
-        assert isinstance(found, GradedPrompt)
-        return Grade(_prompt(found.prompt), found.row)
-    if task is not None and format is DatasetFormat.GRADED_PROMPTS:
-        return Grade(_prompt(to_prompt(task, row)), row)
+    if format is DatasetFormat.GRADED_PROMPTS:
+        return Grade(_prompt(graded_prompt(row, format, task).prompt), row)
     trained, shape = trained_as(task if format in FORMATS else None, row, format)
     found = canonical(trained, shape)
     choices = render_choices(task, inputs_of(task, row)) if task is not None and format in FORMATS else ()
@@ -151,16 +158,22 @@ def with_shots(prompt: Prompt, shots: Sequence[Ask]) -> Prompt:
     """The prompt after `shots`: as earlier turns of the same chat, or as raw text before it.
 
     Of shots in a chat only the turns count, since the prompt has a system message of its own.
+    Raises InvalidArgument (SHOTS_OF_ANOTHER_KIND) for raw text before a chat, and for turns before raw text.
     """
+    if any(isinstance(shot.prompt, str) is not isinstance(prompt, str) for shot in shots):
+        raise InvalidArgument(
+            "Shots that are raw text cannot be shown before a chat, nor turns of a chat before raw text: take them "
+            "from rows of the same format as those that are asked.",
+            reason="SHOTS_OF_ANOTHER_KIND",
+        )
     if isinstance(prompt, str):
-        shown = [f"{shot.prompt}{shot.completion}" for shot in shots if isinstance(shot.prompt, str)]
-        return SHOT_SEPARATOR.join([*shown, prompt])
+        return SHOT_SEPARATOR.join([*(f"{shot.prompt}{shot.completion}" for shot in shots), prompt])
     system = tuple(message for message in prompt[:1] if message["role"] == "system")
     turns: list[Message] = []
     for shot in shots:
-        if not isinstance(shot.prompt, str):
-            turns += [message for message in shot.prompt if message["role"] != "system"]
-            turns.append({"role": "assistant", "content": shot.completion})
+        assert not isinstance(shot.prompt, str)
+        turns += [message for message in shot.prompt if message["role"] != "system"]
+        turns.append({"role": "assistant", "content": shot.completion})
     return (*system, *turns, *prompt[len(system) :])
 
 
@@ -183,12 +196,12 @@ def choose_shots(questions: Questions, count: int) -> list[Ask]:
     return chosen[:count]
 
 
-def _chosen(rows: Iterable[Mapping[str, Any]], count: int) -> Iterator[Mapping[str, Any]]:
+def _chosen(rows: Iterable[tuple[int, Mapping[str, Any]]], count: int) -> Iterable[tuple[int, Mapping[str, Any]]]:
     def key(row: Mapping[str, Any]) -> bytes:
         return hashlib.blake2b(canonical_json(row), digest_size=16).digest()
 
-    smallest = heapq.nsmallest(count, enumerate(rows), key=lambda item: (key(item[1]), item[0]))
-    return (row for _, row in sorted(smallest, key=lambda item: item[0]))
+    smallest = heapq.nsmallest(count, rows, key=lambda item: (key(item[1]), item[0]))
+    return sorted(smallest, key=lambda item: item[0])
 
 
 def _prompt(value: str | Sequence[Message]) -> Prompt:
@@ -198,9 +211,20 @@ def _prompt(value: str | Sequence[Message]) -> Prompt:
 def _ask(
     prompt: Prompt, completion: str, tools: tuple[Tool, ...], task: TaskDefinition | None, choices: tuple[str, ...]
 ) -> Ask:
-    labels = _task_labels(task) if choices else ()
     ask = Ask(prompt, completion, completion.strip(), tools, choices)
-    return replace(ask, reference=label_of(ask, labels, ask.reference))
+    if task is None or not choices:
+        return ask
+    labels = _task_labels(task)
+    reference = label_of(ask, labels, ask.reference)
+    if reference not in labels:
+        told = f"{reference[:80]!r} is none of the task's choices: {', '.join(labels)}"
+        raise InvalidArgument(
+            f"{task.completion.field}: {told}.",
+            reason="INVALID_TASK_ROW",
+            metadata={"task": task.name},
+            violations=(FieldViolation(task.completion.field, told),),
+        )
+    return replace(ask, reference=reference)
 
 
 def _task_labels(task: TaskDefinition | None) -> tuple[str, ...]:
@@ -221,13 +245,14 @@ def _found_labels(items: tuple[Question, ...]) -> tuple[tuple[str, ...], tuple[Q
 
 
 def _fitting(first: Question, labels: Sequence[str], task: TaskDefinition | None) -> tuple[str, ...]:
+    """The task's metrics that can be computed from such questions, or else those that fit them."""
     match first:
         case Grade():
             return ("pass_at_1",)
         case Rank():
             return ("win_rate",)
         case Predict():
-            return ("perplexity", "bits_per_byte")
-    if task is not None and task.metrics:
-        return task.metrics
-    return ("accuracy", "macro_f1") if labels else ("rouge_l", "token_f1")
+            # Bits per byte first: of two tokenizers, tokens cannot be compared.
+            return ("bits_per_byte", "perplexity")
+    told = tuple(name for name in task.metrics if METRICS[name] == "answers") if task is not None else ()
+    return told or (("accuracy", "macro_f1") if labels else ("rouge_l", "token_f1"))

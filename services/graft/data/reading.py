@@ -7,6 +7,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ def container_of(head: bytes) -> Container | None:
     if not text or text[:1] in b"{[":
         return Container.JSONL
     return None if _BINARY.search(text) else Container.CSV
+
+
+@contextmanager
+def naming_row(row_number: int) -> Iterator[None]:
+    """Says of each InvalidArgument which row, counted from 1, it is about."""
+    try:
+        yield
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            f"Row {row_number}: {error.message}",
+            reason=error.reason,
+            metadata=error.metadata,
+            violations=(FieldViolation(f"row {row_number}", error.message),),
+        ) from None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,28 @@ from enum import StrEnum
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import JobError
 
+METRICS = {
+    "accuracy": "answers",
+    "macro_f1": "answers",
+    "exact_match": "answers",
+    "token_f1": "answers",
+    "rouge_1": "answers",
+    "rouge_2": "answers",
+    "rouge_l": "answers",
+    "chrf": "answers",
+    "pass_at_1": "grades",
+    "pass_at_5": "grades",
+    "pass_at_10": "grades",
+    "pass_at_100": "grades",
+    "win_rate": "pairs",
+    "perplexity": "texts",
+    "bits_per_byte": "texts",
+}
+"""Every metric, and what it is computed from: answers compared with references, grades of samples, the likelihoods of
+two answers, or of a text. `graft.evaluation.figures` computes them."""
+SAMPLES_NEEDED = {f"pass_at_{k}": k for k in (1, 5, 10, 100)}
+"""Samples of each prompt that a metric of grades needs at least."""
+
 
 class EvaluationState(StrEnum):
     """Where an evaluation is. Only the orchestrator moves it."""

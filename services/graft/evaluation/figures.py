@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from graft.domain.errors import InvalidArgument
 from graft.evaluation import metrics
-from graft.evaluation.bootstrap import RESAMPLES, Estimate, Statistic, estimate, mean_of
+from graft.evaluation.bootstrap import RESAMPLES, Statistic, estimate, mean_of
 from graft.evaluation.confusion import macro_f1_of
 
 
@@ -118,8 +118,7 @@ def measure(
     Raises:
         InvalidArgument: an unknown metric, no rows, rows of another kind, or as the metric's scorer.
     """
-    statistic = _statistic(metric(metric_name), rows, labels)
-    return _figure(metric_name, estimate(statistic, len(rows), resamples=resamples, seed=seed), len(rows))
+    return figure_of(metric_name, statistic(metric_name, rows, labels), len(rows), resamples=resamples, seed=seed)
 
 
 def difference(
@@ -137,11 +136,9 @@ def difference(
         InvalidArgument: rows that do not pair up (another number, other references, and for perplexity other token
             counts, since figures per token of two tokenizers cannot be compared), or as `measure`.
     """
-    found = metric(metric_name)
-    ours, theirs = _statistic(found, rows, labels), _statistic(found, baseline, labels)
-    _check_pairs(metric_name, rows, baseline)
-    both = estimate(lambda drawn: ours(drawn) - theirs(drawn), len(rows), resamples=resamples, seed=seed)
-    return _figure(metric_name, both, len(rows))
+    ours, theirs = statistic(metric_name, rows, labels), statistic(metric_name, baseline, labels)
+    check_pairs(metric_name, rows, baseline)
+    return figure_of(metric_name, less(ours, theirs), len(rows), resamples=resamples, seed=seed)
 
 
 def scores(metric_name: str, rows: Sequence[Row]) -> list[float] | None:
@@ -157,15 +154,28 @@ def scores(metric_name: str, rows: Sequence[Row]) -> list[float] | None:
     return _SCORERS[metric_name](rows)
 
 
-def _figure(name: str, found: Estimate, n: int) -> Figure:
-    return Figure(name, found.value, found.low, found.high, n)
+def statistic(metric_name: str, rows: Sequence[Row], labels: Sequence[str] = ()) -> Statistic:
+    """The metric as a statistic of `rows`, each of which is scored once, here.
 
-
-def _statistic(found: Metric, rows: Sequence[Row], labels: Sequence[str]) -> Statistic:
+    Raises:
+        InvalidArgument: as `measure`.
+    """
+    found = metric(metric_name)
     if not rows:
         raise InvalidArgument(f"{found.title} needs at least one row.", reason="NO_SCORES")
     _check_kind(found, rows)
     return found.statistic(rows, labels)
+
+
+def less(ours: Statistic, theirs: Statistic) -> Statistic:
+    """The paired difference of two statistics."""
+    return lambda drawn: ours(drawn) - theirs(drawn)
+
+
+def figure_of(metric_name: str, statistic: Statistic, n: int, *, resamples: int = RESAMPLES, seed: int = 0) -> Figure:
+    """The figure of a statistic of `n` rows. Raises InvalidArgument as `graft.evaluation.bootstrap.estimate`."""
+    found = estimate(statistic, n, resamples=resamples, seed=seed)
+    return Figure(metric_name, found.value, found.low, found.high, n)
 
 
 def _check_kind(found: Metric, rows: Sequence[Row]) -> None:
@@ -178,7 +188,8 @@ def _check_kind(found: Metric, rows: Sequence[Row]) -> None:
             )
 
 
-def _check_pairs(name: str, rows: Sequence[Row], baseline: Sequence[Row]) -> None:
+def check_pairs(name: str, rows: Sequence[Row], baseline: Sequence[Row]) -> None:
+    """Raises InvalidArgument, as `difference`, for rows that do not pair up."""
     if len(rows) != len(baseline):
         raise InvalidArgument(
             f"{len(rows)} rows cannot be paired with {len(baseline)} of the baseline: evaluate the same rows.",

@@ -1,15 +1,21 @@
 """What an evaluation must satisfy before it is stored. All its faults are reported together."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+from graft.data.reading import read_rows
+from graft.data.tasks.definition import load
+from graft.data.tasks.rows import FORMATS
 from graft.domain.errors import FailedPrecondition, FieldViolation, GraftError, InvalidArgument, NotFound
-from graft.domain.evaluations import Contestant, EvaluationSpec
+from graft.domain.evaluations import METRICS, SAMPLES_NEEDED, Contestant, EvaluationSpec
 from graft.domain.grading import check_grader
 from graft.domain.jobs import JobSpec, Method
-from graft.domain.resources import Dataset
+from graft.domain.resources import Dataset, DatasetFormat
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.resolving import resolve
+from graft.gateway.uploads import on_this_host
 from graft.settings import Settings
 from graft.store.protocol import Store
 
@@ -18,26 +24,6 @@ MAX_CONTESTANTS = 16
 MAX_SHOTS = 64
 MAX_SAMPLES = 200
 """pass@100 with the estimator of Chen et al. 2021 (arXiv:2107.03374) samples 200."""
-METRICS = {
-    "accuracy": "answers",
-    "macro_f1": "answers",
-    "exact_match": "answers",
-    "token_f1": "answers",
-    "rouge_1": "answers",
-    "rouge_2": "answers",
-    "rouge_l": "answers",
-    "chrf": "answers",
-    "pass_at_1": "grades",
-    "pass_at_5": "grades",
-    "pass_at_10": "grades",
-    "pass_at_100": "grades",
-    "win_rate": "pairs",
-    "perplexity": "texts",
-    "bits_per_byte": "texts",
-}
-"""Every metric, and what it is computed from. `graft.evaluation` computes them: it is not imported here, where numpy
-would be a guest; a test holds the two together."""
-NEEDS = {"answers": "answers", "grades": "graded_prompts", "pairs": "preference", "texts": "text"}
 
 
 def measured_from(dataset: Dataset) -> str:
@@ -54,28 +40,35 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, set
     missing: list[FieldViolation] = []
     wrong: list[FieldViolation] = []
     dataset: Dataset | None = None
+    shown: Dataset | None = None
     try:
-        dataset = await store.get_dataset(project, spec.dataset)
+        dataset = await on_this_host(settings, await store.get_dataset(project, spec.dataset))
     except NotFound as error:
         missing.append(FieldViolation("dataset", error.message))
     if spec.shots_dataset is not None:
         try:
-            await store.get_dataset(project, spec.shots_dataset)
+            shown = await on_this_host(settings, await store.get_dataset(project, spec.shots_dataset))
         except NotFound as error:
             missing.append(FieldViolation("shots_dataset", error.message))
-    contestants = []
+    contestants: list[Contestant] = []
+    learned: list[str] = []
     for index, contestant in enumerate(spec.contestants):
         field = f"contestants[{index}].model"
         try:
             found = await resolve(store, project, contestant.model, settings.serving.base_model)
             contestants.append(replace(contestant, model=found.public_model))
+            learned.append(found.task_definition)
         except (InvalidArgument, FailedPrecondition) as error:
             wrong.append(FieldViolation(field, error.message))
         except NotFound as error:
             missing.append(FieldViolation(field, error.message))
     wrong += [*_check_contestants(spec, contestants), *_check_numbers(spec), *_check_metrics(spec, dataset)]
-    spec, faults = await _with_task(spec, dataset, settings)
+    if dataset is not None and shown is not None and shown.digest == dataset.digest:  # the same file twice, perhaps
+        wrong.append(FieldViolation("shots_dataset", "is the data that is asked: the answers would be shown"))
+    spec, faults = await _with_task(spec, dataset, shown, learned)
     wrong += faults
+    if dataset is not None and not faults:
+        wrong += await asyncio.to_thread(lambda: [*_check_shots(spec, dataset, shown)])
     if wrong or missing:
         violations = (*wrong, *missing)
         kind: type[GraftError] = InvalidArgument if wrong else NotFound
@@ -88,15 +81,55 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, set
 
 
 async def _with_task(
-    spec: EvaluationSpec, dataset: Dataset | None, settings: Settings
+    spec: EvaluationSpec, dataset: Dataset | None, shown: Dataset | None, learned: list[str]
 ) -> tuple[EvaluationSpec, list[FieldViolation]]:
-    """As a job's task is checked, its data being the data that is asked."""
+    """As a job's task is checked, its data being the data that is asked and that shots are taken from.
+
+    Labels that are taken from the data are also those that the contestants `learned`: held-out data that lacks one
+    would make another prompt than they were trained with, and leave less to confuse.
+    """
     job = JobSpec("", spec.dataset, task=spec.task, task_definition=spec.task_definition)
     if dataset is not None and measured_from(dataset) == "grades":
         job = replace(job, method=Method.REINFORCEMENT)
-    job, faults = await with_task(job, dataset, None, None, settings)
+    job, faults = await with_task(job, dataset, None, None, shown, learned)
     renamed = [replace(fault, field=fault.field.replace("training_dataset", "dataset")) for fault in faults]
     return replace(spec, task=job.task, task_definition=job.task_definition), renamed
+
+
+def _check_shots(spec: EvaluationSpec, dataset: Dataset, shown: Dataset | None) -> Iterator[FieldViolation]:
+    """Whether every contestant's shots can be shown before what is asked. Reads a row of graded prompts."""
+    if measured_from(dataset) in ("pairs", "texts"):
+        for index, contestant in enumerate(spec.contestants):
+            if contestant.shots:
+                yield FieldViolation(
+                    f"contestants[{index}].shots",
+                    f"are {contestant.shots}, and of {dataset.format} rows the given texts are scored as they are, "
+                    "without examples; use 0",
+                )
+        return
+    most = max((contestant.shots for contestant in spec.contestants), default=0)
+    if shown is None or not most:
+        return
+    if measured_from(shown) != "answers":
+        yield FieldViolation("shots_dataset", f"has {shown.format} rows, which hold no answers to show")
+    elif _is_chat(spec, dataset) is not _is_chat(spec, shown):
+        kinds = {True: "turns of a chat", False: "raw text"}
+        yield FieldViolation(
+            "shots_dataset",
+            f"has prompts that are {kinds[_is_chat(spec, shown)]}, and those of the dataset are "
+            f"{kinds[_is_chat(spec, dataset)]}: the one cannot be shown before the other; give rows of the same format",
+        )
+    elif most > shown.row_count:
+        yield FieldViolation("shots_dataset", f"has {shown.row_count} rows, and {most} shots are asked for")
+
+
+def _is_chat(spec: EvaluationSpec, dataset: Dataset) -> bool:
+    """Whether a data set's prompts, or the first of graded ones, are turns of a chat rather than raw text."""
+    if spec.task_definition and dataset.format in FORMATS:
+        return load(spec.task_definition).is_chat
+    if dataset.format is DatasetFormat.GRADED_PROMPTS and (path := Path(dataset.uri)).is_file():
+        return not isinstance(next(read_rows(path), {}).get("prompt"), str)
+    return dataset.format is not DatasetFormat.PROMPT_COMPLETION
 
 
 def _check_contestants(spec: EvaluationSpec, resolved: list[Contestant]) -> Iterator[FieldViolation]:
@@ -110,8 +143,6 @@ def _check_contestants(spec: EvaluationSpec, resolved: list[Contestant]) -> Iter
             yield FieldViolation(f"contestants[{index}].shots", f"{contestant.shots} is outside [0, {MAX_SHOTS}]")
     if spec.shots_dataset is None and any(contestant.shots for contestant in spec.contestants):
         yield FieldViolation("shots_dataset", "is required: contestants with shots take them from it")
-    if spec.shots_dataset is not None and spec.shots_dataset == spec.dataset:
-        yield FieldViolation("shots_dataset", "is the data set that is asked: the answers would be shown")
 
 
 def _check_numbers(spec: EvaluationSpec) -> Iterator[FieldViolation]:
@@ -134,6 +165,8 @@ def _check_metrics(spec: EvaluationSpec, dataset: Dataset | None) -> Iterator[Fi
         elif dataset is not None and METRICS[name] != measured_from(dataset):
             fitting = ", ".join(metric for metric, source in METRICS.items() if source == measured_from(dataset))
             yield FieldViolation(field, f"{name!r} cannot be computed from {dataset.format} rows; use: {fitting}")
+        elif (needed := SAMPLES_NEEDED.get(name, 1)) > (samples := spec.samples or 1):
+            yield FieldViolation(field, f"{name!r} needs {needed} samples or more of each prompt; samples is {samples}")
     if dataset is None:
         return
     graded = measured_from(dataset) == "grades"

@@ -1,13 +1,14 @@
 """What the task of a job must satisfy, and the definition that is stored with the job.
 
-Reads the first rows of the training data: whether they have the task's fields, and the labels of a task that takes them
-from its data. Every row is rendered when the job is validated.
+Reads the first row of the training data for the task's fields, and every row, one at a time, for the labels of a task
+that takes them from its data. Every row is rendered when the job is validated.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 
 from graft.data.reading import read_rows
@@ -17,11 +18,6 @@ from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labels_of
 from graft.domain.errors import FieldViolation, InvalidArgument, NotFound
 from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import AdapterVersion, Dataset, DatasetFormat
-from graft.gateway.uploads import dataset_file
-from graft.settings import Settings
-
-LABEL_ROWS = 10_000
-"""Rows whose labels are collected: a label that is rarer has too few examples to be learned from."""
 
 
 async def with_task(
@@ -29,11 +25,14 @@ async def with_task(
     training: Dataset | None,
     validation: Dataset | None,
     start: AdapterVersion | None,
-    settings: Settings,
+    shown: Dataset | None = None,
+    learned: Sequence[str] = (),
 ) -> tuple[JobSpec, list[FieldViolation]]:
     """The specification with the task's whole definition in it, and what is wrong with the task.
 
-    Rows of fields without a task are of the task of the version that training goes on from, if that has one.
+    Rows of fields without a task are of the task of the version that training goes on from, if that has one. Of an
+    evaluation `shown` is the data set of its shots, `shots_dataset`, and `learned` are the definitions of the tasks
+    that its models were trained with: the labels of both count too.
     """
     if not (spec.task or spec.task_definition) and start and training and training.format is DatasetFormat.FIELDS:
         spec = replace(spec, task_definition=start.task_definition)
@@ -46,14 +45,13 @@ async def with_task(
     wrong = [
         *_check_format(task, training, "training_dataset"),
         *_check_format(task, validation, "validation_dataset"),
+        *_check_format(task, shown, "shots_dataset"),
     ]
     if wrong or training is None:
         return spec, wrong
     try:
         graded = spec.method is Method.REINFORCEMENT
-        file = await asyncio.to_thread(dataset_file, settings, training)
-        if file is not None and training.format not in CONVERSATIONS:  # one that is gone is told at the validation
-            task = await asyncio.to_thread(_with_data, task, file, graded=graded)
+        task = await asyncio.to_thread(_with_data, task, training, shown, learned, graded=graded)
     except InvalidArgument as error:
         return spec, list(error.violations)
     return replace(spec, task=task.name, task_definition=task.to_text()), []
@@ -91,25 +89,41 @@ def _check_format(task: TaskDefinition, dataset: Dataset | None, field: str) -> 
     )
 
 
-def _with_data(task: TaskDefinition, path: Path, *, graded: bool) -> TaskDefinition:
-    """The task with its labels. Rows whose answers are `graded` need hold none.
+def _with_data(
+    task: TaskDefinition, training: Dataset, shown: Dataset | None, learned: Sequence[str], *, graded: bool
+) -> TaskDefinition:
+    """The task with its labels. Rows of the `training` data whose answers are `graded` need hold none.
 
     Raises InvalidArgument when the data does not fit it.
     """
-    needed = task.required if graded else (*task.required, task.completion.field)
-    first = next(read_rows(path), {})
-    if missing := [name for name in needed if name not in first]:
-        raise _refused(
-            "training_dataset",
-            f"has no {' and no '.join(map(repr, missing))}, which the task {task.name!r} needs; it has: "
-            f"{', '.join(first)[:200]}. Rename columns, or write the task for them (`graft tasks new`)",
-        )
-    if not task.labels_from_data:
+    paths = []
+    for dataset, field in ((training, "training_dataset"), (shown, "shots_dataset")):
+        if dataset is None or dataset.format in CONVERSATIONS or not (path := Path(dataset.uri)).is_file():
+            continue  # a file that is gone is told when the job is validated
+        needed = task.required if graded and dataset is training else (*task.required, task.completion.field)
+        first = next(read_rows(path), {})
+        if missing := [name for name in needed if name not in first]:
+            raise _refused(
+                field,
+                f"has no {' and no '.join(map(repr, missing))}, which the task {task.name!r} needs; it has: "
+                f"{', '.join(first)[:200]}. Rename columns, or write the task for them (`graft tasks new`)",
+            )
+        paths.append(path)
+    if not task.labels_from_data or not paths:
         return task
     try:
-        return task.with_labels(labels_of(task, islice(read_rows(path), LABEL_ROWS)))
+        known = [{task.completion.field: label} for label in _labels_learned(task, learned)]
+        return task.with_labels(labels_of(task, chain(known, *map(read_rows, paths))))
     except InvalidArgument as error:
         raise _refused("task", error.message) from None
+
+
+def _labels_learned(task: TaskDefinition, learned: Sequence[str]) -> Iterator[str]:
+    for text in filter(None, learned):
+        with suppress(InvalidArgument):  # of a later version of Graft
+            found = load(text)
+            if found.name == task.name:
+                yield from found.labels
 
 
 def _refused(field: str, description: str) -> InvalidArgument:

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -33,6 +34,14 @@ def dataset_file(settings: Settings, dataset: Dataset) -> Path | None:
             return open_storage(settings).fetch(dataset.uri, settings.home.cache)
         return None
     return next((path for path in _files(settings, dataset.project, dataset.id) if path.is_file()), None)
+
+
+async def on_this_host(settings: Settings, dataset: Dataset) -> Dataset:
+    """The data set with the path that its file has here as its `uri`; as it is when the file is gone."""
+    if not is_url(dataset.uri):
+        return dataset
+    path = await asyncio.to_thread(dataset_file, settings, dataset)
+    return dataset if path is None else replace(dataset, uri=str(path))
 
 
 def remove_dataset_file(settings: Settings, dataset: Dataset) -> None:

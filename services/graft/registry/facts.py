@@ -16,12 +16,9 @@ from graft.registry.weights import Damaged, parameter_count
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a block in each of ARCHITECTURES: LoRA's `all-linear`."""
-ARCHITECTURES = ("LlamaForCausalLM",)
-"""Those that the tests train packed and serve, with an adapter on LINEAR, to the same log-probabilities.
-
-Mistral, Qwen2 and Qwen3 train the same way (tests/unit/test_architectures.py), but no test has yet compared what vLLM
-answers for them with what was trained; until one does they are refused.
-"""
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Those that the tests train packed (tests/unit/test_architectures.py) and serve (tests/integration/
+test_mixed_batches.py), with an adapter on LINEAR, to the log-probabilities of transformers and PEFT."""
 LINEAGE = "graft-model.json"
 """In a folder that Graft made: where the weights come from."""
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))

@@ -58,13 +58,17 @@ class EvaluationStore:
                     )
                 )
         except IntegrityError:
-            query = select(evaluations).where(evaluations.c.project == project, evaluations.c.request_id == request_id)
-            async with self._database.read() as connection:
-                row = (await connection.execute(query)).mappings().one_or_none()
-            if row is None:
+            first = await self._evaluation_of_request(project, request_id) if request_id else None
+            if first is None:  # what was violated is not that a request has one evaluation
                 raise
-            return _evaluation(row)
+            return first
         return await self.get_evaluation(project, evaluation_id)
+
+    async def _evaluation_of_request(self, project: str, request_id: str) -> Evaluation | None:
+        query = select(evaluations).where(evaluations.c.project == project, evaluations.c.request_id == request_id)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).mappings().one_or_none()
+        return None if row is None else _evaluation(row)
 
     async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
         """Raises NotFound naming it and what exists."""

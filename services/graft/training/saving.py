@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from graft.training.tuning import TRAINED
 PROBES = 4
 """Examples whose mean log-probability is kept with the adapter, for proof that the engine computes the same."""
 PROBE_CANDIDATES = 64
-"""The probes are the shortest of so many: cheap to score, and the likeliest to fit the engine's context."""
+"""The probes are the shortest of so many: cheap to score."""
+PROBE_TOKENS = 256
+"""Longest probe. The trainer's context may be longer than the engine's, and every document of a raw text may fill it; a
+wrong weight shows in the first tokens already."""
 LINEAGE = "graft.json"
 SHARD_SIZE = "2GB"
 """Of a whole model's files: small enough to be uploaded and, when a transfer breaks, sent again."""
@@ -94,18 +98,16 @@ def save_checkpoint(model: Any, base_model: Path, folder: Path) -> None:
 
 def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> About:
     """The content of `graft.json`: what was trained, and the probes as `model` scores them now."""
-    candidates = [example for example in examples if completion_tokens(example)][:PROBE_CANDIDATES]
+    candidates = islice((example for example in examples if completion_tokens(example)), PROBE_CANDIDATES)
     probes = []
     for example in sorted(candidates, key=lambda item: len(item.token_ids))[:PROBES]:
-        # The prompt up to the first learned token, and everything after it as one completion. The very first token is
-        # predicted from nothing and can be no completion.
-        start = example.loss_mask.index(True, 1)
-        learned = [position >= start for position in range(len(example.token_ids))]
+        token_ids, start = _excerpt(example, min(PROBE_TOKENS, spec.context_tokens - 1))
+        scored = [position >= start for position in range(len(token_ids))]
         probes.append(
             {
-                "prompt_token_ids": list(example.token_ids[:start]),
-                "completion_token_ids": list(example.token_ids[start:]),
-                "mean_logprob": -mean_loss(model, [Example(example.token_ids, learned)]),
+                "prompt_token_ids": token_ids[:start],
+                "completion_token_ids": token_ids[start:],
+                "mean_logprob": -mean_loss(model, [Example(token_ids, scored)]),
             }
         )
     return {
@@ -116,3 +118,16 @@ def describe(spec: RunSpec, model: Any, examples: Sequence[Example]) -> About:
         "dtype": str(model.dtype).removeprefix("torch."),
         "probes": probes,
     }
+
+
+def _excerpt(example: Example, most_tokens: int) -> tuple[list[int], int]:
+    """The example, or `most_tokens` of it in a row, and where in it the completion starts.
+
+    The completion is everything from the first learned token on. The very first token is predicted from nothing and can
+    be no completion. Of a longer example the end is left out and, where a long prompt comes before the first learned
+    token, the prompt's beginning. What is left is scored as a text of its own, by the trainer as by the engine.
+    """
+    start = example.loss_mask.index(True, 1)
+    whole = len(example.token_ids) <= most_tokens
+    first = 0 if whole else max(start - most_tokens // 2, 0)
+    return list(example.token_ids[first : first + most_tokens]), start - first

@@ -15,17 +15,13 @@ import yaml
 from graft.data.tasks import sandbox
 from graft.data.tasks.sandbox import LABELS
 from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.domain.evaluations import METRICS
 from graft.domain.names import check_id
 
 KEYS = (
     "name", "version", "description", "fields", "completion", "labels", "system", "user", "prompt", "conversations",
     "metrics", "decoding",
 )  # fmt: skip
-METRICS = (
-    "accuracy", "macro_f1", "exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "chrf", "pass_at_1",
-    "pass_at_5", "pass_at_10", "pass_at_100", "perplexity", "bits_per_byte", "win_rate",
-)  # fmt: skip
-"""Names of `graft.evaluation`'s metrics, which this package must not import: the gateway reads definitions too."""
 MAX_FIELDS = 32
 MAX_LABELS = 256
 MAX_TEXTS = 64
@@ -189,6 +185,11 @@ class Reader:
         labels = self.texts(LABELS, most=MAX_LABELS)
         if len(labels) == 1:
             self.fault(LABELS, "has one label; at least two are needed to choose from")
+        first: dict[str, str] = {}
+        for index, label in enumerate(labels):
+            if first.setdefault(label.strip(), label) != label:
+                other = first[label.strip()]
+                self.fault(f"{LABELS}[{index}]", f"{label[:80]!r} differs from {other[:80]!r} in white space alone")
         return labels
 
     def metrics(self) -> tuple[str, ...]:
