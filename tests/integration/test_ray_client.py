@@ -1,5 +1,6 @@
 """Runs on a cluster that is reached by Ray Client, with their files in a bucket, over a link that is cut."""
 
+import asyncio
 import json
 import os
 import pickle
@@ -98,7 +99,9 @@ async def test_a_sweep_leaves_its_best_adapter_in_the_bucket_and_a_cut_link_ends
                 "RAY_CLIENT_RECONNECT_GRACE_PERIOD": str(GRACE_SECONDS),
                 "GRAFT_HOME": str(root / "outside"),
             }
-            ran = subprocess.run(driver, env=environment, capture_output=True, text=True, timeout=560)
+            ran = await asyncio.to_thread(
+                subprocess.run, driver, env=environment, capture_output=True, text=True, timeout=560
+            )
         assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
         found: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
         adapter = storage.fetch_folder(storage.uri("runs", "ft-sweep", "1", "adapter"), root / "adapter")
