@@ -1,6 +1,8 @@
 """Brings adapters to the replica: from the registry, or from a folder that is already there; proven in both cases."""
 
 import asyncio
+import hashlib
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,9 @@ from graft.serving.prove import BaseShapes, base_shapes, prove
 from graft.serving.residency import Ref
 from graft.settings import cache_folder
 from graft.storage import LOCAL, Storage, is_url
+
+KEPT_POLICIES = 2
+"""Of a run: the newest, and the one that is unloaded once that is loaded."""
 
 
 class Registry(Protocol):
@@ -56,7 +61,7 @@ class ProvingPuller:
 
     def _pull(self, ref: Ref) -> Path:
         if is_url(ref.path):
-            folder = self._storage.fetch_folder(ref.path, self._cache / "adapters" / ref.digest.removeprefix("sha256:"))
+            folder = self._fetch(ref)
         elif ref.path:
             folder = Path(ref.path)
         else:
@@ -75,3 +80,14 @@ class ProvingPuller:
             expected_digest=ref.digest,
         )
         return folder
+
+    def _fetch(self, ref: Ref) -> Path:
+        """A policy of a run on another host. Each update leaves one: those before are unloaded by now, and go."""
+        run = hashlib.sha256(ref.path.rpartition("/")[0].encode()).hexdigest()[:16]
+        fetched = self._storage.fetch_folder(
+            ref.path, self._cache / "policies" / run / ref.digest.removeprefix("sha256:")
+        )
+        there = [path for path in fetched.parent.iterdir() if not path.name.startswith(".")]
+        for old in sorted(there, key=lambda path: path.stat().st_mtime)[:-KEPT_POLICIES]:
+            shutil.rmtree(old, ignore_errors=True)
+        return fetched
