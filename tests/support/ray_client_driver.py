@@ -125,8 +125,15 @@ def main() -> None:
     cable = Cable(int(sys.argv[1]))
     spec: RunSpec = pickle.loads(Path(sys.argv[2]).read_bytes())
     link = RayLink(f"ray://127.0.0.1:{cable.port}")
-    link.connect()
     runs = RayRuns(link)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:  # a head that has only just started may not start drivers yet
+        try:
+            runs.cpus()
+            break
+        except ConnectionError:
+            if time.monotonic() > deadline:
+                raise
     found = {"cpus": runs.cpus(), "sweep": sweep(runs, spec), "cuts": cuts(runs, spec, cable)}
     print("\n" + json.dumps(found, default=str), flush=True)
 

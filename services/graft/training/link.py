@@ -46,7 +46,8 @@ class RayLink:
                 # What else `ray.init` takes would be passed on to the driver that the head starts for this session.
                 ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False)
             except ConnectionError as error:
-                raise ConnectionError(f"{self._why_not()} ({error})") from error
+                said = str(error).strip().splitlines()[-1:]  # above it may be the head's trace
+                raise ConnectionError(f"{self._why_not()} ({''.join(said)})") from error
             return
         ray.init(
             address=self._address,
