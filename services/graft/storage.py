@@ -61,18 +61,16 @@ class Storage:
             system.put_file(str(file), _path(uri))
 
     def put_folder(self, folder: Path, uri: str) -> None:
-        """Copies a folder's files up, and then the manifest that makes it whole. Does nothing when that is the same."""
+        """Copies a folder's files up, and then the manifest that makes it whole."""
         files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
-        manifest = json.dumps(files, sort_keys=True).encode()
         with self._told(uri):
             system = self.file_system()
             with suppress(FileNotFoundError):
-                if system.cat_file(_path(f"{uri}/{MANIFEST}")) == manifest:
-                    return
+                system.rm_file(_path(f"{uri}/{MANIFEST}"))  # of a folder that is put again
             for name in files:
                 self._make_parent(system, f"{uri}/{name}")
                 system.put_file(str(folder / name), _path(f"{uri}/{name}"))
-            system.pipe_file(_path(f"{uri}/{MANIFEST}"), manifest)
+            system.pipe_file(_path(f"{uri}/{MANIFEST}"), json.dumps(files).encode())
 
     def write(self, uri: str, content: bytes) -> None:
         """Writes a small file."""
@@ -234,8 +232,8 @@ def base_model_uri(storage: Storage, digest: str) -> str:
 
 def share_base_model(storage: Storage, path: str, digest: str) -> None:
     """Puts a base model where every host can fetch it, once for all. Raises as `Storage`."""
-    if storage.shared:
-        storage.put_folder(Path(path), base_model_uri(storage, digest))
+    if storage.shared and not storage.has_folder(uri := base_model_uri(storage, digest)):
+        storage.put_folder(Path(path), uri)
 
 
 def fetch_base_model(storage: Storage, path: str, digest: str) -> Path:

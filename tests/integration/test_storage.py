@@ -66,6 +66,9 @@ def test_a_folder_is_there_whole_or_not_at_all(storage: Storage, tmp_path: Path)
     copy = storage.fetch_folder(uri, tmp_path / "copy")
     assert (copy / "inner" / "b.json").read_text() == "{}"
     assert (copy / "a.safetensors").stat().st_size == 1000
+    (folder / "a.safetensors").write_bytes(b"b" * 1000)
+    storage.put_folder(folder, uri)
+    assert (storage.fetch_folder(uri, tmp_path / "again") / "a.safetensors").read_bytes() == b"b" * 1000
     storage.delete(storage.uri("runs", "ft-1", "adapter", "a.safetensors"))
     with pytest.raises(NotFound, match="safetensors"):
         storage.fetch_folder(uri, tmp_path / "half")
