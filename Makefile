@@ -6,7 +6,8 @@ SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code 
 .PHONY: help setup demo test test-unit bench showcase $(SHOWCASES) lint stubs lock
 
 help: ## Lists the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@for one in $(SHOWCASES); do printf 'make %-24s Runs this showcase alone; results in docs/showcase.md\n' "$$one"; done
 
 setup: ## Makes .venv with locked dependencies and generated stubs
 	@deploy/setup/setup

@@ -12,7 +12,7 @@ from graft.data import samples
 from graft.data.samples import Material
 from showcase.sources import Sources
 
-TOKENS_PER_SECOND = 380.0
+TOKENS_PER_SECOND = 300.0
 """Of training, measured on two cores (benchmarks/results/training.json); it only sets what a budget takes."""
 LIMIT_SECONDS = 1200.0
 """What a showcase may take, start of the stack aside. Past it, whatever runs is cancelled."""

@@ -12,6 +12,7 @@ from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
 from graft.domain.jobs import JobError, JobSpec, JobState, ServedAs
 from graft.domain.reports import DatasetReport, FoundRows, LabelCount, LengthBin, TrainingEstimate
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
+from graft.domain.shapes import Shape
 from graft.store.database import Database
 from graft.store.mirror import MirrorStore
 from graft.store.protocol import AliasWish, DatasetCheck, Store
@@ -140,8 +141,13 @@ async def test_a_data_set_of_a_live_job_is_not_deleted(store: SqlStore) -> None:
     await store.delete_dataset("default", "ds-1")
 
 
+SHAPE = Shape(2, 64, 128, 64, 32, 300, tied=True)
+
+
 def _base(name: str) -> BaseModel:
-    return BaseModel(name, "/m", "sha256:b", 2**33, 1, 2048, "Apache-2.0", "package", ("q_proj", "v_proj"), 64)
+    return BaseModel(
+        name, "/m", "sha256:b", 2**33, 1, 2048, "Apache-2.0", "package", ("q_proj", "v_proj"), 64, shape=SHAPE
+    )
 
 
 def _version(adapter: str, number: int) -> AdapterVersion:

@@ -99,3 +99,21 @@ async def test_an_evaluation_whose_owner_is_gone_is_taken_by_another(store: SqlS
     await store.end_evaluation(again, "third", EvaluationState.CANCELLED)
     assert (await store.cancel_evaluation("default", "ev-1")).state is EvaluationState.CANCELLED
     assert await store.claim_evaluation("third", LEASE) is None
+
+
+async def test_those_to_be_cancelled_end_at_once_unless_somebody_works_on_them(store: SqlStore) -> None:
+    for number in (1, 2, 3, 4):
+        await store.create_evaluation("default", f"ev-{number}", SPEC, None)
+    assert await store.claim_evaluation("gone", timedelta(seconds=-1)) is not None
+    assert await store.end_cancelled_evaluations() == ()
+    for number in (1, 2, 3):
+        await store.cancel_evaluation("default", f"ev-{number}")
+    mine = await store.claim_evaluation("mine", LEASE)
+    assert mine is not None
+    assert mine.id == "ev-1"
+    assert await store.end_cancelled_evaluations() == ("ev-2", "ev-3")
+    assert await store.end_cancelled_evaluations() == ()
+    states = [(await store.get_evaluation("default", f"ev-{number}")).state for number in (1, 2, 3, 4)]
+    ended = EvaluationState.CANCELLED
+    assert states == [EvaluationState.RUNNING, ended, ended, EvaluationState.QUEUED]
+    assert (await store.get_evaluation("default", "ev-3")).end_time is not None

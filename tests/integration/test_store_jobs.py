@@ -14,6 +14,7 @@ from graft.domain.jobs import (
     JobSpec,
     JobState,
     Lora,
+    Memory,
     OverLengthPolicy,
     Progress,
     Resolved,
@@ -42,8 +43,8 @@ async def _claimed(store: Store, owner: str = "me") -> Job:
 
 
 async def test_a_job_comes_back_as_it_was_given(store: SqlStore) -> None:
-    created = await store.create_job("default", "ft-1", SPEC, None)
-    assert created.spec == SPEC
+    created = await store.create_job("default", "ft-1", SPEC, None, Memory(4, 3, 2, 1))
+    assert (created.spec, created.memory) == (SPEC, Memory(4, 3, 2, 1))
     assert created.state is JobState.VALIDATING
     assert created.create_time.tzinfo is UTC
     assert await store.get_job("default", "ft-1") == created

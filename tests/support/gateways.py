@@ -20,6 +20,7 @@ from grpc_status import rpc_status
 
 from graft.domain.errors import GraftError
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, RegistrySnapshot
+from graft.domain.shapes import Shape
 from graft.gateway import server
 from graft.gateway.auth import Authenticator
 from graft.gateway.core import Core
@@ -60,6 +61,7 @@ def base_model() -> BaseModel:
         source="test",
         target_modules=("q_proj", "v_proj"),
         max_lora_rank=64,
+        shape=Shape(30, 576, 1536, 576, 192, 49152, tied=True),
     )
 
 

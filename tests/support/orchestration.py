@@ -21,7 +21,7 @@ from typing import Any
 
 from graft.data.prepare import DataStats
 from graft.domain.errors import GraftError, NotFound, Unavailable
-from graft.domain.jobs import Event, Job, JobSpec, JobState, Resolved
+from graft.domain.jobs import Event, Job, JobSpec, JobState, Memory, Resolved
 from graft.domain.names import CHAMPION
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
 from graft.internal.v1 import engine_pb2
@@ -31,7 +31,6 @@ from graft.orchestrator.ports import Limits, Parts, PreparedData
 from graft.registry.mlflow_registry import Publication
 from graft.settings import load
 from graft.store.sql import SqlStore
-from graft.training.memory import Memory
 from graft.training.spec import Report, RunStatus, StartFrom
 from tests.support.stores import sqlite_store
 

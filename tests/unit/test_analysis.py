@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from graft.data.analysis import Base, analyse, default_tokens_per_second
+from graft.data.canonical import Chat, canonical
 from graft.data.formats import validate_file
+from graft.data.rendering import render
+from graft.data.tasks.catalog import builtin
+from graft.data.tasks.rows import trained_as
+from graft.domain.errors import InvalidArgument
 from graft.domain.reports import DatasetReport, FoundRows, LabelCount, LengthBin
 from graft.domain.resources import DatasetFormat as Format
 from tests.support.command import Ran, graft
@@ -117,6 +122,79 @@ def test_every_format_is_measured(tmp_path: Path) -> None:
         assert analysed(tmp_path, row).longest > 0
 
 
+class Chatty(Bytes):
+    """A turn is its role's letter, its text and a line's end."""
+
+    def apply_chat_template(self, conversation: Any, *_: Any, add_generation_prompt: bool, **__: Any) -> str:
+        told = "".join(f"{turn['role'][0]}{turn['content']}\n" for turn in conversation)
+        return told + "a" * add_generation_prompt
+
+
+def review(text: str, sentiment: str, **others: int) -> dict[str, Any]:
+    return {"review": text, "sentiment": sentiment, **others}
+
+
+def test_rows_of_fields_are_measured_as_their_task_renders_them(tmp_path: Path) -> None:
+    base = Base("bytes", Chatty(), 200, 135_000_000)
+    rows = [
+        review("A joy.", "positive", id=1),
+        review(" A joy. ", "positive", id=2),  # a field that the task does not read makes no other row of it
+        review("A joy.", "negative", id=3),
+        review("Warm.", "splendid", id=4),  # no label of the task
+        review("A bore. " * 30, "negative", id=5),
+        review(" ", "negative", id=6),
+    ]
+    report = analysed(tmp_path, *rows, declared=Format.FIELDS, base=base, task=builtin("sentiment"))
+    task = builtin("sentiment")
+    lengths, learned = [], 0
+    for number in (0, 1, 2, 4):
+        shape = canonical(*trained_as(task, rows[number], Format.FIELDS))
+        assert isinstance(shape, Chat)
+        example = render(shape, Chatty())
+        lengths.append(len(example.token_ids))
+        learned += sum(example.loss_mask)
+    assert (report.task, report.length_unit, report.tokens) == ("sentiment", "tokens", sum(lengths))
+    assert (report.shortest, report.longest) == (min(lengths), max(lengths))
+    assert report.learned_tokens == learned >= 4 * len("positive")
+    assert report.over_length == FoundRows(1, (5,))
+    assert report.duplicates == FoundRows(1, (2,))
+    assert report.conflicting == FoundRows(3, (1, 2, 3))
+    assert (report.unusable, report.empty) == (FoundRows(2, (4, 6)), FoundRows(1, (6,)))
+    assert report.notes[0].startswith("Row 4: sentiment: 'splendid' is no label of the task")
+    assert report.labels == (LabelCount("negative", 3), LabelCount("positive", 2), LabelCount("splendid", 1))
+    assert report.estimate is not None
+    assert report.estimate.tokens == sum(lengths[:3])
+    untold = analysed(tmp_path, *rows, declared=Format.FIELDS, base=base)
+    assert (untold.task, untold.tokens, untold.unusable) == ("", None, None)
+    assert "name the task" in untold.notes[0]
+
+
+def test_a_task_takes_its_labels_from_the_data_and_its_inputs_are_looked_for_in_held_out_rows(tmp_path: Path) -> None:
+    task = builtin("text-classification")
+    rows = [{"text": f"t{number}", "label": "ab"[number % 2], "id": number} for number in range(6)]
+    held_out = written(tmp_path / "held", {"text": "t1", "label": "a", "id": 99}, {"text": "new", "label": "b"})
+    other = (held_out, validate_file(held_out, Format.FIELDS))
+    base = Base("bytes", Chatty(), 500, 1000)
+    report = analysed(tmp_path, *rows, declared=Format.FIELDS, base=base, task=task, held_out=other)
+    assert (report.unusable, report.leaked) == (FoundRows(0), FoundRows(1, (1,)))
+    assert report.labels == (LabelCount("a", 3), LabelCount("b", 3))
+    with pytest.raises(InvalidArgument) as few:
+        analysed(tmp_path, rows[0], declared=Format.FIELDS, task=task)
+    assert few.value.reason == "INVALID_LABELS"
+
+
+def test_a_task_is_refused_for_rows_that_hold_their_prompt_and_learns_whole_chats_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="hold their prompt already") as unfit:
+        analysed(tmp_path, pair("p", "c"), task=builtin("sentiment"))
+    assert unfit.value.reason == "TASK_UNFIT"
+    base = Base("bytes", Chatty(), 500, 1000)
+    chats = analysed(tmp_path, {"messages": [USER, GOOD]}, base=base, task=builtin("chat"))
+    assert chats.tokens == analysed(tmp_path, {"messages": [USER, GOOD]}, base=base).tokens
+    asked = {"question": "q", "answer": "a"}
+    answered = analysed(tmp_path, asked, base=base, task=builtin("question-answering"))
+    assert (answered.task, answered.tokens is not None) == ("question-answering", True)
+
+
 def test_rows_that_the_chat_template_refuses_are_counted_and_the_first_told(tmp_path: Path) -> None:
     class Refusing(Bytes):
         def apply_chat_template(self, *_: Any, **__: Any) -> str:
@@ -192,6 +270,22 @@ async def test_the_command_shows_tokens_bars_leakage_balance_and_time(tmp_path: 
     as_json = (await validate(home, rows, *options, "--json")).json
     assert (as_json["tokens"], as_json["leaked"]) == (420, {"count": 1, "first_rows": [1]})
     assert sum(one["row_count"] for one in as_json["histogram"]) == 40
+
+
+async def test_the_command_counts_rows_of_fields_through_a_task_or_its_file(tmp_path: Path, home: Path) -> None:
+    rows = written(tmp_path / "rows", *[review(f"film {n}", "positive" if n % 4 else "negative") for n in range(40)])
+    options = ("--base-model", "tiny", "--format", "fields", "--task")
+    ran = await validate(home, rows, *options, "sentiment")
+    assert ran.code == 0, ran.err
+    told = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in ran.out.splitlines() if "  " in line}
+    assert told["task"] == "sentiment"
+    assert "by tiny" in told["tokens"]
+    assert "  positive  30  " in ran.out
+    own = tmp_path / "own.yaml"
+    own.write_text(builtin("sentiment").to_text())
+    as_json = (await validate(home, rows, *options, own, "--json")).json
+    assert told["tokens"].startswith(f"{as_json['tokens']:,} by tiny, {as_json['learned_tokens']:,} of them")
+    assert (await validate(home, rows, *options, "nope")).code == 3
 
 
 async def test_without_a_converted_base_the_command_tells_all_but_tokens_and_what_to_do(

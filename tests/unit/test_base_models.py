@@ -29,6 +29,8 @@ def test_a_folder_in_the_home_s_catalogue_is_described_and_its_digest_follows_it
     assert (base.id, base.license, base.path) == ("tiny", "MIT", str(tiny))
     assert base.context_tokens == 512
     assert 300_000 < base.parameter_count < 500_000
+    assert base.shape is not None
+    assert base.shape.parameters == base.parameter_count
     assert base.size_bytes == (tiny / "model.safetensors").stat().st_size
     assert base in load_catalog(settings)
     assert base.source == "folder"

@@ -72,7 +72,8 @@ async def played(it: Gateway, state: EvaluationState) -> AsyncIterator[None]:
         folder = it.settings.evaluation_dir("default", found.id)
         folder.mkdir(parents=True)
         (folder / "report.html").write_bytes(REPORT)
-        await it.store.end_evaluation(found, "test", state, results=results, verdicts=["It wins."], mlflow_run_id="r-1")
+        verdicts = ["It wins.", "It has no answer to 3 of 300 questions."]
+        await it.store.end_evaluation(found, "test", state, results=results, verdicts=verdicts, mlflow_run_id="r-1")
 
     task = asyncio.create_task(work())
     try:
@@ -99,6 +100,7 @@ async def test_compare_uploads_a_file_adds_few_shot_bases_and_shows_who_wins(tmp
         assert f"{BASE}, 8-shot" in shown.out
         assert f"{ADAPTER} beats {BASE}, 8-shot" in shown.out
         assert "Answers of" in shown.out
+        assert shown.out.count("It has no answer to 3 of 300 questions.") == 1
         assert "MLflow run r-1" in shown.out
         assert report.read_bytes() == REPORT
 

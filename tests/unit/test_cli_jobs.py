@@ -80,7 +80,8 @@ async def test_create_follows_the_job_to_its_end_in_a_log(tmp_path: Path) -> Non
     assert followed.code == 0
     lines = followed.out.splitlines()
     assert lines[0] == f"Job {job.id} is created: supervised, LoRA, served as an adapter."
-    states = list(dict.fromkeys(line.split()[1] for line in lines[1:-1]))
+    assert lines[1].startswith("Training needs about 2.61 GB (weights 0.54, ")
+    states = list(dict.fromkeys(line.split()[1] for line in lines[2:-1]))
     assert states == ["validating", *(state.lower() for state in (*TO_RUNNING, *TO_THE_END))]
     assert any(line.endswith("One example was too long.") for line in lines)
     assert lines[-1] == f"{TRAINED} is ready. Try it: graft chat {TRAINED}"
@@ -95,6 +96,7 @@ async def test_create_and_watch_with_json_print_an_object_a_line(tmp_path: Path)
         job_id = first["fine_tuning_job"]["name"].rsplit("/", 1)[1]
         watched = await ran(it, "tune", "watch", job_id, "--after", "2", "--json")
     assert (followed.code, watched.code) == (0, 0)
+    assert int(first["fine_tuning_job"]["memory_estimate"]["total_bytes"]) > 2_000_000_000
     assert [update["event"]["sequence"] for update in updates] == [str(n + 1) for n in range(len(updates))]
     assert updates[-1]["fine_tuning_job"]["state"] == "STATE_SUCCEEDED"
     assert updates[-1]["fine_tuning_job"]["fine_tuned_model"] == TRAINED

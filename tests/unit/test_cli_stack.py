@@ -9,7 +9,7 @@ import pytest
 
 from graft.domain.errors import FailedPrecondition
 from graft.settings import load
-from graft.stack import preflight
+from graft.stack import local, preflight
 from tests.support.command import Ran, ended, environment, graft, printed, short_home, started
 
 UP = """
@@ -70,6 +70,43 @@ async def test_a_stack_is_started_shown_and_stopped_in_words() -> None:
                 running.terminate()
         last = await ended(running)
         assert (last.code, last.out.splitlines()[-1].split()) == (0, ["only", "stopped"])
+
+
+async def test_a_stack_that_runs_already_is_a_success_of_detach_unless_its_settings_are_others() -> None:
+    with short_home() as home:
+        running = await up(home)
+        try:
+            await printed(running, f"{home}/logs\n")
+            again, as_json = await ended(await up(home, "--detach")), await ended(await up(home, "--detach", "--json"))
+            assert (again.code, again.err) == (0, "")
+            already, where = again.out.splitlines()
+            assert already == "The stack is running already."
+            assert where.startswith("Ready. gRPC 127.0.0.1:50051, HTTP http://127.0.0.1:8080/v1, ")
+            assert (as_json.code, as_json.json["ready"], as_json.json["grpc"]) == (0, True, "127.0.0.1:50051")
+            other = await graft("up", "--detach", "--json", GRAFT_HOME=home, GRAFT_SERVING_MAX_LORAS=3)
+            assert (other.code, other.error["reason"]) == (2, "STACK_RUNNING")
+            assert other.error["metadata"] == {"sections": "serving"}
+            assert running.returncode is None
+        finally:
+            await down(home)
+        assert (await ended(running)).code == 0
+
+
+async def test_detach_waits_for_a_stack_that_is_not_ready_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with short_home() as home:
+        settings = load({"GRAFT_HOME": str(home)})
+        record = {"ready": False, "processes": [{"name": "engine", "state": "restarting", "log": "engine.log"}]}
+        records = iter([record, record, {**record, "ready": True}])
+        monkeypatch.setattr(local, "read_status", lambda _home: next(records, None))
+        assert local.start_detached(settings) is False
+        with pytest.raises(FailedPrecondition) as gone:
+            local._await_running(settings, record, lambda _: None)
+        assert gone.value.reason == "STACK_FAILED"
+        monkeypatch.setattr(local, "read_status", lambda _home: record)
+        monkeypatch.setattr(local, "READY_SECONDS", 0.0)
+        with pytest.raises(FailedPrecondition, match=r"engine .restarting, engine.log.") as late:
+            local.start_detached(settings)
+        assert late.value.reason == "STACK_NOT_READY"
 
 
 async def test_a_missing_package_is_one_sentence_with_its_fix(tmp_path: Path) -> None:

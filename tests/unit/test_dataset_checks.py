@@ -11,8 +11,9 @@ import pytest
 from graft.api.v1 import dataset_pb2, dataset_service_pb2
 from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
 from graft.client import AsyncGraft, Connection, Graft
+from graft.data.tasks.catalog import builtin
 from graft.domain.errors import InvalidArgument, NotFound, Unavailable
-from graft.gateway import core
+from graft.gateway import dataset_checks
 from graft.orchestrator.checking import Checker
 from tests.support.gateways import BASE, Gateway, base_model, gateway, refused
 from tests.support.tiny_llama import make_tiny_llama
@@ -69,6 +70,25 @@ async def test_a_report_comes_through_both_clients_and_is_made_once(tmp_path: Pa
         assert await asyncio.to_thread(again) == report
 
 
+async def test_rows_of_fields_are_checked_through_a_task(tmp_path: Path, base_folder: Path) -> None:
+    rows = b"".join(b'{"review": "film %d", "sentiment": "%s"}\n' % (n, b"positive") for n in range(4))
+    (tmp_path / "rows").write_bytes(rows)
+    own = builtin("sentiment").to_text()
+    async with checking(tmp_path, base_folder) as it, AsyncGraft(Connection(address=it.address)) as graft:
+        name = (await graft.upload_dataset(tmp_path / "rows", format="fields")).name
+        report = await graft.validate_dataset(name, task="sentiment")
+        assert (report.task, report.unusable.count, report.tokens > 0) == ("sentiment", 0, True)
+        assert [(one.label, one.row_count) for one in report.labels] == [("positive", 4)]
+        assert not (await graft.validate_dataset(name)).HasField("tokens")
+        assert await graft.validate_dataset(name, task_definition=own) == report
+        for task, told in (({"task": "nope"}, "nope"), ({"task": "chat", "task_definition": own}, "one of them")):
+            with pytest.raises(InvalidArgument, match=told):
+                await graft.validate_dataset(name, **task)
+        with pytest.raises(InvalidArgument) as unfit:
+            await graft.validate_dataset(await uploaded(it, tmp_path, CSV), task="sentiment")
+        assert unfit.value.reason == "TASK_UNFIT"
+
+
 async def test_what_cannot_be_checked_is_told_and_may_be_asked_again(tmp_path: Path, base_folder: Path) -> None:
     async with checking(tmp_path, base_folder) as it:
         stub = DatasetServiceStub(it.channel)
@@ -104,7 +124,7 @@ async def test_questions_that_make_no_sense_are_refused_at_once(tmp_path: Path, 
 async def test_a_check_that_takes_long_goes_on_and_is_found_when_asked_for_again(
     tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "CHECK_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(dataset_checks, "CHECK_TIMEOUT_SECONDS", 0.2)
     async with gateway(tmp_path) as it:
         await it.store.replace_base_models([replace(base_model(), path=str(base_folder))])
         stub = DatasetServiceStub(it.channel)
@@ -113,7 +133,7 @@ async def test_a_check_that_takes_long_goes_on_and_is_found_when_asked_for_again
         assert isinstance(error, Unavailable)
         assert error.reason == "CHECK_RUNNING"
         (pending,) = await it.store.pending_dataset_checks()
-        monkeypatch.setattr(core, "CHECK_TIMEOUT_SECONDS", 60.0)
+        monkeypatch.setattr(dataset_checks, "CHECK_TIMEOUT_SECONDS", 60.0)
         working = asyncio.create_task(Checker(it.store, 0.01).run())
         report = await stub.ValidateDataset(request)
         working.cancel()

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from rich.console import Console
 
 from graft.cli.demo import Outcome
 from graft.cli.demo_outcome import as_json, print_outcome
+from graft.cli.demo_report import report
 from graft.evaluation.report import Contestant, LossPoint, Report, Task
 from graft.stack.usage import Peak
 
@@ -61,3 +63,20 @@ def test_the_json_holds_scores_advantage_and_memory() -> None:
     assert task["contestants"][0]["score"]["mean"] == 0.5
     assert task["advantage"]["mean"] == 0.5
     assert found["peak_pss_bytes"] == {"stack": 4, "training_workers": 2}
+
+
+def test_the_report_says_whether_the_first_adapter_wins_and_reaches_the_target() -> None:
+    (found,) = _outcome("accuracy").report.tasks
+    won = report([found], Peak(4_000_000_000, 2), 61.0)
+    assert won.passed
+    assert won.verdict == (
+        "The reviews adapter beats the better prompt of its base (zero-shot) by +50.0 points (95% interval +35.0 to "
+        "+65.0). The target of 15 points is reached."
+    )
+    assert won.stack["time, set-up aside"] == "0:01:01 (limit 0:10:00)"
+    assert won.stack["memory of the stack"].startswith("4.0 GB")
+    assert won.machine["cores"]
+    lost = report([replace(found, contestants=(BASE, replace(BASE, name="adapter")))], Peak(4, 2), 61.0)
+    assert not lost.passed
+    assert "does not beat" in lost.verdict
+    assert lost.verdict.endswith("The target of 15 points is missed.")

@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -35,11 +35,15 @@ class FakeService:
     start_error: str = ""
     ready: bool = True
     away: bool = False
+    slow: set[str] = field(default_factory=set)
+    """Base models whose engines are not ready."""
+    stuck: set[str] = field(default_factory=set)
+    """Base models whose engines do not end."""
+    ending: list[str] = field(default_factory=list)
     base: str = ""
 
     def of(self, base: str) -> "FakeService":
-        self.base = base
-        return self
+        return replace(self, base=base)
 
     def _answer(self) -> None:
         if self.away:
@@ -54,6 +58,9 @@ class FakeService:
 
     async def undeploy(self, base: str) -> None:
         self._answer()
+        self.ending.append(base)
+        while base in self.stuck:  # noqa: ASYNC110 - a test moves it
+            await asyncio.sleep(0.01)
         self.there.pop(base, None)
 
     async def applications(self) -> list[engine_pb2.Application]:
@@ -62,9 +69,8 @@ class FakeService:
 
     async def residency(self) -> engine_pb2.ResidencyResponse:
         self._answer()
-        replica = engine_pb2.Replica(
-            base_model=self.base, ready=self.ready and not self.start_error, start_error=self.start_error
-        )
+        ready = self.ready and not self.start_error and self.base not in self.slow
+        replica = engine_pb2.Replica(base_model=self.base, ready=ready, start_error=self.start_error)
         return engine_pb2.ResidencyResponse(replicas=[replica])
 
     async def generate(
@@ -233,6 +239,65 @@ async def test_a_deployment_is_undeployed_while_it_starts(tmp_path: Path) -> Non
         await on.it.store.request_undeploy(PROJECT, BASE)
         await on.until(BASE, None)
         assert on.service.there == {}
+
+
+OTHER = "other"
+
+
+async def _two_bases(on: Scene) -> None:
+    base = await on.it.store.get_base_model(BASE)
+    await on.it.store.replace_base_models([base, replace(base, id=OTHER)])
+
+
+async def test_an_engine_that_never_gets_ready_holds_up_no_other_and_fails_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.orchestrator.deployments.TURN_SECONDS", 0.05)
+    monkeypatch.setattr("graft.orchestrator.deployments.START_SECONDS", 0.5)
+    async with scene(tmp_path) as on, on.running():
+        await _two_bases(on)
+        on.service.slow.add(BASE)
+        await on.wish(BASE)
+        await on.until(BASE, DeploymentState.STARTING)
+        await on.wish(OTHER)
+        await on.until(OTHER, DeploymentState.READY)
+        failed = await on.until(BASE, DeploymentState.FAILED)
+        assert failed is not None
+        assert failed.error is not None
+        assert failed.error.reason == "ENGINE_START_TIMEOUT"
+        assert list(on.service.there) == [OTHER]
+
+
+async def test_an_engine_that_does_not_end_holds_up_no_other(tmp_path: Path) -> None:
+    async with scene(tmp_path) as on, on.running():
+        await _two_bases(on)
+        await on.wish(BASE)
+        await on.until(BASE, DeploymentState.READY)
+        on.service.stuck.add(BASE)
+        await on.it.store.request_undeploy(PROJECT, BASE)
+
+        async def asked() -> bool:
+            return on.service.ending == [BASE]
+
+        await _until(asked)
+        await on.wish(OTHER)
+        await on.until(OTHER, DeploymentState.READY)
+        assert BASE in on.service.there
+        on.service.stuck.clear()
+        await on.until(BASE, None)
+
+
+async def test_a_full_queue_of_the_inference_service_fails_no_deployment(tmp_path: Path) -> None:
+    async with scene(tmp_path) as on, on.running():
+        on.service.refusal = ResourceExhausted("Its queue is full.", reason="ENGINE_LIMIT")
+        await on.wish(BASE)
+
+        async def asked_twice() -> bool:
+            return len(on.service.deploys) >= 2
+
+        await _until(asked_twice)
+        on.service.refusal = None
+        await on.until(BASE, DeploymentState.READY)
 
 
 def _hollow_model(folder: Path) -> None:

@@ -88,6 +88,13 @@ def test_every_command_of_the_documentation_exists(page: Path) -> None:
     assert not faults
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_page_with_commands_says_how_graft_comes_into_the_path(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    if any(whole for _, whole in commands(text)):
+        assert "`. .venv/bin/activate`" in text.split("```")[0]
+
+
 def test_a_command_that_does_not_exist_is_found() -> None:
     text = (
         "Run `graft tune sing`.\n```\ngraft tune create m d --suffix \\\n  x --loud  # a comment\ngraft compare\n```\n"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,10 @@ async def test_texts_and_pairs_are_scored_token_by_token_over_the_whole_of_each(
         assert (found.results[0].figures[0].metric, found.results[0].figures[0].value) == ("win_rate", 0.5)
 
 
-async def test_a_refused_question_fails_the_evaluation_with_the_reason(tmp_path: Path) -> None:
+async def test_a_refused_question_fails_the_evaluation_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graft.orchestrator.evaluations.load_tokenizer", lambda _path: Bytes())
     async with world(tmp_path) as it:
         await stored(it, tmp_path, "ds-h", reviews(3), DatasetFormat.PROMPT_COMPLETION)
         engine = Answering()
@@ -257,3 +261,58 @@ async def test_an_unexpected_error_of_the_store_does_not_end_the_loop(
         monkeypatch.setattr(it.store, "claim_evaluation", failing_once)
         found = await evaluated(it, Answering(), EvaluationSpec("ds-h", (Contestant(BASE),)))
         assert (failed, found.state) == ([True], EvaluationState.SUCCEEDED)
+
+
+async def test_a_cancelled_evaluation_ends_before_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graft.orchestrator.evaluations.TELL_SECONDS", 0.05)
+    async with world(tmp_path) as it:
+        await stored(it, tmp_path, "ds-h", reviews(4), DatasetFormat.PROMPT_COMPLETION)
+        engine = Answering()
+        engine.gate.clear()
+        it.parts.__dict__["engine"] = engine
+        spec = EvaluationSpec("ds-h", (Contestant(BASE),))
+        for name in ("ev-1", "ev-2"):
+            await it.store.create_evaluation(PROJECT, name, spec, None)
+        async with it.orchestrator():
+            while (await it.store.get_evaluation(PROJECT, "ev-1")).total_requests == 0:  # noqa: ASYNC110 - another task moves it
+                await asyncio.sleep(0.02)
+            await it.store.cancel_evaluation(PROJECT, "ev-2")
+            ended = await until_ended(it, "ev-2")
+            assert (ended.state, ended.start_time) == (EvaluationState.CANCELLED, None)
+            assert (await it.store.get_evaluation(PROJECT, "ev-1")).state is EvaluationState.RUNNING
+
+
+async def test_the_lease_is_free_only_when_nobody_asks_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as it:
+        await stored(it, tmp_path, "ds-h", reviews(4), DatasetFormat.PROMPT_COMPLETION)
+        asking, asked_at_release = [], []
+
+        class Lingering(Answering):
+            async def generate(
+                self, request: engine_pb2.GenerateRequest, timeout_seconds: float
+            ) -> engine_pb2.GenerateResponse:
+                del timeout_seconds
+                asking.append(request)
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    await asyncio.sleep(0.05)
+                    asking.remove(request)
+                raise AssertionError
+
+        release = it.store.release_evaluation
+
+        async def released(evaluation: Evaluation, owner: str) -> None:
+            asked_at_release.append(len(asking))
+            await release(evaluation, owner)
+
+        monkeypatch.setattr(it.store, "release_evaluation", released)
+        it.parts.__dict__["engine"] = Lingering()
+        await it.store.create_evaluation(PROJECT, "ev-1", EvaluationSpec("ds-h", (Contestant(BASE),)), None)
+        async with it.orchestrator():
+            while len(asking) < 4:  # noqa: ASYNC110 - another task moves it
+                await asyncio.sleep(0.01)
+        assert asked_at_release == [0]
+        assert await it.store.claim_evaluation("next", timedelta(seconds=30)) is not None

@@ -62,6 +62,10 @@ async def test_a_created_job_says_what_was_asked_for_and_waits_in_validating(tmp
         assert (job.lora.rank, list(job.lora.target_modules), job.suffix) == (8, ["q_proj"], "reviews")
         assert dict(job.metadata) == {"owner": "me"}
         assert job.WhichOneof("method") == "supervised"
+        needed = job.memory_estimate
+        parts = (needed.weights_bytes, needed.gradients_bytes, needed.optimizer_bytes, needed.activations_bytes)
+        assert sum(parts) == needed.total_bytes
+        assert needed.optimizer_bytes == 2 * needed.gradients_bytes == 2 * 4 * 30 * 8 * (576 + 576)
         stub = FineTuningServiceStub(it.channel)
         assert await stub.GetFineTuningJob(Get(name=job.name)) == job
         listed = await stub.ListFineTuningJobs(

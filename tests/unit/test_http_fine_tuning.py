@@ -36,6 +36,8 @@ async def test_a_file_becomes_a_job_that_is_followed_to_its_model(tmp_path: Path
         assert made.method is not None
         assert made.method.type == "supervised"
         assert made.hyperparameters.n_epochs == "auto"
+        needed = made.to_dict()["graft"]["memory_estimate"]
+        assert needed["total_bytes"] == sum(size for name, size in needed.items() if name != "total_bytes")
 
         (job,) = await it.store.claim_jobs("test", LEASE, 1)
         for state in (JobState.QUEUED, JobState.STARTING, JobState.RUNNING):

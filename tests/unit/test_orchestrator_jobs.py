@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.domain.errors import FailedPrecondition, InvalidArgument
+from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from graft.domain.jobs import EventLevel, JobState
 from graft.training.spec import Report
 from tests.support.orchestration import BASE, CHAMPION, KEY, PROJECT, good_reports, world
@@ -218,6 +218,31 @@ async def test_an_adapter_that_the_engine_refuses_fails_the_job_with_the_engines
             job = await it.until("job-1", JobState.FAILED)
         assert job.error is not None
         assert job.error.reason == "RANK_TOO_HIGH"
+
+
+async def test_probes_that_are_longer_than_the_bases_own_context_are_not_put_to_the_engine(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        base = await it.store.get_base_model(BASE)
+        await it.store.replace_base_models([replace(base, context_tokens=5)])
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            job = await it.until("job-1", JobState.FAILED)
+        assert job.error is not None
+        assert "None of the 1 probes" in job.error.message
+        assert it.engine.bodies == []
+
+
+async def test_an_engine_whose_queue_is_full_is_waited_for(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.engine.refusal = ResourceExhausted("Its queue is full.", reason="ENGINE_LIMIT")
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            await it.until("job-1", JobState.EVALUATING)
+            while not any("not available yet" in event.message for event in await it.events("job-1", "message")):
+                assert (await it.job("job-1")).state is JobState.EVALUATING
+                await asyncio.sleep(0.02)
+            it.engine.refusal = None
+            await it.until("job-1", JobState.SUCCEEDED)
 
 
 async def test_a_methods_own_metrics_and_an_early_end_reach_events_mlflow_and_the_job(tmp_path: Path) -> None:

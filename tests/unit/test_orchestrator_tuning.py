@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from graft.domain.errors import InvalidArgument
-from graft.domain.jobs import JobState, Lora, ServedAs, Tuning
+from graft.domain.jobs import JobState, Lora, Memory, ServedAs, Tuning
 from graft.domain.names import CHAMPION
 from graft.orchestrator.starting import take_over
-from graft.training.memory import Memory
 from tests.support.orchestration import BASE, KEY, World, world
 
 HAS = Lora(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"))

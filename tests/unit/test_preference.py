@@ -119,6 +119,14 @@ def test_the_reference_is_scored_without_dropout(base: Any) -> None:
     assert model.training
 
 
+def test_how_far_the_reference_has_come_is_told_to_the_last_pair(model: Any) -> None:
+    told: list[tuple[int, int]] = []
+    reference_log_probs(model, _pairs(200), range(150), on_scored=lambda done, of: told.append((done, of)))
+    assert len(told) > 1
+    assert told == sorted(told)
+    assert told[-1] == (150, 150)
+
+
 def test_a_pair_that_was_never_scored_ends_training_rather_than_being_learned_from(model: Any) -> None:
     from graft.domain.errors import FailedPrecondition
 

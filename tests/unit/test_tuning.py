@@ -13,12 +13,14 @@ import torch
 from graft.data.prepare import Example
 from graft.domain.errors import FailedPrecondition, InvalidArgument
 from graft.domain.jobs import LastLayers, Lora, OverLengthPolicy, ServedAs, Tuning
+from graft.domain.memory import memory_bytes, trained_parameters
 from graft.domain.resources import BaseModel, DatasetFormat
 from graft.orchestrator.evaluating import Probe, fits
 from graft.registry.base_models import LINEAR
 from graft.registry.digest import adapter_digest
 from graft.serving.prove import base_shapes, prove
-from graft.training import loop, memory
+from graft.training import loop
+from graft.training.memory import read_shape
 from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED
 from graft.training.results import Yardstick, save_result
@@ -307,16 +309,16 @@ def test_a_quantized_base_without_a_gpu_is_refused(spec: RunSpec) -> None:
 
 
 def test_the_estimate_counts_the_parameters_that_there_are(base_folder: Path, spec: RunSpec) -> None:
-    shape = memory.read_shape(base_folder)
+    shape = read_shape(base_folder)
     for choice in CHOICES.values():
         mine = replace(spec, **choice)
         model = tune(mine, load_base(mine, CPU))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        counted = memory.trained_parameters(shape, mine.tuning, mine.lora, mine.last_layers)
+        counted = trained_parameters(shape, mine.tuning, mine.lora, mine.last_layers)
         # DoRA's magnitudes, one number an output, are not worth counting.
         assert counted == trained or (mine.lora.use_dora and counted > 0.8 * trained)
     assert shape.parameters == sum(parameter.numel() for parameter in _plain(base_folder).parameters())
-    full = memory.memory_bytes(shape, Tuning.FULL, Lora(), LastLayers())
+    full = memory_bytes(shape, Tuning.FULL, Lora(), LastLayers())
     assert full.weights_bytes + full.gradients_bytes + full.optimizer_bytes == 16 * shape.parameters
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from graft.cli.following import follow_job
-from graft.cli.job_options import job_options, what_it_does
+from graft.cli.job_options import job_options, memory_text, what_it_does
 from graft.cli.output import as_dict, print_json, short_id
 from graft.cli.uploading import uploaded
 from graft.domain.errors import FieldViolation, InvalidArgument
@@ -82,6 +82,8 @@ def create_job(
         print_json({"fine_tuning_job": as_dict(job)} if follow else as_dict(job), line=follow)
     else:
         print(f"Job {short_id(job.name)} is created: {what_it_does(job)}.", flush=True)
+        if needed := memory_text(job):
+            print(f"Training needs about {needed} in a worker.", flush=True)
     if follow:
         follow_job(graft, job, as_json=as_json)
 

@@ -5,13 +5,11 @@ public API; only starting the stack, measuring it and reading MLflow do not.
 """
 
 import asyncio
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,101 +17,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from graft.api.v1 import adapter_pb2, fine_tuning_job_pb2
-from graft.cli.asking import Asked, ask
-from graft.cli.comparing import difference_text
-from graft.cli.lineage import Lineage, read_lineage
+from graft.cli import demo_report
+from graft.cli.asking import ask
+from graft.cli.demo_parts import Part, parts
+from graft.cli.demo_report import Trained
+from graft.cli.lineage import read_lineage
+from graft.cli.output import short_id
 from graft.cli.progress import JobsProgress
 from graft.client import AsyncGraft, Connection
 from graft.data import samples
 from graft.domain.errors import FailedPrecondition
 from graft.domain.names import parse_model, registered_model
-from graft.evaluation import charts, metrics
-from graft.evaluation.report import Contestant, LossPoint, Report, Task, write
+from graft.evaluation.report import Report, Task, write
 from graft.settings import Settings
 from graft.stack import local
 from graft.stack.usage import CpuMeter, Peak, peak_memory
 
-TARGET_POINTS = 15.0
-"""What the sentiment adapter should gain on the better of the base's prompts, in percentage points."""
-TIME_LIMIT_SECONDS = 600.0
-MEMORY_LIMIT_BYTES = 8e9
 LINEAGE_SECONDS = 15.0
 """The last metrics reach MLflow a second or two after a job has succeeded."""
 
 Job = fine_tuning_job_pb2.FineTuningJob
-
-
-@dataclass(frozen=True)
-class Part:
-    """One task of the demonstration: its rows, how it is prompted and scored."""
-
-    sample: samples.Sample
-    metric: str
-    n_scored: int
-    """Held-out rows that are scored; the others tell what answers cost."""
-    shots: int
-    epochs: float
-    max_tokens: int
-
-    @property
-    def scored(self) -> tuple[samples.Row, ...]:
-        """Held-out rows to score."""
-        return self.sample.heldout[: self.n_scored]
-
-    @property
-    def unasked(self) -> tuple[samples.Row, ...]:
-        """Held-out rows that no model has seen when costs are measured: no cache answers for them."""
-        return self.sample.heldout[self.n_scored :]
-
-    def contestants(self, base: str, adapter: str, rows: Sequence[samples.Row]) -> list[Asked]:
-        """Base zero-shot, base few-shot and adapter, all held to the same answers."""
-        shots = samples.choose_shots(self.sample, self.shots)
-        zero = tuple(samples.zero_shot(row) for row in rows)
-        few = tuple(samples.few_shot(row, shots) for row in rows)
-        stop = () if self.sample.labels else ("\n",)
-        return [
-            Asked(model, prompts, self.sample.labels, self.max_tokens, stop)
-            for model, prompts in ((base, zero), (base, few), (adapter, zero))
-        ]
-
-    @property
-    def contestant_names(self) -> tuple[str, str, str]:
-        """In the order of `contestants`."""
-        return "base, zero-shot", f"base, {self.shots}-shot", "adapter"
-
-    def score(self, answers: Sequence[str]) -> tuple[float, ...]:
-        """One score in [0, 1] for each scored row."""
-        function = metrics.accuracy if self.sample.labels else metrics.rouge_l
-        return tuple(function(answers, [samples.answer(row) for row in self.scored]))
-
-
-def parts() -> list[Part]:
-    """The demonstration's two tasks, of a size that two cores train and answer in minutes."""
-    return [
-        Part(samples.reviews(400, 300 + 30), "accuracy", n_scored=300, shots=8, epochs=1.0, max_tokens=8),
-        Part(samples.docstrings(200, 48 + 12), "ROUGE-L", n_scored=48, shots=3, epochs=1.0, max_tokens=32),
-    ]
-
-
-@dataclass
-class Trained:
-    """A job of the demonstration, followed to its end."""
-
-    part: Part
-    job: Job
-    heldout_digest: str
-    dataset_digest: str
-    first_token_seconds: float | None = None
-    """From the start of publishing to the first token of the version's first streamed answer."""
-    state_times: dict[str, float] = field(default_factory=dict)
-    """Unix seconds at which each state began."""
-    lineage: Lineage | None = None
-    ended: bool = False
-
-    @property
-    def training_seconds(self) -> float:
-        """From the first worker's start to the end of training."""
-        return self.state_times["REGISTERING"] - self.state_times["STARTING"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +78,7 @@ class Demo:
             with peak_memory(self._home) as peak:
                 tasks_done = asyncio.run(self._work(self._tasks))
             seconds = time.monotonic() - started
-            report = self._report(tasks_done, peak, seconds)
+            report = demo_report.report(tasks_done, peak, seconds)
             path = self._report_path or self._home / "reports" / f"demo-{datetime.now():%Y%m%d-%H%M%S}.html"
             return Outcome(report, write(report, path), seconds, peak)
         finally:
@@ -193,7 +116,7 @@ class Demo:
         )
         self._console.print(
             f"   {name}: {part.sample.title} ({part.sample.source}), {train.row_count} rows to train on, "
-            f"{heldout.row_count} held out; job {_id(job.name)}",
+            f"{heldout.row_count} held out; job {short_id(job.name)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -233,7 +156,7 @@ class Demo:
         each.job = await graft.job(each.job.name)
         if each.job.state != Job.STATE_SUCCEEDED:
             raise FailedPrecondition(
-                f"Job {_id(each.job.name)} ({each.part.sample.name}) ended as "
+                f"Job {short_id(each.job.name)} ({each.part.sample.name}) ended as "
                 f"{Job.State.Name(each.job.state).removeprefix('STATE_')}: {each.job.error.message}",
                 reason="DEMO_JOB_FAILED",
             )
@@ -254,7 +177,7 @@ class Demo:
         bases = {base.model: base.digest for base in await graft.base_models()}
         lineage.check(
             {
-                "graft.job": _id(each.job.name),
+                "graft.job": short_id(each.job.name),
                 "graft.dataset_digest": each.dataset_digest,
                 "graft.base_model_digest": bases[self._base],
             }
@@ -309,31 +232,9 @@ class Demo:
                     await ask(graft, [contestant], concurrency, count)
                     costs[-1].append(1000 * meter.seconds() / len(contestant.prompts))
         return [
-            _task(each, [next(answers) for _ in contestants], contestants, costs)
+            demo_report.task(each, [next(answers) for _ in contestants], contestants, costs)
             for each, contestants, costs in zip(trained, scored, costs, strict=True)
         ]
-
-    def _report(self, tasks: list[Task], peak: Peak, seconds: float) -> Report:
-        advantage, target = 100 * tasks[0].advantage().mean, TARGET_POINTS
-        passed = tasks[0].advantage().low > 0
-        return Report(
-            title="Graft demonstration",
-            verdict=_verdict(tasks[0], passed)
-            + (
-                f" The target of {target:.0f} points is reached."
-                if advantage >= target
-                else f" The target of {target:.0f} points is missed."
-            ),
-            passed=passed,
-            tasks=tuple(tasks),
-            stack={
-                "time, set-up aside": f"{_duration(seconds)} (limit {_duration(TIME_LIMIT_SECONDS)})",
-                "memory of the stack": f"{peak.serving_bytes / 1e9:.1f} GB at most, summed PSS (limit 8 GB)",
-                "memory of training workers": f"{peak.training_bytes / 1e9:.1f} GB at most, summed PSS",
-            },
-            machine=_machine(),
-            created=datetime.now(UTC),
-        )
 
 
 class _StackLines:
@@ -372,75 +273,3 @@ async def _first_token(graft: AsyncGraft, model: str, row: samples.Row) -> float
     if first is None:
         raise FailedPrecondition(f"{model} streamed nothing.", reason="EMPTY_ANSWER")
     return first
-
-
-def _task(each: Trained, answers: list[list[str]], asked: list[Asked], costs: list[float]) -> Task:
-    part, job, lineage = each.part, each.job, each.lineage
-    assert lineage is not None, "the lineage is checked before anything is asked"
-    names = part.contestant_names
-    return Task(
-        name=part.sample.name,
-        title=part.sample.title,
-        metric=part.metric,
-        source=part.sample.source,
-        license=part.sample.license,
-        inputs=tuple(row["messages"][1]["content"] for row in part.scored),
-        references=tuple(samples.answer(row) for row in part.scored),
-        contestants=tuple(
-            Contestant(name, question.model, tuple(given), part.score(given), cost)
-            for name, question, given, cost in zip(names, asked, answers, costs, strict=True)
-        ),
-        curve=tuple(LossPoint(step, loss) for step, loss in lineage.losses),
-        training={
-            "trained tokens": f"{job.progress.trained_tokens:,}",
-            "time to train": f"{each.training_seconds:.0f} s",
-            "adapter size": f"{job.metrics['adapter_bytes'] / 1e6:.1f} MB",
-            "publish to first token": "not measured"
-            if each.first_token_seconds is None
-            else f"{each.first_token_seconds:.1f} s",
-        },
-        lineage={
-            "job": _id(job.name),
-            "model": job.fine_tuned_model,
-            "MLflow run": lineage.run_id,
-            "training data": each.dataset_digest,
-            "held-out data": each.heldout_digest,
-            "base model": lineage.tags["graft.base_model_digest"],
-            "adapter": lineage.tags["graft.digest"],
-            "code": lineage.tags["graft.code_version"],
-            **dict(sorted(lineage.params.items())),
-        },
-    )
-
-
-def _verdict(task: Task, passed: bool) -> str:
-    found = task.advantage()
-    gain = difference_text(found.mean, found.low, found.high, charts.PERCENT)
-    rival = f"the better prompt of its base ({task.best_base().name.removeprefix('base, ')})"
-    if passed:
-        return f"The {task.name} adapter beats {rival} by {gain}."
-    return f"The {task.name} adapter does not beat {rival} beyond doubt: {gain}."
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def _id(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
-
-
-def _machine() -> dict[str, str]:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "processor": cpu,
-        "cores": str(len(os.sched_getaffinity(0))),
-        "memory": f"{memory / 1e9:.0f} GB",
-        "system": platform.platform(),
-        "Python": platform.python_version(),
-    }

@@ -179,7 +179,11 @@ def _show(graft: "Graft", evaluation: "Evaluation", report: Path | None, *, as_j
         return
     from graft.cli.comparing import print_comparison
 
-    print_comparison(console, comparison_of(evaluation))
+    comparison = comparison_of(evaluation)
+    print_comparison(console, comparison)
+    for remark in evaluation.verdicts[1:]:  # the first is the headline
+        if remark not in comparison.remarks:
+            print(remark)
     mlflow = f" MLflow run {evaluation.mlflow_run_id}." if evaluation.mlflow_run_id else ""
     page = f" Report: {report}." if report else ""
     print(f"Evaluation {short_id(evaluation.name)}.{mlflow}{page}")

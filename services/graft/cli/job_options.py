@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.domain.errors import FieldViolation, InvalidArgument
+from graft.domain.jobs import Memory
 
 if TYPE_CHECKING:
     from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
@@ -65,6 +66,14 @@ def what_it_does(job: "FineTuningJob") -> str:
         "the best of a sweep" if job.HasField("sweep") else "",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def memory_text(job: "FineTuningJob") -> str:
+    """`3.8 GB (weights 0.5, …)`; empty where it was not estimated."""
+    found = job.memory_estimate
+    if not found.total_bytes:
+        return ""
+    return str(Memory(found.weights_bytes, found.gradients_bytes, found.optimizer_bytes, found.activations_bytes))
 
 
 def _parsed(settings: Sequence[str]) -> dict[str, dict[str, Any]]:

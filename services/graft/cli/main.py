@@ -57,7 +57,9 @@ def _use(config: Path | None) -> None:
 
 @app.command()
 def up(
-    detach: Annotated[bool, typer.Option("--detach", help="Return when ready; stop with `graft down`.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return when ready, also if it runs already; stop with `graft down`.")
+    ] = False,
     config: Config = None,
     as_json: JsonLines = False,
 ) -> None:
@@ -73,7 +75,9 @@ def up(
                 local.start_detached(settings)
             else:
                 with console.status("Starting the local stack"):
-                    local.start_detached(settings)
+                    started = local.start_detached(settings)
+                if not started:
+                    print("The stack is running already.")
             _print_ready(settings, as_json=as_json)
             return
         told: dict[str, str] = {}

@@ -87,7 +87,7 @@ def tasks_check(
     from graft.data.tasks.templates import Message
 
     with failures(as_json=as_json):
-        found = _loaded(task)
+        found = loaded_task(task)
         rendered: dict[str, str | list[Message]] = {}
         count = 0
         if data is not None:
@@ -115,11 +115,12 @@ def task_arguments(value: str) -> dict[str, str]:
     """
     if not _is_file(value):
         return {"task": value} if value else {}
-    _loaded(value)  # its faults are told before anything is sent
+    loaded_task(value)  # its faults are told before anything is sent
     return {"task_definition": _read(value)}
 
 
-def _loaded(value: str) -> "TaskDefinition":
+def loaded_task(value: str) -> "TaskDefinition":
+    """The definition of `--task NAME|FILE`. Raises NotFound, or InvalidArgument as `task_arguments`."""
     from graft.data.tasks import catalog
     from graft.data.tasks.definition import load
 

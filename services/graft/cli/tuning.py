@@ -27,7 +27,7 @@ from graft.cli.creating import (
     numbers,
 )
 from graft.cli.following import follow_job
-from graft.cli.job_options import what_it_does
+from graft.cli.job_options import memory_text, what_it_does
 from graft.cli.output import (
     Json,
     JsonLines,
@@ -174,6 +174,7 @@ def tune_get(job: JobId, as_json: Json = False) -> None:
             "result": found.fine_tuned_model,
             "error": found.error.message,
             "what it does": what_it_does(found),
+            "memory to train": memory_text(found),
             "base model": found.base_model,
             "training data": short_id(found.training_dataset),
             "validation data": short_id(found.validation_dataset),

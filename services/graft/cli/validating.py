@@ -34,6 +34,9 @@ def datasets_validate(
         Path | None, typer.Option(metavar="FILE", help="Held-out file, looked through for rows that are in both.")
     ] = None,
     format: Annotated[str, typer.Option(metavar="FORMAT", help="How to read the rows, as for `datasets upload`.")] = "",
+    task: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="Task whose template makes text of rows of named fields.")
+    ] = "",
     context_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest row that fits; the base model's context when not given.")
     ] = None,
@@ -47,9 +50,11 @@ def datasets_validate(
 
     Works on the file as it is here; nothing is uploaded. Exit code 2 when a row is bad.
     """
+    from graft.cli.tasks import loaded_task
     from graft.data.analysis import analyse
 
     with failures(as_json=as_json), _Bar(Console(stderr=True)) as bar:
+        definition = loaded_task(task) if task else None
         checked = _validate(file, format, bar)
         other = None if held_out is None else (held_out, _validate_held_out(held_out, format, checked, bar))
         base, note = _base(base_model, context_tokens)
@@ -59,6 +64,7 @@ def datasets_validate(
             file,
             checked,
             base=base,
+            task=definition,
             held_out=other,
             epochs=epochs,
             tokens_per_second=tokens_per_second,
@@ -138,8 +144,10 @@ def _base(asked: str, context_tokens: int | None) -> "tuple[Base | None, str]":
 
 def _show(report: DatasetReport, note: str) -> None:
     unit = report.length_unit
+    task: list[list[object]] = [["task", report.task]] if report.task else []
     lines: list[list[object]] = [
         ["format", report.format + (f" (ignores {', '.join(report.ignored_fields)})" if report.ignored_fields else "")],
+        *task,
         ["rows", f"{report.row_count:,}"],
         ["size", size_text(report.size_bytes)],
     ]
@@ -149,7 +157,9 @@ def _show(report: DatasetReport, note: str) -> None:
     if report.over_length is not None:
         lines.append([f"over {report.context_tokens:,} tokens", _rows(report.over_length)])
     if report.unusable is not None and report.unusable.count:
-        lines.append(["refused by the template", _rows(report.unusable)])
+        lines.append(
+            ["refused by the template" if not report.task else "refused by task or template", _rows(report.unusable)]
+        )
     lines += [
         ["duplicates", _rows(report.duplicates)],
         ["empty inputs", _rows(report.empty)],

@@ -32,6 +32,7 @@ from graft.api.v1 import (
 from graft.client import requests
 from graft.client.connection import OPTIONS, Connection
 from graft.client.failures import from_rpc_error
+from graft.client.uploads import Upload
 from graft.domain.errors import Unavailable
 
 RECONNECT_SECONDS = 1.0
@@ -128,7 +129,7 @@ class Graft:
         `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. Raises
         InvalidArgument with the first 20 bad rows as violations, or the formats that the file may have.
         """
-        with requests.Upload(self.connection.parent, path, display_name, format) as parts:
+        with Upload(self.connection.parent, path, display_name, format) as parts:
             result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
         return result
 
@@ -144,19 +145,12 @@ class Graft:
         return list(self._pages(self._datasets.ListDatasets, request, "datasets"))
 
     def validate_dataset(
-        self,
-        dataset: str,
-        base_model: str = "",
-        *,
-        validation_dataset: str = "",
-        context_tokens: int = 0,
-        epochs: float = 0.0,
+        self, dataset: str, base_model: str = "", **options: Unpack[requests.CheckOptions]
     ) -> dataset_report_pb2.DatasetReport:
-        """Measures a data set for a base model, the served one when empty. Raises Unavailable (CHECK_RUNNING) when it
-        takes longer than a minute: ask again."""
-        request = requests.validate_dataset(
-            self.connection.parent, dataset, base_model, validation_dataset, context_tokens, epochs
-        )
+        """Measures a data set for a base model, the served one when empty; the options are
+        `graft.client.requests.CheckOptions`. Raises Unavailable (CHECK_RUNNING) when it takes longer than a minute: ask
+        again."""
+        request = requests.validate_dataset(self.connection.parent, dataset, base_model, **options)
         result: dataset_report_pb2.DatasetReport = self._call(self._datasets.ValidateDataset, request)
         return result
 

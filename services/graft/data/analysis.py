@@ -19,7 +19,9 @@ from graft.data.canonical import Canonical, Chat, GradedPrompt, Messages, Pair, 
 from graft.data.formats import FileReport
 from graft.data.reading import read_rows
 from graft.data.rendering import Tokenizer, prompt_ids, render
-from graft.domain.errors import FailedPrecondition, InvalidArgument
+from graft.data.tasks.definition import TaskDefinition
+from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labelled, trained_as
+from graft.domain.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from graft.domain.reports import DatasetReport, FoundRows, LabelCount, LengthBin, TrainingEstimate
 from graft.domain.resources import DatasetFormat
 
@@ -48,6 +50,7 @@ def analyse(
     file: FileReport,
     *,
     base: Base | None = None,
+    task: TaskDefinition | None = None,
     held_out: tuple[Path, FileReport] | None = None,
     epochs: float = 1.0,
     tokens_per_second: float | None = None,
@@ -58,14 +61,21 @@ def analyse(
     Without a `base` lengths are counted in characters. `tokens_per_second` is by default MEASURED_TOKENS_PER_SECOND
     scaled by the number of parameters, which training is about proportional to. `progress` is told the rows read, of
     both files.
+
+    Rows of fields are measured as the `task` renders them; their labels and conflicts are of the field that it learns,
+    and what is no field of it is not compared. Raises InvalidArgument for a task that the file does not fit
+    (TASK_UNFIT), or whose labels it does not have (INVALID_LABELS).
     """
-    rows = _Rows(file.format, base)
+    if task is not None:
+        _check_task(task, file.format)
+        task = labelled(task, read_rows(path))
+    rows = _Rows(file.format, base, task)
     for number, row in enumerate(read_rows(path), start=1):
         rows.add(row, number)
         progress(number)
     others = None
     if held_out is not None:
-        others = _Rows(held_out[1].format, None)
+        others = _Rows(held_out[1].format, None, task)
         for number, row in enumerate(read_rows(held_out[0]), start=1):
             others.add(row, number)
             progress(file.row_count + number)
@@ -80,8 +90,10 @@ def default_tokens_per_second(parameter_count: int) -> float:
 class _Rows:
     """What is remembered of the rows of one file."""
 
-    def __init__(self, format: DatasetFormat, base: Base | None) -> None:
+    def __init__(self, format: DatasetFormat, base: Base | None, task: TaskDefinition | None) -> None:
+        """`task` applies to formats whose rows are fields for a template, as training applies it."""
         self._format = format
+        self._task = task if format in FORMATS else None
         self._base = base
         self._lengths: Counter[int] = Counter()
         self._labels: Counter[str] | None = Counter()
@@ -96,17 +108,34 @@ class _Rows:
 
     def add(self, row: Mapping[str, Any], number: int) -> None:
         """Takes the row of this number."""
-        shape = None if self._format is DatasetFormat.FIELDS else canonical(row, self._format)
-        asked, answer = _parts(shape) if shape is not None else _fields(row)
-        self._whole.append(_hash([asked, answer] if shape is not None else row))
+        shape, known = self._shape(row, number), self._task is None and self._format is not DatasetFormat.FIELDS
+        asked, answer = _parts(shape) if shape is not None and known else _fields(row, self._task)
+        self._whole.append(_hash([asked, answer] if known or self._task else row))
         self.inputs.append(_hash(asked))
         self._answers.append(_hash(answer))
         self._empty.add(number, not _text_of(asked).strip())
         self._label(answer)
-        if self._base is None or shape is None:
-            self._lengths[_characters(shape if shape is not None else row)] += 1
+        if shape is None:
+            if self._task is None:
+                self._lengths[_characters(row)] += 1
+        elif self._base is None:
+            self._lengths[_characters(shape)] += 1
         else:
             self._measure(shape, self._base, number)
+
+    def _shape(self, row: Mapping[str, Any], number: int) -> Canonical | None:
+        """What training makes of a row: None of fields without a task, and of a row that does not fit its task."""
+        if self._task is None:
+            return None if self._format is DatasetFormat.FIELDS else canonical(row, self._format)
+        try:
+            return canonical(*trained_as(self._task, row, self._format))
+        except InvalidArgument as error:
+            self._refuse(number, error)
+            return None
+
+    def _refuse(self, number: int, error: InvalidArgument) -> None:
+        self._unusable.add(number, True)
+        self._refusal = self._refusal or f"Row {number}: {error.message}"
 
     def _label(self, answer: Any) -> None:
         if self._labels is None:
@@ -121,8 +150,7 @@ class _Rows:
         try:
             length, tokens, learned = _tokens(shape, base.tokenizer)
         except InvalidArgument as error:
-            self._unusable.add(number, True)
-            self._refusal = self._refusal or f"Row {number}: {error.message}"
+            self._refuse(number, error)
             return
         self._lengths[length] += 1
         self._tokens += tokens
@@ -135,14 +163,15 @@ class _Rows:
         self, file: FileReport, others: "_Rows | None", epochs: float, tokens_per_second: float | None
     ) -> DatasetReport:
         """All that was found."""
-        base = self._base if self._format is not DatasetFormat.FIELDS else None
+        untold = self._format is DatasetFormat.FIELDS and self._task is None
+        base = None if untold else self._base
         notes = [self._refusal] if self._refusal else []
         if others is not None and others._format is not self._format:
             notes.append(
                 f"The held-out file is {others._format}: only inputs that are written alike are found in both."
             )
-        if self._format is DatasetFormat.FIELDS:
-            notes.append("Rows of named fields become tokens through a task's template.")
+        if untold:
+            notes.append("Rows of named fields become tokens through a task's template: name the task to count them.")
         estimate = None
         if base is not None and self._format is DatasetFormat.GRADED_PROMPTS:
             notes.append("How long reinforcement takes depends on the answers that are sampled: no time is estimated.")
@@ -167,11 +196,12 @@ class _Rows:
             learned_tokens=self._learned if base else None,
             context_tokens=base.context_tokens if base else None,
             over_length=self._over.told() if base else None,
-            unusable=self._unusable.told() if base else None,
+            unusable=self._unusable.told() if base or self._task else None,
             held_out_row_count=len(others.inputs) if others is not None else None,
             leaked=_leaked(self.inputs, others.inputs) if others is not None else None,
             estimate=estimate,
             notes=tuple(notes),
+            task=self._task.name if self._task else "",
         )
 
     def _label_counts(self, row_count: int) -> tuple[LabelCount, ...]:
@@ -212,10 +242,25 @@ def _parts(shape: Canonical) -> tuple[Any, Any]:
     return _plain(shape.messages[:last]), answer if "tool_calls" in answer else answer["content"]
 
 
-def _fields(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    label = row.get("label")
-    asked = {key: value for key, value in row.items() if key != "label"}
-    return asked, None if label is None else str(label)
+def _fields(row: Mapping[str, Any], task: TaskDefinition | None) -> tuple[Any, Any]:
+    """The inputs and the answer of a task's row; without a task all but `label`, and that."""
+    answers = task.completion.field if task else "label"
+    inputs = [one.name for one in task.fields] if task else [key for key in row if key != answers]
+    answer = row.get(answers)
+    return {name: row[name] for name in inputs if row.get(name) is not None}, None if answer is None else str(answer)
+
+
+def _check_task(task: TaskDefinition, format: DatasetFormat) -> None:
+    if format not in FORMATS and not (task.conversations and format in CONVERSATIONS):
+        description = (
+            f"makes prompts of {', '.join(task.required)}, and {format} rows hold their prompt already; leave the task "
+            f"out, or declare the rows as {DatasetFormat.FIELDS}"
+        )
+        raise InvalidArgument(
+            f"The task {task.name!r} {description}.",
+            reason="TASK_UNFIT",
+            violations=(FieldViolation("task", description),),
+        )
 
 
 def _plain(value: str | Messages) -> Any:

@@ -136,6 +136,7 @@ class Evaluation:
     end_time: datetime | None = None
     error: JobError | None = None
     answered_requests: int = 0
+    """And answers graded."""
     total_requests: int = 0
     results: tuple[ContestantResult, ...] = ()
     verdicts: tuple[str, ...] = field(default_factory=tuple)

@@ -101,6 +101,11 @@ class ServedAs(StrEnum):
     """A full model, as a deployment of its own."""
 
 
+DEFAULT_RANK = 8
+"""Hu et al. 2021 (arXiv:2106.09685), table 6: ranks above 8 gain nothing on most tasks."""
+DEFAULT_BLOCKS = 2
+
+
 @dataclass(frozen=True)
 class Preference:
     """DPO as asked for (Rafailov et al. 2023, arXiv:2305.18290). Zero means: derive."""
@@ -224,6 +229,31 @@ class Resolved:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a worker holds while it trains, in bytes."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All together."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+    def __str__(self) -> str:
+        """For people: `3.8 GB (weights 0.5, gradients 0.5, AdamW 1.1, activations 1.7)`."""
+        parts = (
+            ("weights", self.weights_bytes),
+            ("gradients", self.gradients_bytes),
+            ("AdamW", self.optimizer_bytes),
+            ("activations", self.activations_bytes),
+        )
+        return f"{self.total_bytes / 1e9:.3g} GB ({', '.join(f'{name} {size / 1e9:.2g}' for name, size in parts)})"
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far training is. `loss` is in nats per completion token."""
 
@@ -261,6 +291,8 @@ class Job:
     attempt: int = 1
     fine_tuned_model: str | None = None
     error: JobError | None = None
+    memory: Memory | None = None
+    """As estimated when it was created; None where the base's shape was not known."""
     resolved: tuple[Resolved, ...] = ()
     progress: Progress | None = None
     metrics: dict[str, float] = field(default_factory=dict)

@@ -76,13 +76,15 @@ class DatasetReport:
     over_length: FoundRows | None = None
     """Rows longer than the context: dropped or truncated, as the job says."""
     unusable: FoundRows | None = None
-    """Rows that the base model's chat template refuses."""
+    """Rows that the base model's chat template refuses, or that do not fit the task."""
     held_out_row_count: int | None = None
     leaked: FoundRows | None = None
     """Held-out rows, by their number there, whose input is in the training file too."""
     estimate: TrainingEstimate | None = None
     notes: tuple[str, ...] = ()
     """What could not be told, and why."""
+    task: str = ""
+    """Name of the task whose template made text of the rows; empty without one."""
 
 
 def report_from_json(value: Mapping[str, Any]) -> DatasetReport:

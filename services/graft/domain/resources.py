@@ -5,6 +5,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from graft.domain.jobs import ServedAs
+from graft.domain.shapes import Shape
 
 
 class DatasetFormat(StrEnum):
@@ -55,6 +56,8 @@ class BaseModel:
     max_lora_rank: int
     project: str = ""
     """Whose it is alone: a full model that one project trained. Empty for all others, which every project sees."""
+    shape: Shape | None = None
+    """None where `config.json` does not tell all of it."""
 
 
 @dataclass(frozen=True)

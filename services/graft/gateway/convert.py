@@ -1,7 +1,6 @@
 """Domain types to protobuf and back, for the gRPC edge. The only module that knows both."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +10,6 @@ from graft.api.v1 import (
     adapter_pb2,
     base_model_pb2,
     dataset_pb2,
-    dataset_report_pb2,
     deployment_pb2,
     fine_tuning_job_pb2,
 )
@@ -20,13 +18,12 @@ from graft.domain.deployments import Deployment
 from graft.domain.errors import KINDS, FieldViolation, Internal, InvalidArgument
 from graft.domain.jobs import JobError
 from graft.domain.names import dataset_name, job_name, resource
-from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2
 
-_FORMATS = {format: dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.name}") for format in DatasetFormat}
-_DECLARED: dict[int, DatasetFormat] = {number: format for format, number in _FORMATS.items()}
+FORMATS = {format: dataset_pb2.DatasetFormat.Value(f"DATASET_FORMAT_{format.name}") for format in DatasetFormat}
+_DECLARED: dict[int, DatasetFormat] = {number: format for format, number in FORMATS.items()}
 
 
 def timestamp(time: datetime | None) -> Timestamp | None:
@@ -51,17 +48,12 @@ def dataset(found: Dataset) -> dataset_pb2.Dataset:
     return dataset_pb2.Dataset(
         name=dataset_name(found.project, found.id),
         display_name=found.display_name,
-        format=_FORMATS[found.format],
+        format=FORMATS[found.format],
         row_count=found.row_count,
         size_bytes=found.size_bytes,
         digest=found.digest,
         create_time=timestamp(found.create_time),
     )
-
-
-def dataset_report(found: DatasetReport) -> dataset_report_pb2.DatasetReport:
-    """What a check found: the same fields."""
-    return dataset_report_pb2.DatasetReport(**{**asdict(found), "format": _FORMATS[DatasetFormat(found.format)]})
 
 
 def declared_format(number: int) -> DatasetFormat | None:

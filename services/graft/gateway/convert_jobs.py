@@ -20,6 +20,7 @@ from graft.domain.jobs import (
     LastLayers,
     Lora,
     LossOn,
+    Memory,
     Method,
     OverLengthPolicy,
     Preference,
@@ -216,6 +217,7 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
         update_time=timestamp(found.update_time),
         fine_tuned_model=found.fine_tuned_model or "",
         attempt=found.attempt,
+        memory_estimate=_memory(found.memory) if found.memory else None,
         resolved_hyperparameters=[_resolved(one) for one in found.resolved],
         progress=_progress(found.progress) if found.progress else None,
         metrics=found.metrics,
@@ -285,6 +287,10 @@ def _resolved(one: Resolved) -> fine_tuning_job_pb2.ResolvedHyperparameter:
     return fine_tuning_job_pb2.ResolvedHyperparameter(
         name=one.name, value=value, derived=one.derived, reason=one.reason
     )
+
+
+def _memory(found: Memory) -> fine_tuning_job_pb2.MemoryEstimate:
+    return fine_tuning_job_pb2.MemoryEstimate(**asdict(found), total_bytes=found.total_bytes)
 
 
 def _progress(found: Progress) -> fine_tuning_job_pb2.Progress:

@@ -5,23 +5,25 @@ it. Jobs' states are the orchestrator's; only wishes are written here.
 """
 
 import asyncio
-import hashlib
-import json
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
+from graft.data.tasks import catalog
+from graft.data.tasks.definition import TaskDefinition
 from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
 from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
-from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, ServedAs
+from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, Memory, ServedAs
+from graft.domain.memory import asked_memory
 from graft.domain.names import check_alias, check_id, parse_model
-from graft.domain.reports import REPORT_VERSION, DatasetReport
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
-from graft.gateway import generation, resolving, task_inputs
+from graft.gateway import dataset_checks, generation, resolving, task_inputs
 from graft.gateway.checks import check_page_size, check_request_id
 from graft.gateway.checks_evaluations import check_evaluation
 from graft.gateway.checks_jobs import check_job
+from graft.gateway.dataset_checks import CheckSpec
 from graft.gateway.deployments import Deployments
 from graft.gateway.generation import Answer
 from graft.gateway.resolving import Resolution
@@ -30,14 +32,11 @@ from graft.internal.engine_client import EngineClient
 from graft.internal.v1 import engine_pb2
 from graft.settings import Settings
 from graft.storage import open_storage
-from graft.store.protocol import AliasWish, DatasetCheck, Page, Store
+from graft.store.protocol import AliasWish, Page, Store
 
 WATCH_POLL_SECONDS = 0.2
 ALIAS_TIMEOUT_SECONDS = 10.0
 ALIAS_POLL_SECONDS = 0.1
-CHECK_TIMEOUT_SECONDS = 60.0
-"""Some 20 MB of text are tokenized in it on one core."""
-CHECK_POLL_SECONDS = 0.1
 EVENTS_AT_ONCE = 500
 """Bounds the memory of one Watch that starts from the beginning of a long job."""
 
@@ -83,48 +82,9 @@ class Core:
         await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
         return dataset
 
-    async def validate_dataset(
-        self,
-        project: str,
-        dataset_id: str,
-        base: str,
-        held_out_id: str | None = None,
-        context_tokens: int | None = None,
-        epochs: float = 1.0,
-    ) -> DatasetReport:
-        """Measures a data set for a base model; the orchestrator does, and a question is answered once for all.
-
-        Raises InvalidArgument, NotFound, whatever ended the check, or Unavailable after 60 s: the check goes on, and
-        asking again waits for the same one.
-        """
-        if context_tokens is not None and context_tokens < 1:
-            raise InvalidArgument("context_tokens: must be above 0", reason="INVALID_CHECK")
-        if not 0 < epochs <= 1000:
-            raise InvalidArgument("epochs: must be above 0 and at most 1000", reason="INVALID_CHECK")
-        model = await self.store.get_base_model(base)
-        for one in filter(None, (dataset_id, held_out_id)):
-            await self.store.get_dataset(project, one)
-        asked = [REPORT_VERSION, project, dataset_id, model.digest, base, held_out_id, context_tokens, epochs]
-        name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-        check = await self.store.request_dataset_check(
-            DatasetCheck(f"dc-{name[:40]}", project, dataset_id, base, held_out_id, context_tokens, epochs)
-        )
-        try:
-            async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
-                while not check.done:
-                    await asyncio.sleep(CHECK_POLL_SECONDS)
-                    check = await self.store.get_dataset_check(check.id)
-        except TimeoutError:
-            raise Unavailable(
-                f"The check of {dataset_id!r} has not ended within {CHECK_TIMEOUT_SECONDS:.0f} s. It goes on: ask "
-                "again for its report.",
-                reason="CHECK_RUNNING",
-                retry_after_seconds=10.0,
-            ) from None
-        if check.error is not None:
-            raise KINDS.get(check.error.code, Internal)(check.error.message, reason=check.error.reason)
-        assert check.report is not None
-        return check.report
+    async def validate_dataset(self, project: str, asked: CheckSpec) -> DatasetReport:
+        """Measures a data set for a base model. Raises as `dataset_checks.made`."""
+        return await dataset_checks.made(self.store, project, asked)
 
     async def dataset_path(self, project: str, dataset_id: str) -> Path:
         """The file of a stored data set. Raises NotFound, also when the file has gone from the disk."""
@@ -150,7 +110,22 @@ class Core:
         spec = await check_job(self.store, self.settings, project, spec)
         if spec.served_as is not ServedAs.MERGED_MODEL:  # else its base's engine is not needed to prove the result
             await resolving.check_served(self.store, spec.base_model, self.settings.serving.base_model)
-        return await self.store.create_job(project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id))
+        memory = await self._memory(project, spec)
+        return await self.store.create_job(
+            project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id), memory
+        )
+
+    async def _memory(self, project: str, spec: JobSpec) -> Memory | None:
+        """What a worker will need; None where the base's shape is not known."""
+        base = await self.store.get_base_model(spec.base_model, project)
+        if base.shape is None:
+            return None
+        start_rank = 0
+        if spec.from_adapter is not None:
+            name = parse_model(spec.from_adapter, "from_adapter")
+            start = await self.get_version(project, name.base, str(name.adapter), str(name.version))
+            start_rank = start.rank
+        return asked_memory(spec, base.shape, base.target_modules, start_rank)
 
     async def get_job(self, project: str, job_id: str) -> Job:
         """Raises NotFound naming it and what exists."""
@@ -252,7 +227,15 @@ class Core:
                 reason="REPORT_MISSING",
             ) from None
 
-    # Base models and adapters
+    # Tasks, base models and adapters
+
+    def list_tasks(self) -> tuple[TaskDefinition, ...]:
+        """Those that Graft brings, by name. Every project sees them."""
+        return tuple(catalog.builtin(name) for name in catalog.names())
+
+    def get_task(self, name: str) -> TaskDefinition:
+        """Raises NotFound naming what exists."""
+        return catalog.builtin(name)
 
     async def list_base_models(self, project: str) -> tuple[BaseModel, ...]:
         """All, by id."""

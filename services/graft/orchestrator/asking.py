@@ -6,26 +6,28 @@ answer is (`graft.evaluation`), nor whose turn it is (`graft.orchestrator.evalua
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from graft.data.canonical import Preference
+from graft.data.preference import render_preference
 from graft.data.questions import Ask, Grade, Predict, Prompt, Question, Questions, Rank, with_shots
-from graft.data.rendering import Tokenizer, prompt_ids
+from graft.data.rendering import Example, Tokenizer, prompt_ids
 from graft.domain.errors import FailedPrecondition, InvalidArgument, Unavailable
 from graft.domain.resources import BaseModel
 from graft.internal.v1 import engine_pb2
-from graft.orchestrator.ports import Engine
+from graft.orchestrator.patience import answered, patiently
+from graft.orchestrator.ports import Engine, Limits
+from graft.orchestrator.threads import call
 
 TIMEOUT_SECONDS = 600.0
 """A queue of long answers on a CPU takes minutes; a client's own default is the same."""
 CONCURRENCY = 16
 """Requests in flight. vLLM batches them; more would only wait in its queue."""
-PATIENCE_SECONDS = 600.0
-"""How long an engine may be away."""
-RETRY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Answer:
     generated_tokens: int = 0
     seconds: float = 0.0
     """From request to whole answer."""
+    unanswered: str = ""
+    """Why there is none, where the question does not fit into the context. `texts` are empty then, and `nats` alike."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +55,36 @@ class Asked:
     base: BaseModel
     context_tokens: int
     """The engine's."""
-    tokenizer: Tokenizer | None
-    """The base's own; only where given texts are scored."""
+    tokenizer: Callable[[], Tokenizer]
+    """Loads the base's own, in a thread: needed where given texts are scored, and for a prompt that is refused."""
     shots: tuple[Ask, ...]
     samples: int
     max_tokens: int
+    limits: Limits
+    """How long the engine may be away, or its queue full."""
     seed: int = 0
 
 
-def scores(questions: Questions) -> bool:
-    """Whether given texts are scored, rather than answers generated."""
-    return isinstance(questions.items[0], Rank | Predict)
-
-
 class Answers:
-    """The answers of one contestant: one JSON object a line, each written when it comes. Used by one task."""
+    """The answers of one contestant: one JSON object a line, each written when it comes. Used by one task.
+
+    What a killed process left half written is cut off, so that the next answer begins a line.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.found: dict[int, Answer] = {}
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    answer = Answer(**{name: _frozen(value) for name, value in json.loads(line).items()})
-                except (ValueError, TypeError):  # a line that a killed process left half written
-                    continue
-                self.found[answer.row] = answer
+        if not path.is_file():
+            return
+        *lines, rest = path.read_bytes().split(b"\n")
+        if rest:
+            os.truncate(path, path.stat().st_size - len(rest))
+        for line in lines:
+            try:
+                answer = Answer(**{name: _frozen(value) for name, value in json.loads(line).items()})
+            except (ValueError, TypeError, AttributeError):  # no answer: asked again
+                continue
+            self.found[answer.row] = answer
 
     def keep(self, answer: Answer) -> None:
         """Writes an answer."""
@@ -125,23 +133,48 @@ async def _answer(engine: Engine, asked: Asked, questions: Questions, row: int) 
 async def _generated(engine: Engine, asked: Asked, questions: Questions, row: int, item: Ask | Grade) -> Answer:
     started = time.monotonic()
     prompt = with_shots(item.prompt, asked.shots)
-    told = await _generate(engine, asked, _body(asked, questions, item, prompt, row), isinstance(prompt, str))
+    body = _body(asked, questions, item, prompt, row)
+    completions = isinstance(prompt, str)
+    try:
+        told = await _generate(engine, asked, body, completions)
+    except FailedPrecondition as refusal:
+        # Tokens are counted of those alone that are refused: it needs the tokenizer, and seldom matters.
+        try:
+            prompt_tokens = await call(_count, asked, item, prompt)
+        except (InvalidArgument, OSError, ValueError):
+            raise refusal from None
+        left_tokens = asked.context_tokens - prompt_tokens
+        if left_tokens >= body["max_tokens"]:
+            raise
+        if left_tokens < 1:
+            texts = ("",) * int(body.get("n", 1))
+            reason = f"The prompt has {prompt_tokens} tokens, and the context {asked.context_tokens}."
+            return Answer(row, texts, seconds=time.monotonic() - started, unanswered=reason)
+        told = await _generate(engine, asked, {**body, "max_tokens": left_tokens}, completions)
     texts = tuple(_text(choice) for choice in told["choices"])
     tokens = int((told.get("usage") or {}).get("completion_tokens") or 0)
     return Answer(row, texts, generated_tokens=tokens, seconds=time.monotonic() - started)
 
 
+def _count(asked: Asked, item: Ask | Grade, prompt: Prompt) -> int:
+    """Tokens of a prompt, as the engine makes them."""
+    return len(prompt_ids(prompt, asked.tokenizer(), item.tools if isinstance(item, Ask) else ()))
+
+
 async def _scored(engine: Engine, asked: Asked, row: int, item: Rank | Predict) -> Answer:
     started = time.monotonic()
-    assert asked.tokenizer is not None
+    tokenizer = await call(asked.tokenizer)
     if isinstance(item, Predict):
-        texts = [_windows(asked.tokenizer, asked.context_tokens, item)]
+        texts = [_windows(tokenizer, asked.context_tokens, item)]
     else:
-        texts = [[pair] for pair in _answers(asked.tokenizer, asked.context_tokens, item)]
+        try:
+            texts = [[example] for example in _pair(tokenizer, asked.context_tokens, item)]
+        except _TooLongError as error:
+            return Answer(row, (), (0.0, 0.0), seconds=time.monotonic() - started, unanswered=str(error))
     nats: list[float] = []
     for windows in texts:
-        nats.append(sum([await _score(engine, asked, before, scored) for before, scored in windows]))
-    tokens = sum(len(scored) for _, scored in texts[0])
+        nats.append(sum([await _score(engine, asked, window) for window in windows]))
+    tokens = sum(sum(window.loss_mask) for window in texts[0])
     return Answer(row, (), tuple(nats), tokens, 0, time.monotonic() - started)
 
 
@@ -170,7 +203,7 @@ def _text(choice: Mapping[str, Any]) -> str:
     return str(text or "").strip()
 
 
-def _windows(tokenizer: Tokenizer, context_tokens: int, item: Predict) -> list[tuple[list[int], list[int]]]:
+def _windows(tokenizer: Tokenizer, context_tokens: int, item: Predict) -> list[Example]:
     """A text's token ids in pieces that fit the context, each with what comes before it: every token is scored once.
 
     The first token is predicted from the tokenizer's own beginning of a text or, where it has none, from the end of
@@ -185,66 +218,68 @@ def _windows(tokenizer: Tokenizer, context_tokens: int, item: Predict) -> list[t
         raise InvalidArgument(f"The text {item.text[:40]!r} has no token to predict.", reason="NOTHING_TO_ASK")
     most = context_tokens - 1 - len(start)  # one token is always generated
     pieces = [plain[at : at + most] for at in range(0, len(plain), most)]
-    return [(start if at == 0 else pieces[at - 1][-1:], piece) for at, piece in enumerate(pieces)]
+    before = [start, *(piece[-1:] for piece in pieces)]
+    return [
+        Example([*known, *piece], [0] * len(known) + [1] * len(piece))
+        for known, piece in zip(before, pieces, strict=False)
+    ]
 
 
-def _answers(tokenizer: Tokenizer, context_tokens: int, item: Rank) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer of both, cut to the context at the prompt's start, alike for both."""
-    before = prompt_ids(item.prompt, tokenizer, item.tools)
-    scored = [_completion_ids(tokenizer, item, answer, before) for answer in (item.chosen, item.rejected)]
-    kept = context_tokens - 1 - max(map(len, scored))
+class _TooLongError(Exception):
+    """An answer of a pair that the engine cannot score."""
+
+
+def _pair(tokenizer: Tokenizer, context_tokens: int, item: Rank) -> list[Example]:
+    """Prompt and answer of both as training renders them, cut to the context at the prompt's start, alike for both."""
+    pair = render_preference(Preference(item.prompt, item.chosen, item.rejected, item.tools), tokenizer)
+    both = (pair.chosen, pair.rejected)
+    learned = [at for one in both for at, counts in enumerate(one.loss_mask) if counts]
+    prompt_tokens = min(learned, default=0)
+    longest = max(len(one.token_ids) for one in both) - prompt_tokens
+    kept = context_tokens - 1 - longest  # one token is always generated
     if kept < 1:
-        raise InvalidArgument("An answer of a pair is longer than the engine's context.", reason="OVER_LENGTH_EXAMPLES")
-    return [(before[-kept:], answer) for answer in scored]
+        raise _TooLongError(f"An answer of the pair has {longest} tokens, and the context {context_tokens}.")
+    cut = max(prompt_tokens - kept, 0)
+    return [Example(one.token_ids[cut:], one.loss_mask[cut:]) for one in both]
 
 
-def _completion_ids(tokenizer: Tokenizer, item: Rank, answer: Prompt, before: list[int]) -> list[int]:
-    if isinstance(answer, str):
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return tokenizer.encode(answer, add_special_tokens=False) + end
-    assert not isinstance(item.prompt, str)
-    whole = tokenizer.apply_chat_template([*item.prompt, *answer], tokenize=False, add_generation_prompt=False)
-    ids = tokenizer.encode(whole.rstrip("\n"), add_special_tokens=False)
-    if ids[: len(before)] != before:
-        raise InvalidArgument(
-            "The base model's chat template does not begin an answer where its prompt ends.",
-            reason="CHAT_TEMPLATE_NOT_PREFIX_STABLE",
-        )
-    return ids[len(before) :]
-
-
-async def _score(engine: Engine, asked: Asked, before: list[int], scored: list[int]) -> float:
-    """Negative log-probability of `scored` after `before`, summed, in nats."""
+async def _score(engine: Engine, asked: Asked, example: Example) -> float:
+    """Negative log-probability of the tokens under `loss_mask`, summed, in nats."""
     body = {
         "model": asked.public_model,
-        "prompt": [*before, *scored],
+        "prompt": list(example.token_ids),
         "max_tokens": 1,
         "temperature": 0,
         "prompt_logprobs": 0,
     }
     told = await _generate(engine, asked, body, completions=True)
     positions = told["choices"][0]["prompt_logprobs"]
-    return -sum(float(positions[len(before) + index][str(token)]["logprob"]) for index, token in enumerate(scored))
+    return -sum(
+        float(found[str(token)]["logprob"])
+        for token, learned, found in zip(example.token_ids, example.loss_mask, positions, strict=True)
+        if learned and found is not None  # nothing predicts the first token of all
+    )
 
 
 async def _generate(engine: Engine, asked: Asked, body: dict[str, Any], completions: bool) -> dict[str, Any]:
-    """The answer's JSON. An engine that is away is waited for. Raises FailedPrecondition for a refusal."""
+    """The answer's JSON. An engine that is away or overloaded is waited for.
+
+    Raises FailedPrecondition for a refusal, Unavailable when the limit has passed.
+    """
     request = engine_pb2.GenerateRequest(
         endpoint=engine_pb2.ENDPOINT_COMPLETIONS if completions else engine_pb2.ENDPOINT_CHAT_COMPLETIONS,
         body=json.dumps(body, ensure_ascii=False).encode(),
         adapter=asked.adapter,
         public_model=asked.public_model,
     )
-    give_up = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            response = await engine.generate(request, TIMEOUT_SECONDS)
-            if response.http_status not in (429, 503):
-                break
-        except Unavailable:
-            if time.monotonic() > give_up:
-                raise
-        await asyncio.sleep(RETRY_SECONDS)
+
+    async def ask() -> engine_pb2.GenerateResponse:
+        response = await answered(engine.generate(request, TIMEOUT_SECONDS))
+        if response.http_status in (429, 503):
+            raise Unavailable("The engine is overloaded.", reason="ENGINE_OVERLOADED")
+        return response
+
+    response = await patiently("The engine", ask, asked.limits)
     told: dict[str, Any] = json.loads(response.body)
     if response.http_status != 200:
         raise FailedPrecondition(

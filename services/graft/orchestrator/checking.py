@@ -10,12 +10,13 @@ import structlog
 
 from graft.data.analysis import Base, analyse
 from graft.data.formats import FileReport, validate_file
+from graft.data.tasks.definition import TaskDefinition, load
 from graft.data.tokenizers import load_tokenizer
 from graft.domain.errors import GraftError, Internal, Unavailable
 from graft.domain.jobs import JobError
 from graft.domain.reports import DatasetReport
 from graft.domain.resources import BaseModel, Dataset
-from graft.orchestrator.files import dataset_path
+from graft.orchestrator.files import dataset_path, located
 from graft.orchestrator.threads import call, to_the_end
 from graft.storage import LOCAL, Storage
 from graft.store.protocol import DatasetCheck, Store
@@ -55,7 +56,10 @@ class Checker:
             base = await self._store.get_base_model(check.base_model)
             dataset = await self._store.get_dataset(check.project, check.dataset_id)
             held_out = await self._store.get_dataset(check.project, check.held_out_id) if check.held_out_id else None
-            report = await call(examine, self._storage, base, dataset, held_out, check.context_tokens, check.epochs)
+            task = load(check.task_definition) if check.task_definition else None
+            dataset = await call(located, self._storage, dataset)
+            held_out = held_out and await call(located, self._storage, held_out)
+            report = await call(examine, base, dataset, held_out, check.context_tokens, check.epochs, task)
         except Unavailable:
             raise  # the check stays
         except GraftError as refusal:
@@ -73,20 +77,23 @@ class Checker:
 
 
 def examine(
-    storage: Storage,
     base: BaseModel,
     dataset: Dataset,
     held_out: Dataset | None,
     context_tokens: int | None,
     epochs: float,
+    task: TaskDefinition | None = None,
 ) -> DatasetReport:
-    """Measures a stored data set. Raises NotFound for a missing file, InvalidArgument for one that was changed."""
-    path, file = _file(storage, dataset)
+    """Measures a stored data set.
+
+    Raises NotFound for a missing file, InvalidArgument for one that was changed or that the `task` does not fit.
+    """
+    path, file = _file(dataset)
     measured = Base(base.id, load_tokenizer(base.path), context_tokens or base.context_tokens, base.parameter_count)
-    other = _file(storage, held_out) if held_out is not None else None
-    return analyse(path, file, base=measured, held_out=other, epochs=epochs)
+    other = _file(held_out) if held_out is not None else None
+    return analyse(path, file, base=measured, task=task, held_out=other, epochs=epochs)
 
 
-def _file(storage: Storage, dataset: Dataset) -> tuple[Path, FileReport]:
-    path = dataset_path(storage, dataset)
+def _file(dataset: Dataset) -> tuple[Path, FileReport]:
+    path = dataset_path(LOCAL, dataset)
     return path, validate_file(path, dataset.format)

@@ -1,12 +1,14 @@
 """Carries out which base models are served beside the first: what the store wishes, made so on the inference service.
 
 A full model is first fetched from the registry and becomes a base model of the catalogue. An engine is started once: if
-it fails, the deployment says why and nothing is tried again until somebody asks. After a restart of the inference
-service, what was there is started again. Does not know Ray: the service's first application answers for all.
+it fails or is not ready in time, the deployment says why and nothing is tried again until somebody asks. After a
+restart of the inference service, what was there is started again. None waits long for another, whatever becomes of
+that. Does not know Ray: the service's first application answers for all.
 """
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -18,7 +20,15 @@ from graft.domain.jobs import JobError
 from graft.domain.names import parse_model, registered_model
 from graft.domain.resources import BaseModel
 from graft.internal.v1 import engine_pb2
-from graft.orchestrator.evaluating import HALF_PARITY_NATS, PARITY_NATS, fits, read_trained, score
+from graft.orchestrator.evaluating import (
+    HALF_PARITY_NATS,
+    PARITY_NATS,
+    engine_context_tokens,
+    fits,
+    read_trained,
+    score,
+)
+from graft.orchestrator.patience import answered
 from graft.orchestrator.ports import ApplicationsPort, ModelSource
 from graft.orchestrator.threads import call, to_the_end
 from graft.registry.full_models import adopt
@@ -30,6 +40,10 @@ log = structlog.get_logger()
 
 POLL_SECONDS = 1.0
 """An engine takes ten seconds and more to start: a second more is not noticed."""
+TURN_SECONDS = 120.0
+"""How long others wait for an engine to take its memory: 84 s measured for a cold one on two cores."""
+START_SECONDS = 1800.0
+"""How long an engine may take: 140 GB of weights, read at 100 MB/s, take 23 minutes."""
 
 
 class Deployments:
@@ -51,6 +65,7 @@ class Deployments:
         self._settings = settings
         self._poll_seconds = poll_seconds
         self._starting: dict[str, asyncio.Task[None]] = {}
+        self._stopping: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
         """Engines start one after the other: memory that one has not taken yet would be counted for the next."""
         self._away = False
@@ -68,20 +83,24 @@ class Deployments:
                         log.warning("deployments_wait", error=str(error), kind=type(error).__name__)
                 await asyncio.sleep(self._poll_seconds)
         finally:
-            for task in self._starting.values():
+            for task in (*self._starting.values(), *self._stopping.values()):
                 task.cancel()
 
     async def reconcile(self) -> None:
-        """One turn. Raises what the store or the inference service raise; starts are tasks that outlive the turn."""
+        """One turn. Raises what the store or the inference service raise; starts and ends are tasks that outlive it."""
         # Before the rows are read: one whose start ends meanwhile is READY by now, and its row here still STARTING.
         busy = {base for base, task in self._starting.items() if not task.done()}
+        ending = {base for base, task in self._stopping.items() if not task.done()}
         wishes = await self._store.every_deployment()
         if not wishes:
             return
         there = {application.base_model for application in await self._engine.applications()}
         for wish in wishes:
+            if wish.base_model in ending:
+                continue
             if wish.state is DeploymentState.STOPPING:
-                await self._stop(wish, self._starting.pop(wish.base_model, None))
+                start = self._starting.pop(wish.base_model, None)
+                self._stopping[wish.base_model] = asyncio.create_task(self._stop(wish, start))
             elif wish.base_model in busy:
                 continue
             elif wish.state is DeploymentState.STARTING or (
@@ -90,24 +109,36 @@ class Deployments:
                 self._starting[wish.base_model] = asyncio.create_task(self._start(wish))
 
     async def _stop(self, wish: Deployment, task: "asyncio.Task[None] | None") -> None:
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
-        await self._engine.undeploy(wish.base_model)
-        await to_the_end(self._store.remove_deployment(wish.base_model))
-        log.info("undeployed", base_model=wish.base_model)
+        """Until it is gone; what keeps it is told in the log, and the next turn tries again."""
+        try:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+            await self._engine.undeploy(wish.base_model)
+            await to_the_end(self._store.remove_deployment(wish.base_model))
+            log.info("undeployed", base_model=wish.base_model)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+            log.warning("undeploy_waits", base_model=wish.base_model, error=str(error), kind=type(error).__name__)
 
     async def _start(self, wish: Deployment) -> None:
         """To READY or FAILED; what is only away for a moment leaves it STARTING, for the next turn."""
         base = wish.base_model
         try:
             await self._move(base, DeploymentState.STARTING)
+            model = await self._model(wish)
+            await call(share_base_model, open_storage(self._settings), model.path, model.digest)
             async with self._turn:
-                model = await self._model(wish)
-                await call(share_base_model, open_storage(self._settings), model.path, model.digest)
-                await self._engine.deploy(model)
-                replicas = await self._ready(base)
-                await self._prove(model, replicas)
+                await answered(self._engine.deploy(model))
+                started = time.monotonic()
+                replicas = await self._ready(base, TURN_SECONDS)
+            replicas = replicas or await self._ready(base, started + START_SECONDS - time.monotonic())
+            if not replicas:
+                raise FailedPrecondition(
+                    f"The engine of {base} was not ready after {START_SECONDS / 60:.0f} minutes; the inference "
+                    "service's log has the rest. Deploy it again once the cause is gone.",
+                    reason="ENGINE_START_TIMEOUT",
+                )
+            await self._prove(model, replicas)
             await self._move(base, DeploymentState.READY)
             log.info("deployed", base_model=base, source=wish.source)
         except Unavailable as error:
@@ -158,17 +189,21 @@ class Deployments:
             return False
         return found.source == full_model_source(wish.project, wish.source)
 
-    async def _ready(self, base: str) -> list[engine_pb2.Replica]:
-        """Waits for the engines of its application. Raises FailedPrecondition when one does not start."""
+    async def _ready(self, base: str, seconds: float) -> list[engine_pb2.Replica]:
+        """Its application's engines once all are ready; none when they are not after `seconds`.
+
+        Raises FailedPrecondition when one does not start.
+        """
+        give_up = time.monotonic() + seconds
         while True:
-            states = {one.base_model: one.state for one in await self._engine.applications()}
+            states = {one.base_model: one.state for one in await answered(self._engine.applications())}
             if states.get(base) in (None, engine_pb2.Application.STATE_FAILED):
                 raise FailedPrecondition(
                     f"Ray Serve gave up the application of {base}; the inference service's log says why.",
                     reason="APPLICATION_FAILED",
                 )
             try:
-                replicas = list((await self._engine.of(base).residency()).replicas)
+                replicas = list((await answered(self._engine.of(base).residency())).replicas)
             except Unavailable:  # its door opens after a moment
                 replicas = []
             if faults := [replica.start_error for replica in replicas if replica.start_error]:
@@ -178,6 +213,8 @@ class Deployments:
                 )
             if replicas and all(replica.ready for replica in replicas):
                 return replicas
+            if time.monotonic() > give_up:
+                return []
             await asyncio.sleep(self._poll_seconds)
 
     async def _prove(self, model: BaseModel, replicas: list[engine_pb2.Replica]) -> None:
@@ -191,7 +228,8 @@ class Deployments:
         trained = await call(read_trained, file)
         dtypes = {trained.dtype, *(replica.dtype for replica in replicas)}
         limit = PARITY_NATS if dtypes <= {"float32"} else HALF_PARITY_NATS
-        fitting = [probe for probe in trained.probes if fits(probe, model.context_tokens)]
+        context_tokens = engine_context_tokens(model, self._settings.serving)
+        fitting = [probe for probe in trained.probes if fits(probe, context_tokens)]
         engine = self._engine.of(model.id)
         difference = 0.0
         for probe in fitting:

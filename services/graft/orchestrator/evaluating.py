@@ -17,11 +17,13 @@ import structlog
 from graft.domain.errors import FailedPrecondition, GraftError, Internal, Unavailable
 from graft.domain.jobs import EventLevel, JobState, ServedAs
 from graft.domain.names import registered_model
-from graft.domain.resources import AdapterVersion
+from graft.domain.resources import AdapterVersion, BaseModel
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.context import Context
+from graft.orchestrator.patience import answered
 from graft.orchestrator.ports import Generates
 from graft.orchestrator.registering import REGISTERED
+from graft.settings import ServingSettings
 
 log = structlog.get_logger()
 
@@ -78,7 +80,7 @@ async def evaluate(context: Context) -> None:
         return
     adapter = adapter_ref(version)
     engine = parts.engine.of(version.base_model)
-    loaded = await context.patiently("The engine", lambda: engine.load(adapter))
+    loaded = await context.patiently("The engine", lambda: answered(engine.load(adapter)))
     metrics = {"adapter_bytes": float(version.size_bytes), "load_seconds": loaded.load_seconds}
     if isinstance(started := said.get("publish_start_time_seconds"), int | float):
         metrics["publish_seconds"] = max(time.time() - started, 0.0)
@@ -88,7 +90,9 @@ async def evaluate(context: Context) -> None:
     trained = read_trained(context.output_dir / "adapter" / "graft.json")
     dtypes = {trained.dtype, *(replica.dtype for replica in loaded.replicas)}
     limit = PARITY_NATS if dtypes <= {"float32"} else HALF_PARITY_NATS
-    fitting = [probe for probe in trained.probes if fits(probe, parts.settings.serving.context_tokens)]
+    base = await parts.store.get_base_model(version.base_model)
+    context_tokens = engine_context_tokens(base, parts.settings.serving)
+    fitting = [probe for probe in trained.probes if fits(probe, context_tokens)]
     if not fitting:
         raise FailedPrecondition(
             f"None of the {len(trained.probes)} probes of {version.model} can be scored by the engine, so that nothing "
@@ -178,15 +182,13 @@ async def score(engine: Generates, adapter: engine_pb2.AdapterRef, probe: Probe)
         "temperature": 0,
         "prompt_logprobs": 0,
     }
-    response = await engine.generate(
-        engine_pb2.GenerateRequest(
-            endpoint=engine_pb2.ENDPOINT_COMPLETIONS,
-            body=json.dumps(body).encode(),
-            adapter=adapter if adapter.digest else None,
-            public_model=adapter.model,
-        ),
-        GENERATE_TIMEOUT_SECONDS,
+    request = engine_pb2.GenerateRequest(
+        endpoint=engine_pb2.ENDPOINT_COMPLETIONS,
+        body=json.dumps(body).encode(),
+        adapter=adapter if adapter.digest else None,
+        public_model=adapter.model,
     )
+    response = await answered(engine.generate(request, GENERATE_TIMEOUT_SECONDS))
     if response.http_status in (429, 503):
         raise Unavailable("The engine is overloaded.", reason="ENGINE_OVERLOADED")
     if response.http_status != 200:
@@ -215,6 +217,11 @@ async def score(engine: Generates, adapter: engine_pb2.AdapterRef, probe: Probe)
             reason="PARITY_FAILED",
         )
     return mean_logprob
+
+
+def engine_context_tokens(base: BaseModel, serving: ServingSettings) -> int:
+    """Longest prompt plus answer that the base's engine takes (`graft.serving.engine` starts it so)."""
+    return min(base.context_tokens, serving.context_tokens)
 
 
 def fits(probe: Probe, context_tokens: int) -> bool:

@@ -1,7 +1,8 @@
 """Evaluations as jobs: claims one at a time by lease, asks each contestant, measures, and logs what was found.
 
 One at a time, and one contestant after another, so that latency and tokens/s are each contestant's own. Answers are
-kept as they come (`graft.orchestrator.asking`): a restarted orchestrator asks only what is missing.
+kept as they come (`graft.orchestrator.asking`): a restarted orchestrator asks only what is missing. What is away once
+all answers are there does not cost them: a grader is waited for, memory and MLflow can be missing.
 """
 
 import asyncio
@@ -10,11 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import structlog
 
-from graft.data.questions import Grade, Questions, choose_shots, read_questions
+from graft.data.questions import Questions, choose_shots, read_questions
 from graft.data.tasks.definition import TaskDefinition
 from graft.data.tasks.definition import load as load_task
 from graft.data.tokenizers import load_tokenizer
@@ -25,18 +27,21 @@ from graft.domain.names import parse_model
 from graft.domain.resources import Dataset
 from graft.evaluation.comparison_page import write
 from graft.evaluation.outcome import Measured, Subject, compare, results_of
-from graft.grading import GradeItem, build_grader
-from graft.orchestrator.asking import Answer, Answers, Asked, ask_all, scores
-from graft.orchestrator.evaluating import adapter_ref
-from graft.orchestrator.files import dataset_path
+from graft.orchestrator.asking import Answer, Answers, Asked, ask_all
+from graft.orchestrator.evaluating import adapter_ref, engine_context_tokens
+from graft.orchestrator.files import located
+from graft.orchestrator.judging import passes
+from graft.orchestrator.patience import patiently
 from graft.orchestrator.ports import Parts
-from graft.orchestrator.threads import call
-from graft.storage import Storage
+from graft.orchestrator.threads import call, to_the_end
 
 log = structlog.get_logger()
 
 TELL_SECONDS = 1.0
 """How often progress is written, and a wish to cancel is seen."""
+LOG_SECONDS = 120.0
+"""How long MLflow may be away before an evaluation ends without it: it restarts within 30 s, on a busy machine in a
+multiple, and somebody waits for figures that are there."""
 _METRIC_NAME = re.compile(r"[^\w\-./ ]")
 """What MLflow's names of metrics may not hold."""
 
@@ -53,6 +58,7 @@ class Evaluations:
         """Until cancelled."""
         while True:
             try:
+                await self._end_unclaimed()
                 found = await self._parts.store.claim_evaluation(self._owner, self._lease)
                 if found is not None:
                     await self._take(found)
@@ -65,6 +71,11 @@ class Evaluations:
                 log.error("evaluations_failed", exc_info=error)
             await asyncio.sleep(self._parts.settings.orchestrator.poll_seconds)
 
+    async def _end_unclaimed(self) -> None:
+        """Those whose cancelling is wished need no turn for it."""
+        for evaluation_id in await self._parts.store.end_cancelled_evaluations():
+            log.info("evaluation_ended", evaluation=evaluation_id, state=EvaluationState.CANCELLED.value)
+
     async def _take(self, evaluation: Evaluation) -> None:
         work = _Work(self._parts, self._owner, self._lease, evaluation)
         asking = asyncio.create_task(work.do())
@@ -75,18 +86,18 @@ class Evaluations:
                     break
                 told = await work.tell()
                 if told.cancel_requested:
-                    asking.cancel()
-                    await asyncio.wait({asking})
+                    await _stopped(asking)
                     await work.end(EvaluationState.CANCELLED)
                     return
+                await self._end_unclaimed()
             await self._finish(work, asking)
         except asyncio.CancelledError:
+            await _stopped(asking)  # before another owner may begin: both would write the same files
             with suppress(GraftError):
                 await self._parts.store.release_evaluation(evaluation, self._owner)
             raise
         finally:
-            asking.cancel()
-            await asyncio.wait({asking})
+            await _stopped(asking)
 
     async def _finish(self, work: "_Work", asking: asyncio.Task[None]) -> None:
         error = asking.exception()
@@ -138,21 +149,21 @@ class _Work:
         dataset = await store.get_dataset(self.evaluation.project, spec.dataset)
         task = load_task(spec.task_definition) if spec.task_definition else None
         storage = self.parts.storage
-        questions = await call(_read, storage, dataset, task, spec.max_rows)
+        questions = await call(_read, await call(located, storage, dataset), task, spec.max_rows)
         shown: Questions | None = None
         if spec.shots_dataset is not None:
-            shown = await call(
-                _read, storage, await store.get_dataset(self.evaluation.project, spec.shots_dataset), task, 0
-            )
-        asked = [await self._asked(contestant, questions, shown) for contestant in spec.contestants]
+            others = await store.get_dataset(self.evaluation.project, spec.shots_dataset)
+            shown = await call(_read, await call(located, storage, others), task, 0)
+        asked = [await self._asked(contestant, shown) for contestant in spec.contestants]
         answers = [Answers(self.folder / f"answers-{place}.jsonl") for place in range(len(asked))]
         self.answered = sum(len(each.found) for each in answers)
-        self.total = len(questions.items) * len(asked)
+        graded = spec.grader is not None
+        self.total = len(questions.items) * sum(1 + one.samples * graded for one in asked)
         measured = []
         for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True):
             resumed = bool(kept.found)
             seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
-            passed = await call(self._grade, questions, kept)
+            passed = await passes(spec.grader, questions, kept, self.parts.limits, self._count) if spec.grader else []
             subject = replace(await self._subject(contestant), memory_bytes=await self._memory_bytes(one.base.id))
             measured.append(Measured(subject, _in_order(kept, questions), passed, 0.0 if resumed else seconds))
         metrics = spec.metrics or questions.metrics
@@ -165,33 +176,44 @@ class _Work:
             dataset=dataset,
             created=datetime.now(UTC),
         )
+        remarks = tuple(
+            _remark(contestant.label, one.context_tokens, kept)
+            for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True)
+            if any(answer.unanswered for answer in kept.found.values())
+        )
+        if remarks:
+            comparison = replace(comparison, notes={**comparison.notes, "unanswered": " ".join(remarks)})
         report = self.folder / "report.html"
-        await call(write, comparison, report)
+        await to_the_end(call(write, comparison, report))
         if storage.shared:  # where the gateway reads it
             uri = storage.uri("evaluations", dataset.project, self.evaluation.id, report.name)
             await call(storage.put_file, report, uri)
         results = await call(results_of, comparison, spec.contestants, measured)
-        run_id = await call(self._log, comparison.headline, dataset, results)
+        run_id, missing = await self._logged(comparison.headline, dataset, results)
         await self.tell()
         await store.end_evaluation(
             self.evaluation,
             self.owner,
             EvaluationState.SUCCEEDED,
             results=results,
-            verdicts=(comparison.headline, *comparison.remarks),
+            verdicts=(comparison.headline, *comparison.remarks, *remarks, *missing),
             mlflow_run_id=run_id,
         )
         log.info("evaluation_ended", evaluation=self.evaluation.id, state="SUCCEEDED")
 
     async def _memory_bytes(self, base: str) -> int | None:
-        """Of the base's largest replica."""
-        held = await self.parts.engine.of(base).residency()
+        """Of the base's largest replica; None when it does not tell."""
+        try:
+            held = await self.parts.engine.of(base).residency()
+        except GraftError as error:
+            log.warning("memory_unknown", evaluation=self.evaluation.id, base_model=base, error=error.message)
+            return None
         return max((replica.memory_bytes for replica in held.replicas), default=0) or None
 
-    def _count(self) -> None:
-        self.answered += 1
+    def _count(self, more: int = 1) -> None:
+        self.answered += more
 
-    async def _asked(self, contestant: Contestant, questions: Questions, shown: Questions | None) -> Asked:
+    async def _asked(self, contestant: Contestant, shown: Questions | None) -> Asked:
         spec, store, project = self.evaluation.spec, self.parts.store, self.evaluation.project
         name = parse_model(contestant.model)
         base = await store.get_base_model(name.base, project)
@@ -205,11 +227,12 @@ class _Work:
             adapter=adapter,
             public_model=contestant.model,
             base=base,
-            context_tokens=min(base.context_tokens, self.parts.settings.serving.context_tokens),
-            tokenizer=await call(load_tokenizer, base.path) if scores(questions) else None,
+            context_tokens=engine_context_tokens(base, self.parts.settings.serving),
+            tokenizer=partial(load_tokenizer, base.path),
             shots=tuple(choose_shots(shown, contestant.shots)) if shown and contestant.shots else (),
             samples=spec.samples or 1,
             max_tokens=spec.max_tokens,
+            limits=self.parts.limits,
         )
 
     async def _subject(self, contestant: Contestant) -> Subject:
@@ -229,21 +252,20 @@ class _Work:
             base.size_bytes + found.size_bytes,
         )
 
-    def _grade(self, questions: Questions, answers: Answers) -> list[int]:
-        """How many samples of each question passed; empty where nothing is graded."""
-        grader = self.evaluation.spec.grader
-        if grader is None:
-            return []
-        items, rows = [], []
-        for row, item in enumerate(questions.items):
-            assert isinstance(item, Grade)
-            for text in answers.found[row].texts:
-                items.append(GradeItem(item.row, text))
-                rows.append(row)
-        passed = [0] * len(questions.items)
-        for row, grade in zip(rows, build_grader(grader).grade(items), strict=True):
-            passed[row] += int(grade.passed)
-        return passed
+    async def _logged(
+        self, headline: str, dataset: Dataset, results: Sequence[ContestantResult]
+    ) -> tuple[str | None, tuple[str, ...]]:
+        """The MLflow run's id, or None and a sentence that tells why there is none."""
+        try:
+            async with asyncio.timeout(LOG_SECONDS):
+                log_it = partial(call, self._log, headline, dataset, results)
+                return await patiently("MLflow", log_it, self.parts.limits), ()
+        except Exception as error:  # whatever MLflow's client raises, the figures are there
+            log.warning("evaluation_not_logged", evaluation=self.evaluation.id, exc_info=error)
+            why = error.message if isinstance(error, GraftError) else f"{type(error).__name__}."
+            if isinstance(error, TimeoutError):
+                why = f"it did not answer for {LOG_SECONDS:.0f} s."
+            return None, (f"MLflow has no complete run of this evaluation: {why} The figures and the report are kept.",)
 
     def _log(self, headline: str, dataset: Dataset, results: Sequence[ContestantResult]) -> str:
         spec, registry = self.evaluation.spec, self.parts.registry
@@ -265,8 +287,21 @@ class _Work:
         return run_id
 
 
-def _read(storage: Storage, dataset: Dataset, task: TaskDefinition | None, max_rows: int) -> Questions:
-    return read_questions(dataset_path(storage, dataset), dataset.format, task, max_rows=max_rows)
+def _read(dataset: Dataset, task: TaskDefinition | None, max_rows: int) -> Questions:
+    return read_questions(Path(dataset.uri), dataset.format, task, max_rows=max_rows)
+
+
+async def _stopped(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def _remark(label: str, context_tokens: int, answers: Answers) -> str:
+    count = sum(bool(answer.unanswered) for answer in answers.found.values())
+    return (
+        f"{label} has no answer to {count} of {len(answers.found)} questions, which do not fit into its context of "
+        f"{context_tokens} tokens; they count as wrong, pairs as undecided."
+    )
 
 
 def _in_order(answers: Answers, questions: Questions) -> tuple[Answer, ...]:

@@ -1,6 +1,7 @@
 """What the orchestrator reads of files: data sets, and what a run has left. Blocking calls."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from graft.domain.errors import NotFound
@@ -26,6 +27,11 @@ def dataset_path(storage: Storage, dataset: Dataset) -> Path:
         reason="DATASET_FILE_MISSING",
         metadata={"dataset": dataset.id},
     )
+
+
+def located(storage: Storage, dataset: Dataset) -> Dataset:
+    """The data set with the path that its file has on this host as its `uri`. Raises as `dataset_path`."""
+    return replace(dataset, uri=str(dataset_path(storage, dataset)))
 
 
 def fetch_results(storage: Storage, job: Job, output_dir: Path) -> None:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from graft.data.prepare import DataStats
-from graft.domain.jobs import Job, Resolved
+from graft.domain.jobs import Job, Memory, Resolved
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 from graft.internal.v1 import engine_pb2
 from graft.registry.mlflow_registry import Publication
 from graft.settings import Settings
 from graft.storage import Storage, open_storage
 from graft.store.protocol import Store
-from graft.training.memory import Memory
 from graft.training.spec import RunSpec, RunStatus, StartFrom, run_key
 
 

@@ -10,13 +10,14 @@ from graft.data.prepare import DataStats, prepare
 from graft.data.split import Split
 from graft.data.tasks.definition import load
 from graft.data.tokenizers import import_tokenizers, load_tokenizer
-from graft.domain.jobs import Job, Method
+from graft.domain.jobs import Job, Memory, Method
+from graft.domain.memory import memory_bytes
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.files import dataset_path
 from graft.orchestrator.ports import PreparedData
 from graft.storage import LOCAL, Storage
 from graft.training.derive import DEFAULT_COMPLETION_TOKENS, derive
-from graft.training.memory import Memory, check_blocks, memory_bytes, read_shape
+from graft.training.memory import check_blocks, read_shape
 from graft.training.spec import RunSpec, StartFrom, run_spec, settled
 
 __all__ = ["TokenizingPreparer", "import_tokenizers"]
@@ -100,4 +101,6 @@ def _memory(job: Job, base: BaseModel) -> Memory:
     shape = read_shape(Path(base.path))
     lora, last_layers = settled(job)
     check_blocks(shape, base.id, last_layers)
+    if job.spec.sweep and job.spec.sweep.ranks:
+        lora = replace(lora, rank=max(job.spec.sweep.ranks))  # the trial that needs most
     return memory_bytes(shape, job.spec.tuning, lora, last_layers)

@@ -89,4 +89,5 @@ def _describe(settings: Settings, one: Entry, folder: Path) -> BaseModel:
         target_modules=LINEAR,
         max_lora_rank=settings.serving.max_lora_rank,
         project=one.source.project if isinstance(one.source, Folder) else "",
+        shape=facts.shape,
     )

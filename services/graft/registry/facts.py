@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.domain.errors import FailedPrecondition
+from graft.domain.shapes import Shape
 from graft.registry.weights import Damaged, parameter_count
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -31,6 +32,8 @@ class Facts:
     """Of one folder."""
 
     layers: int
+    shape: Shape | None
+    """None where `config.json` does not tell all of it."""
     context_tokens: int
     """Longest sequence that the model was made for or, where it is shorter, its attention's window."""
     digest: str
@@ -55,7 +58,7 @@ def read_facts(base: str, folder: Path, cache: Path) -> Facts:
         raise FailedPrecondition(
             f"Base model {base!r}: {folder / 'config.json'} has no usable {error}.", reason="BASE_MODEL_CONFIG_INVALID"
         ) from None
-    return Facts(layers=layers, context_tokens=context_tokens, **_measured(base, folder, cache))
+    return Facts(layers=layers, shape=_shape(config), context_tokens=context_tokens, **_measured(base, folder, cache))
 
 
 def read_config(base: str, folder: Path) -> dict[str, Any]:
@@ -86,6 +89,13 @@ def read_config(base: str, folder: Path) -> dict[str, Any]:
             reason="BASE_MODEL_QUANTIZED",
         )
     return config
+
+
+def _shape(config: dict[str, Any]) -> Shape | None:
+    try:
+        return Shape.of(config)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:

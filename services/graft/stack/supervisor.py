@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -77,11 +77,14 @@ class Supervisor:
         *,
         on_change: Callable[[Sequence[Status]], None] = lambda _: None,
         stop_seconds: float = 15.0,
+        about: Mapping[str, object] | None = None,
     ) -> None:
+        """`about` is kept in the status file as it is."""
         self._processes = {process.name: process for process in processes}
         self._folder = folder
         self._on_change = on_change
         self._stop_seconds = stop_seconds
+        self._about = dict(about or {})
         self._stop = asyncio.Event()
         self._ready = {name: asyncio.Event() for name in self._processes}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -247,6 +250,7 @@ class Supervisor:
             "create_time": psutil.Process().create_time(),
             "ready": all(status.state is State.READY for status in statuses),
             "processes": [asdict(status) for status in statuses],
+            **self._about,
         }
         fresh = self.status_file.with_suffix(".tmp")
         fresh.write_text(json.dumps(record, indent=1))

@@ -20,6 +20,7 @@ from graft.domain.jobs import (
     LastLayers,
     Lora,
     LossOn,
+    Memory,
     Method,
     OverLengthPolicy,
     Preference,
@@ -32,6 +33,7 @@ from graft.domain.jobs import (
 )
 from graft.domain.reports import report_from_json
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
+from graft.domain.shapes import Shape
 from graft.store.protocol import AliasWish, DatasetCheck
 
 Row = RowMapping
@@ -75,7 +77,7 @@ def spec_from_json(value: Mapping[str, Any]) -> JobSpec:
 _JOB_PLAIN = [
     field.name
     for field in fields(Job)
-    if field.name not in {"spec", "state", "error", "resolved", "progress", "metrics"}
+    if field.name not in {"spec", "state", "error", "memory", "resolved", "progress", "metrics"}
 ]
 
 
@@ -86,6 +88,7 @@ def job(row: Row) -> Job:
         spec=spec_from_json(row["spec"]),
         state=JobState(row["state"]),
         error=None if row["error"] is None else JobError(**row["error"]),
+        memory=None if row["memory"] is None else Memory(**row["memory"]),
         resolved=tuple(Resolved(**item) for item in row["resolved"]),
         progress=None if row["progress"] is None else Progress(**row["progress"]),
         metrics=dict(row["metrics"]),
@@ -112,6 +115,7 @@ def checkpoint(row: Row) -> Checkpoint:
 def base_model(row: Row) -> BaseModel:
     """A row of `base_models`."""
     values = {field.name: row[field.name] for field in fields(BaseModel)}
+    values["shape"] = None if row["shape"] is None else Shape(**row["shape"])
     return BaseModel(**{**values, "target_modules": tuple(row["target_modules"])})
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import RowMapping, insert, or_, select, update
+from sqlalchemy import RowMapping, Select, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -97,20 +97,31 @@ class EvaluationStore:
             await connection.execute(update(evaluations).where(evaluations.c.id == evaluation_id).values(values))
             return await _fetch(connection, project, evaluation_id)
 
+    async def end_cancelled_evaluations(self) -> tuple[str, ...]:
+        """Ends those that are to be cancelled and whose lease is free or has run out. Returns their ids."""
+        async with self._database.read() as connection:
+            wished = _unclaimed(await self._database.now(connection)).where(evaluations.c.cancel_requested)
+            if (await connection.execute(wished.limit(1))).first() is None:  # every turn asks, and seldom there is one
+                return ()
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            wished = _unclaimed(now).where(evaluations.c.cancel_requested).with_for_update(skip_locked=True)
+            ids = tuple(row.id for row in await connection.execute(wished))
+            values = {
+                "state": EvaluationState.CANCELLED.value,
+                "update_time": now,
+                "end_time": now,
+                "lease_owner": None,
+                "lease_expire_time": None,
+            }
+            await connection.execute(update(evaluations).where(evaluations.c.id.in_(ids)).values(values))
+            return ids
+
     async def claim_evaluation(self, owner: str, lease: timedelta) -> Evaluation | None:
         """Takes the oldest that has not ended and whose lease is free or has run out, and moves it to RUNNING."""
         async with self._database.write() as connection:
             now = await self._database.now(connection)
-            free = (
-                select(evaluations.c.project, evaluations.c.id, evaluations.c.start_time)
-                .where(
-                    evaluations.c.state.not_in([state.value for state in ENDED]),
-                    or_(evaluations.c.lease_owner.is_(None), evaluations.c.lease_expire_time < now),
-                )
-                .order_by(evaluations.c.create_time, evaluations.c.id)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-            )
+            free = _unclaimed(now).limit(1).with_for_update(skip_locked=True)
             row = (await connection.execute(free)).one_or_none()
             if row is None:
                 return None
@@ -175,6 +186,18 @@ class EvaluationStore:
             }
             await connection.execute(update(evaluations).where(evaluations.c.id == evaluation.id).values(values))
             return await _fetch(connection, evaluation.project, evaluation.id)
+
+
+def _unclaimed(now: datetime) -> Select[tuple[str, str, datetime | None]]:
+    """Those that have not ended and whose lease is free or has run out, the oldest first."""
+    return (
+        select(evaluations.c.project, evaluations.c.id, evaluations.c.start_time)
+        .where(
+            evaluations.c.state.not_in([state.value for state in ENDED]),
+            or_(evaluations.c.lease_owner.is_(None), evaluations.c.lease_expire_time < now),
+        )
+        .order_by(evaluations.c.create_time, evaluations.c.id)
+    )
 
 
 async def _fetch(connection: AsyncConnection, project: str, evaluation_id: str, *, lock: bool = False) -> Evaluation:

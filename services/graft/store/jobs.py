@@ -1,10 +1,12 @@
 """Jobs as the gateway sees them: created, read, listed, and asked to stop. `leases.py` has the orchestrator's side."""
 
+from dataclasses import asdict
+
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from graft.domain.errors import FailedPrecondition
-from graft.domain.jobs import FINAL, Checkpoint, Event, EventLevel, Job, JobSpec, JobState
+from graft.domain.jobs import FINAL, Checkpoint, Event, EventLevel, Job, JobSpec, JobState, Memory
 from graft.store import convert
 from graft.store.database import Database, newest_first
 from graft.store.job_rows import append_event, fetch_job, state_data
@@ -18,7 +20,9 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def create_job(self, project: str, job_id: str, spec: JobSpec, request_id: str | None) -> Job:
+    async def create_job(
+        self, project: str, job_id: str, spec: JobSpec, request_id: str | None, memory: Memory | None = None
+    ) -> Job:
         """Stores a job in VALIDATING with its first event; a repeated `request_id` returns the first one's job."""
         try:
             async with self._database.write() as connection:
@@ -34,6 +38,7 @@ class JobStore:
                         create_time=now,
                         update_time=now,
                         attempt=1,
+                        memory=None if memory is None else asdict(memory),
                         resolved=[],
                         metrics={},
                         cancel_requested=False,

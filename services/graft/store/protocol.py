@@ -12,7 +12,18 @@ from typing import Generic, Protocol, TypeVar
 
 from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.evaluations import ContestantResult, Evaluation, EvaluationSpec, EvaluationState
-from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobSpec, JobState, Progress, Resolved
+from graft.domain.jobs import (
+    Checkpoint,
+    Event,
+    EventLevel,
+    Job,
+    JobError,
+    JobSpec,
+    JobState,
+    Memory,
+    Progress,
+    Resolved,
+)
 from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
@@ -52,6 +63,8 @@ class DatasetCheck:
     held_out_id: str | None
     context_tokens: int | None
     epochs: float
+    task_definition: str = ""
+    """YAML of the task for rows of fields; empty without one."""
     done: bool = False
     report: DatasetReport | None = None
     error: JobError | None = None
@@ -83,7 +96,9 @@ class Store(Protocol):
         ...
 
     # Jobs (gateway)
-    async def create_job(self, project: str, job_id: str, spec: JobSpec, request_id: str | None) -> Job:
+    async def create_job(
+        self, project: str, job_id: str, spec: JobSpec, request_id: str | None, memory: Memory | None = None
+    ) -> Job:
         """Stores a job in VALIDATING with its first event; a repeated `request_id` returns the first one's job."""
         ...
 
@@ -154,6 +169,10 @@ class Store(Protocol):
         ...
 
     # Evaluations (orchestrator). `owner` must hold the lease, else Aborted.
+    async def end_cancelled_evaluations(self) -> tuple[str, ...]:
+        """Ends those that are to be cancelled and whose lease is free or has run out. Returns their ids."""
+        ...
+
     async def claim_evaluation(self, owner: str, lease: timedelta) -> Evaluation | None:
         """Takes the oldest that has not ended and whose lease is free or has run out, and moves it to RUNNING."""
         ...

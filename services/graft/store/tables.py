@@ -87,6 +87,7 @@ jobs = Table(
     Column("attempt", Integer, nullable=False),
     Column("fine_tuned_model", String),
     Column("error", JSON(none_as_null=True)),
+    Column("memory", JSON(none_as_null=True)),
     Column("resolved", JSON, nullable=False),
     Column("progress", JSON(none_as_null=True)),
     Column("metrics", JSON, nullable=False),
@@ -142,6 +143,7 @@ base_models = Table(
     Column("target_modules", JSON, nullable=False),
     Column("max_lora_rank", Integer, nullable=False),
     Column("project", String(63), nullable=False, server_default=""),
+    Column("shape", JSON(none_as_null=True)),
 )
 
 adapters = Table(
@@ -225,6 +227,7 @@ dataset_checks = Table(
     Column("held_out_id", String(63)),
     Column("context_tokens", Integer),
     Column("epochs", Float, nullable=False),
+    Column("task_definition", String, nullable=False, server_default=""),
     Column("done", Boolean, nullable=False, index=True),
     Column("report", JSON(none_as_null=True)),
     Column("error", JSON(none_as_null=True)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from graft.data.prepare import Example
-from graft.training.memory import MICROBATCH_TOKENS
+from graft.domain.memory import MICROBATCH_TOKENS
 
 
 @dataclass(frozen=True)

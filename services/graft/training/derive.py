@@ -8,12 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from graft.data.prepare import DataStats
-from graft.domain.jobs import JobSpec, Method, Resolved, ServedAs, Tuning
+from graft.domain.jobs import DEFAULT_BLOCKS, DEFAULT_RANK, JobSpec, Method, Resolved, ServedAs, Tuning
 from graft.domain.resources import BaseModel
 from graft.training.sweep import settle_sweep
 
-DEFAULT_RANK = 8
-"""Hu et al. 2021 (arXiv:2106.09685), table 6: ranks above 8 gain nothing on most tasks."""
 REFERENCE_PARAMETERS = 135e6
 REFERENCE_LEARNING_RATE = 5e-4
 """Measured: 400 movie reviews, SmolLM2-135M, LoRA r=8 on all linear layers: held-out accuracy 0.66 to 0.83."""
@@ -22,7 +20,6 @@ GENTLE = 0.1
 Without Regret"); and for losses against a reference, whose gradients pull away from it in every step."""
 DEFAULT_BETA = 0.1
 """Rafailov et al. 2023 (arXiv:2305.18290), section 6."""
-DEFAULT_BLOCKS = 2
 DEFAULT_GROUP_SIZE = 8
 """Enough answers that a reward of one in eight tells; Shao et al. use 64, which a CPU does not sample."""
 DEFAULT_COMPLETION_TOKENS = 64

@@ -21,13 +21,14 @@ from graft.data.prepare import Example
 from graft.data.raw_text import default_source, python_documentation, read_documents, sequences
 from graft.domain.errors import FailedPrecondition, InvalidArgument
 from graft.domain.jobs import LastLayers, Lora, Tuning
+from graft.domain.memory import FLOAT_BYTES, memory_bytes
 from graft.registry.facts import LINEAGE
 from graft.training.batching import microbatches
 from graft.training.depth import angular_distances, by_angle, cut, evenly
 from graft.training.failures import failure
 from graft.training.imports import AutoModelForCausalLM, AutoTokenizer
 from graft.training.loop import LoopSettings, StepReport, Stop, train
-from graft.training.memory import FLOAT_BYTES, memory_bytes, read_shape
+from graft.training.memory import read_shape
 from graft.training.objectives.supervised import Supervised, mean_loss
 from graft.training.packing import PACKED, token_losses
 from graft.training.tuning import node_memory_bytes

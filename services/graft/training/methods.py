@@ -1,6 +1,7 @@
 """What each method reads and which objective it trains on. The one place that tells methods apart in a worker."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,8 @@ HELD_OUT_EXAMPLES = 256
 spread of single losses, and more would take longer than the steps between."""
 HELD_OUT_TOKENS = 65_536
 """And on so many tokens at most, for the same reason: pieces of documents are as long as the context."""
+SCORED_SECONDS = 20.0
+"""Between two messages about pairs that the reference scores, which takes minutes before the first step."""
 
 
 def read_data(spec: RunSpec, tokenizer: Any) -> tuple[Prepared, Prepared | None]:
@@ -80,7 +83,8 @@ def objective_of(
     reinforcement, what is wrong with the grader.
     """
     if spec.method is Method.PREFERENCE:
-        reference_N_2 = reference_log_probs(model, data.pairs, indices, device, group)
+        on_scored = _Scored(tell) if group.rank == 0 else _silent
+        reference_N_2 = reference_log_probs(model, data.pairs, indices, device, group, on_scored)
         return Preference(data.pairs, reference_N_2, spec.preference.beta, device)
     if spec.method is Method.REINFORCEMENT:
         return _reinforced(spec, model, data, device, group, tell)
@@ -115,5 +119,19 @@ def _reinforced(
     return Reinforced(data.prompts, asked, spec.seed, sampler, policies, grader, patience, device)
 
 
-def _silent(_kind: str, _data: dict[str, Any]) -> None:
+class _Scored:
+    """Tells how far the reference has come: not more often than anybody wants to read."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._told = time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        if done < of and time.monotonic() - self._told < SCORED_SECONDS:
+            return
+        self._told = time.monotonic()
+        self._tell("message", {"message": f"The reference has scored {done} of {of} pairs."})
+
+
+def _silent(_first: object, _second: object) -> None:
     """Whom the other workers tell."""

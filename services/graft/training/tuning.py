@@ -14,9 +14,10 @@ import torch
 
 from graft.domain.errors import FailedPrecondition
 from graft.domain.jobs import LastLayers, ServedAs, Tuning
+from graft.domain.memory import memory_bytes
 from graft.training.imports import AutoModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from graft.training.lora import fuse
-from graft.training.memory import check_blocks, check_memory, memory_bytes, read_shape
+from graft.training.memory import check_blocks, check_memory, read_shape
 from graft.training.packing import PACKED
 from graft.training.spec import RunSpec, StartFrom
 

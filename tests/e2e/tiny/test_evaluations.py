@@ -117,3 +117,19 @@ def test_answers_are_graded_by_their_number_and_counted_as_passes(graft: Graft, 
     )
     base, tuned = values(results, "pass_at_1")
     assert 0 <= base < tuned <= 1
+
+
+def test_a_prompt_that_does_not_fit_is_told_and_one_that_leaves_too_little_room_is_answered(
+    graft: Graft, tmp_path: Path
+) -> None:
+    context_tokens = next(model.context_tokens for model in graft.base_models() if model.name.endswith(f"/{BASE}"))
+    # The tiny tokenizer gives a byte a token.
+    prompts = ["letter", "x" * (context_tokens - 4), "x" * (context_tokens + 40)]
+    rows: list[dict[str, object]] = [{"prompt": prompt, "completion": " y"} for prompt in prompts]
+    data = graft.upload_dataset(write_rows(tmp_path / "long.jsonl", rows))
+    made = graft.create_evaluation(data.name, [BASE], metrics=["exact_match"], max_tokens=16)
+    done = eventually(
+        lambda: graft.evaluation(made.name), lambda now: now.HasField("end_time"), 120, "the evaluation ends"
+    )
+    assert done.state == done.STATE_SUCCEEDED, done.error.message
+    assert any(f"{BASE} has no answer to 1 of 3 questions" in verdict for verdict in done.verdicts)

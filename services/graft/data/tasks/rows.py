@@ -79,6 +79,11 @@ def labels_of(task: TaskDefinition, rows: Iterable[Row]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def labelled(task: TaskDefinition, rows: Iterable[Row]) -> TaskDefinition:
+    """The task with the labels of its data, if that is where it takes them from. Raises as `labels_of`."""
+    return task.with_labels(labels_of(task, rows)) if task.labels_from_data else task
+
+
 def trained_as(task: TaskDefinition | None, row: Row, format: DatasetFormat) -> tuple[Row, DatasetFormat]:
     """The row that training reads in place of one of `format`, and the format of that.
 

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's paths under `/v1`, health, readiness and metrics.
+"""The HTTP application: OpenAI's paths and Graft's own under `/v1`, health, readiness and metrics.
 
 Knows which path is whose; what a path does is its module's.
 """
@@ -17,7 +17,18 @@ from starlette.routing import Route
 from graft.domain.errors import GraftError
 from graft.gateway.auth import Authenticator
 from graft.gateway.core import Core
-from graft.gateway.http import evaluations, files, fine_tuning, generation, models
+from graft.gateway.http import (
+    adapters,
+    base_models,
+    datasets,
+    deployments,
+    evaluations,
+    files,
+    fine_tuning,
+    generation,
+    models,
+    tasks,
+)
 from graft.gateway.http.edge import Edge
 from graft.gateway.http.errors import on_http_exception
 from graft.gateway.http.requests import core_of
@@ -40,6 +51,7 @@ def build_app(core: Core, authenticator: Authenticator) -> Starlette:
             _route("/v1/files", GET=files.list_files, POST=files.create_file),
             _route("/v1/files/{file_id}", GET=files.retrieve_file, DELETE=files.delete_file),
             Route("/v1/files/{file_id}/content", files.file_content),
+            Route("/v1/files/{file_id}/validate", datasets.validate_file, methods=["POST"]),
             _route("/v1/fine_tuning/jobs", GET=fine_tuning.list_jobs, POST=fine_tuning.create_job),
             Route("/v1/fine_tuning/jobs/{job_id}", fine_tuning.retrieve_job),
             Route("/v1/fine_tuning/jobs/{job_id}/cancel", fine_tuning.cancel_job, methods=["POST"]),
@@ -49,6 +61,24 @@ def build_app(core: Core, authenticator: Authenticator) -> Starlette:
             Route("/v1/evaluations/{evaluation_id}", evaluations.retrieve_evaluation),
             Route("/v1/evaluations/{evaluation_id}/cancel", evaluations.cancel_evaluation, methods=["POST"]),
             Route("/v1/evaluations/{evaluation_id}/report", evaluations.evaluation_report),
+            Route("/v1/tasks", tasks.list_tasks),
+            Route("/v1/tasks/{task}", tasks.retrieve_task),
+            Route("/v1/base_models", base_models.list_base_models),
+            Route("/v1/base_models/{base_model}", base_models.retrieve_base_model),
+            _route("/v1/deployments", GET=deployments.list_deployments, POST=deployments.create_deployment),
+            _route(
+                "/v1/deployments/{deployment_id}",
+                GET=deployments.retrieve_deployment,
+                DELETE=deployments.delete_deployment,
+            ),
+            Route("/v1/adapters", adapters.list_adapters),
+            Route("/v1/adapters/{model}", adapters.retrieve_adapter),
+            Route("/v1/adapters/{model}/aliases/{alias}", adapters.set_alias, methods=["PUT"]),
+            Route("/v1/adapters/{model}/versions", adapters.list_versions),
+            Route("/v1/adapters/{model}/versions/{version}", adapters.retrieve_version),
+            Route("/v1/adapters/{model}/versions/{version}/load", adapters.load_version, methods=["POST"]),
+            Route("/v1/adapters/{model}/versions/{version}/unload", adapters.unload_version, methods=["POST"]),
+            Route("/v1/residency", adapters.residency),
         ],
         middleware=[Middleware(Edge, authenticator=authenticator)],
         exception_handlers={HTTPException: on_http_exception},

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from datetime import datetime
 
-from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, JobState, Method
+from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, JobState, Memory, Method
 from graft.domain.resources import Dataset
 from graft.gateway.http.job_spec import METHOD_TYPES
 
@@ -102,12 +102,17 @@ def job(found: Job) -> dict[str, object]:
             "reinforcement": {name: value for name, value in asdict(spec.reinforcement).items() if name != "grader"},
             "hyperparameters": asdict(spec.hyperparameters),
             "sweep": None if spec.sweep is None else asdict(spec.sweep),
+            "memory_estimate": _memory(found.memory) if found.memory else None,
             "resolved": [asdict(one) for one in found.resolved],
             "progress": asdict(progress) if progress else None,
             "metrics": found.metrics,
             "started_at": seconds(found.start_time),
         },
     }
+
+
+def _memory(found: Memory) -> dict[str, int]:
+    return {**asdict(found), "total_bytes": found.total_bytes}
 
 
 def _method(spec: JobSpec, hyperparameters: dict[str, object]) -> dict[str, object]:

@@ -2,34 +2,27 @@
 
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from graft.api.v1 import evaluation_pb2
-from graft.domain.errors import InvalidArgument
 from graft.domain.evaluations import Evaluation
 from graft.gateway import convert_evaluations as convert
+from graft.gateway.http.messages import parsed, told
 from graft.gateway.http.requests import (
     core_of,
     idempotency_key,
     json_object,
-    limit_of,
     listing,
-    page_after,
+    page,
     project_of,
-    query_of,
 )
 
 
 async def create_evaluation(request: Request) -> Response:
     """Takes the input fields of `graft.api.v1.Evaluation`; data sets may be bare ids."""
     core, project = core_of(request), project_of(request)
-    body = await json_object(request)
-    try:
-        asked = ParseDict(body, evaluation_pb2.Evaluation())
-    except ParseError as error:
-        raise InvalidArgument(f"The body is no evaluation: {error}.", reason="INVALID_EVALUATION") from None
+    asked = parsed(await json_object(request), evaluation_pb2.Evaluation(), "evaluation")
     spec = convert.evaluation_spec(project, asked)
     return JSONResponse(_json(await core.create_evaluation(project, spec, idempotency_key(request))))
 
@@ -37,9 +30,8 @@ async def create_evaluation(request: Request) -> Response:
 async def list_evaluations(request: Request) -> Response:
     """Newest first."""
     core, project = core_of(request), project_of(request)
-    query = query_of(request, "after", "limit")
-    found, has_more = await page_after(
-        lambda size, token: core.list_evaluations(project, size, token), query.get("after"), limit_of(query, 20, 100)
+    found, has_more = await page(
+        request, lambda size, token: core.list_evaluations(project, size, token), lambda one: one.id
     )
     return JSONResponse(listing([_json(one) for one in found], has_more))
 
@@ -65,6 +57,4 @@ def _id(request: Request) -> str:
 
 
 def _json(found: Evaluation) -> dict[str, Any]:
-    message = convert.evaluation(found)
-    told: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
-    return {"id": found.id, "object": "evaluation", **told}
+    return told("evaluation", found.id, convert.evaluation(found))

@@ -89,7 +89,7 @@ async def list_files(request: Request) -> Response:
     if query.get("purpose", convert.PURPOSE) != convert.PURPOSE:
         return JSONResponse(listing([], has_more=False))
     found, has_more = await page_after(
-        lambda size, token: core.list_datasets(project, size, token), query.get("after"), limit
+        lambda size, token: core.list_datasets(project, size, token), query.get("after"), limit, lambda one: one.id
     )
     return JSONResponse(listing([convert.file(one) for one in found], has_more))
 

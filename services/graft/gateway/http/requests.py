@@ -4,7 +4,7 @@ still there."""
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
@@ -18,16 +18,6 @@ from graft.settings import MIB
 from graft.store.protocol import Page
 
 T = TypeVar("T")
-
-
-class Identified(Protocol):
-    """Whatever has an id: what lists of OpenAI's API are paged by."""
-
-    @property
-    def id(self) -> str: ...
-
-
-IdentifiedT = TypeVar("IdentifiedT", bound=Identified)
 
 
 def core_of(request: Request) -> Core:
@@ -115,8 +105,8 @@ def limit_of(query: dict[str, str], default: int, most: int) -> int:
 
 
 async def page_after(
-    fetch: Callable[[int, str], Awaitable[Page[IdentifiedT]]], after: str | None, limit: int
-) -> tuple[list[IdentifiedT], bool]:
+    fetch: Callable[[int, str], Awaitable[Page[T]]], after: str | None, limit: int, id_of: Callable[[T], str]
+) -> tuple[list[T], bool]:
     """Up to `limit` items that follow the one with id `after`, and whether there are more.
 
     OpenAI's cursor is an id, the store's a token: all but the first page are found by walking 1000 rows at a time.
@@ -125,13 +115,13 @@ async def page_after(
     if after is None:
         first = await fetch(limit, "")
         return list(first.items), bool(first.next_page_token)
-    found: list[IdentifiedT] | None = None
+    found: list[T] | None = None
     token = ""
     while True:
         page = await fetch(MAX_PAGE_SIZE, token)
         for item in page.items:
             if found is None:
-                found = [] if item.id == after else None
+                found = [] if id_of(item) == after else None
             elif len(found) == limit:
                 return found, True
             else:
@@ -142,6 +132,14 @@ async def page_after(
     if found is None:
         raise invalid("after", f"{after!r} is not in this list")
     return found, False
+
+
+async def page(
+    request: Request, fetch: Callable[[int, str], Awaitable[Page[T]]], id_of: Callable[[T], str]
+) -> tuple[list[T], bool]:
+    """The page of a list of Graft's own that the query asks for by `after` and `limit` (20, at most 100)."""
+    query = query_of(request, "after", "limit")
+    return await page_after(fetch, query.get("after"), limit_of(query, 20, 100), id_of)
 
 
 def listing(data: list[dict[str, object]], has_more: bool) -> dict[str, object]:

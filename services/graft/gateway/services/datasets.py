@@ -7,7 +7,7 @@ from google.protobuf import empty_pb2
 
 from graft.api.v1 import dataset_pb2, dataset_report_pb2, dataset_service_pb2, dataset_service_pb2_grpc
 from graft.domain.errors import FieldViolation, InvalidArgument
-from graft.gateway import convert, convert_jobs
+from graft.gateway import convert, convert_checks
 from graft.gateway.core import Core
 from graft.gateway.services.names import parent_project, split
 
@@ -61,18 +61,9 @@ class DatasetService(dataset_service_pb2_grpc.DatasetServiceServicer):
     ) -> dataset_report_pb2.DatasetReport:
         """Waits for the orchestrator's report."""
         project, dataset_id = split(request.name, "datasets")
-        held_out_id = None
-        if request.validation_dataset:
-            held_out_id = convert_jobs.dataset_id(project, request.validation_dataset, "validation_dataset")
-        report = await self._core.validate_dataset(
-            project,
-            dataset_id,
-            request.base_model or self._core.settings.serving.base_model,
-            held_out_id,
-            request.context_tokens or None,
-            request.epochs or 1.0,
-        )
-        return convert.dataset_report(report)
+        served_base = self._core.settings.serving.base_model
+        asked = convert_checks.check_spec(project, dataset_id, request, served_base)
+        return convert_checks.dataset_report(await self._core.validate_dataset(project, asked))
 
 
 def _misplaced(field: str, description: str) -> InvalidArgument:

@@ -9,7 +9,7 @@ What the reference says of a pair is two numbers, taken once, before the first s
 no second model, whatever is tuned and whatever training began from. Does not know files or schedules.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,21 +93,26 @@ def reference_log_probs(
     indices: Iterable[int],
     device: torch.device | str = "cpu",
     group: Group = ALONE,
+    on_scored: Callable[[int, int], None] = lambda _done, _of: None,
 ) -> torch.Tensor:
     """Log-probabilities of both answers of the pairs of these indices under `model` as it is, in nats, shape (N, 2).
 
-    Without dropout. Every worker scores a share of them and gets all. Pairs of other indices are NaN.
+    Without dropout. Every worker scores a share of them and gets all. Pairs of other indices are NaN. `on_scored` is
+    told after each row how many pairs of this worker's share are done, and of how many.
     """
     wanted = sorted(set(indices))
     mine = [wanted[place] for place in shared([pairs[i].tokens for i in wanted], group.rank, group.world_size)]
     answers_N_2 = torch.zeros(len(pairs), 2)
     was_training = model.training
     model.eval()
+    done = 0
     with torch.no_grad():
         for row in rows([pairs[index].tokens for index in mine]):
             here = [mine[place] for place in row]
             part = _pack([Judged(pairs[index], torch.zeros(2)) for index in here], torch.device(device))
             answers_N_2[here] = _log_probs(model, part).cpu()
+            done += len(here)
+            on_scored(done, len(mine))
     model.train(was_training)
     group.reduce(answers_N_2)
     unknown_N = torch.ones(len(pairs), dtype=torch.bool)
