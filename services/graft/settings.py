@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from graft.domain.errors import InvalidArgument
 
@@ -55,6 +55,23 @@ class StoreSettings(_Section):
     """SQLAlchemy URL, `sqlite+aiosqlite:///…` or `postgresql+psycopg://…`. Empty: SQLite in the home."""
 
 
+class StorageSettings(_Section):
+    """Where data sets, checkpoints and results lie that several hosts read."""
+
+    url: str = ""
+    """`s3://bucket/prefix`, or another fsspec URL. Empty: the home, for processes on one machine."""
+    endpoint_url: str = ""
+    """Of an S3-compatible server (MinIO, Ceph …); empty: Amazon's, or AWS_ENDPOINT_URL. Keys come by AWS_* variables,
+    never from here."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        if value and "://" not in value:
+            raise ValueError("must be a URL such as s3://bucket/prefix, or empty")
+        return value
+
+
 class GatewaySettings(_Section):
     """The gRPC and HTTP edge."""
 
@@ -76,6 +93,8 @@ class GatewaySettings(_Section):
 class ServingSettings(_Section):
     """The inference service: one base model and many adapters, and whatever is deployed beside them."""
 
+    address: str = ""
+    """`host:port` of an inference service that runs elsewhere. Empty: the stack's own, on `host` and `grpc_port`."""
     host: str = "127.0.0.1"
     grpc_port: int = 9000
     base_model: str = "smollm2-135m"
@@ -101,13 +120,18 @@ class RegistrySettings(_Section):
     """Empty: the stack's own server on `host` and `port`."""
     host: str = "127.0.0.1"
     port: int = 5000
+    backend_store_uri: str = ""
+    """Of the stack's own server: its database, such as `postgresql://…`. Empty: SQLite in the home."""
+    artifacts_destination: str = ""
+    """Of the stack's own server: a folder or a URL such as `s3://bucket/mlflow`. Empty: a folder in the home."""
 
 
 class OrchestratorSettings(_Section):
     """The job loop."""
 
     ray_address: str = ""
-    """Empty: the stack's own cluster."""
+    """`ray://host:10001`, which needs nothing of Ray on this machine, or `host:port` of the head of a cluster that this
+    machine is a node of. Empty: the stack's own cluster."""
     poll_seconds: float = 0.25
     lease_seconds: float = 15.0
     max_concurrent_jobs: int = 0
@@ -140,6 +164,7 @@ class Settings(_Section):
 
     home: HomeSettings
     store: StoreSettings = StoreSettings()
+    storage: StorageSettings = StorageSettings()
     gateway: GatewaySettings = GatewaySettings()
     serving: ServingSettings = ServingSettings()
     registry: RegistrySettings = RegistrySettings()
@@ -175,11 +200,11 @@ class Settings(_Section):
     @property
     def engine_address(self) -> str:
         """`host:port` of the internal gRPC."""
-        return f"{self.serving.host}:{self.serving.grpc_port}"
+        return self.serving.address or f"{self.serving.host}:{self.serving.grpc_port}"
 
     @property
     def ray_address(self) -> str:
-        """`host:port` of Ray's head."""
+        """Where Ray is: `host:port` of its head, or `ray://host:port`."""
         return self.orchestrator.ray_address or f"{self.ray.host}:{self.ray.port}"
 
 
@@ -207,11 +232,18 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, str
     return found
 
 
+def cache_folder(environment: Mapping[str, str] | None = None) -> Path:
+    """This host's cache, by `GRAFT_CACHE` or `GRAFT_HOME` alone: Ray's nodes have no settings file."""
+    env = os.environ if environment is None else environment
+    home = Path(env.get("GRAFT_HOME") or "~/.graft").expanduser().absolute()
+    return Path(env.get("GRAFT_CACHE") or home / "cache").expanduser().absolute()
+
+
 def load(environment: Mapping[str, str] | None = None) -> Settings:
     """Reads the file and the environment (`os.environ` when None). Raises InvalidArgument listing every fault."""
     env = os.environ if environment is None else environment
     home = Path(env.get("GRAFT_HOME") or "~/.graft").expanduser().absolute()
-    cache = Path(env.get("GRAFT_CACHE") or home / "cache").expanduser().absolute()
+    cache = cache_folder(env)
     file = Path(env.get("GRAFT_CONFIG") or home / "graft.yaml")
     sections: dict[str, Any] = {}
     if file.is_file():

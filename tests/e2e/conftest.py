@@ -1,8 +1,8 @@
 """Tests through the public doors of a whole local stack, started once for a folder of tests.
 
-`tiny` serves a llama with random weights, `real` the catalogue's own base model; one after the other, since two cores
-carry one stack. Files run in alphabetical order, so in `tiny` those that kill things (`test_restarts`) and the one that
-ends the stack (`test_stop`) come last.
+`tiny` serves a llama with random weights, `backends` the same with PostgreSQL and a bucket, `real` the catalogue's own
+base model; one after the other, since two cores carry one stack. Files run in alphabetical order, so in `tiny` those
+that kill things (`test_restarts`) and the one that ends the stack (`test_stop`) come last.
 """
 
 from collections.abc import Generator

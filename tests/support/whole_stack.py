@@ -61,12 +61,12 @@ class WholeStack:
         """The command, run to its end."""
         return subprocess.run([*COMMAND, *arguments], env=self.environment, capture_output=True, text=True, timeout=400)
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         """`graft up`, until it is ready."""
         (self.home / "logs").mkdir(exist_ok=True)
         with open(self.home / "logs" / "up.log", "wb") as log:
             self.up = subprocess.Popen(
-                [*COMMAND, "up"], env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                [*COMMAND, "up", *options], env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         deadline = time.monotonic() + START_SECONDS
         while not (status := read_status(self.home)) or not status["ready"]:

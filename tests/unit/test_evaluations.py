@@ -174,6 +174,21 @@ async def test_a_restarted_orchestrator_asks_only_what_is_missing(tmp_path: Path
         assert found.results[0].tokens_per_second == 0  # of all forty it is not known
 
 
+async def test_on_another_host_the_answers_of_finished_contestants_are_not_asked_for_again(tmp_path: Path) -> None:
+    shared = tmp_path / "shared" / "evaluations" / PROJECT / "ev-1"
+    shared.mkdir(parents=True)
+    kept = [{"row": row, "texts": ["bad"], "generated_tokens": 2, "seconds": 0.1} for row in range(40)]
+    (shared / "answers-0.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in kept))
+    async with world(tmp_path, GRAFT_STORAGE_URL=f"file://{tmp_path}/shared") as it:
+        await stored(it, tmp_path, "ds-h", reviews(40), DatasetFormat.PROMPT_COMPLETION)
+        engine = Answering()
+        found = await evaluated(it, engine, EvaluationSpec("ds-h", (Contestant(BASE), Contestant(ADAPTER))))
+        assert found.state is EvaluationState.SUCCEEDED, found.error
+        assert len(engine.bodies) == 40
+    assert sorted(path.name for path in shared.iterdir()) == ["answers-0.jsonl", "answers-1.jsonl", "report.html"]
+    assert ADAPTER in (shared / "report.html").read_text()
+
+
 async def test_samples_of_graded_prompts_are_judged_by_the_grader(tmp_path: Path) -> None:
     rows = [{"prompt": f"film 1{number} costs {number}", "answer": number % 4} for number in range(8)]
     async with world(tmp_path) as it:

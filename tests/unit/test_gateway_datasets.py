@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from graft.api.v1 import dataset_pb2, dataset_service_pb2
 from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
-from graft.domain.errors import InvalidArgument, NotFound, ResourceExhausted
+from graft.domain.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from graft.domain.resources import DatasetFormat
 from graft.gateway import convert, uploads
 from tests.support.gateways import ROWS, Gateway, gateway, refused
@@ -48,6 +49,33 @@ async def test_an_uploaded_data_set_is_stored_found_listed_and_deleted(tmp_path:
         error = await refused(stub.GetDataset(dataset_service_pb2.GetDatasetRequest(name=made.name)))
         assert isinstance(error, NotFound)
         assert dataset_id in error.message
+
+
+async def test_with_a_shared_storage_a_data_set_lies_there_and_is_read_from_any_gateway(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    async with gateway(tmp_path, GRAFT_STORAGE_URL=f"file://{shared}") as it:
+        stub = DatasetServiceStub(it.channel)
+        made = await stub.UploadDataset(pieces(ROWS))
+        dataset_id = made.name.rsplit("/", 1)[1]
+        there = shared / "datasets" / "default" / f"{dataset_id}.jsonl"
+        assert there.read_bytes() == ROWS
+        assert files(it) == []
+        shutil.rmtree(it.settings.home.cache)  # as on another host, which has no copy
+        assert (await it.core.dataset_path("default", dataset_id)).read_bytes() == ROWS
+        await stub.DeleteDataset(dataset_service_pb2.DeleteDatasetRequest(name=made.name))
+        assert not there.exists()
+        assert not list(it.settings.home.cache.glob("storage/*.jsonl"))
+
+
+async def test_a_storage_that_refuses_leaves_neither_row_nor_file(tmp_path: Path) -> None:
+    (tmp_path / "shared").write_text("A file where a folder should be.")
+    async with gateway(tmp_path, GRAFT_STORAGE_URL=f"file://{tmp_path / 'shared'}") as it:
+        stub = DatasetServiceStub(it.channel)
+        assert isinstance(await refused(stub.UploadDataset(pieces(ROWS))), Unavailable)
+        listed = await stub.ListDatasets(dataset_service_pb2.ListDatasetsRequest(parent="projects/default"))
+        assert list(listed.datasets) == []
+        assert files(it) == []
 
 
 async def test_a_file_with_bad_lines_is_refused_with_their_count_and_stores_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Those are in `graft.cli.models`, `graft.cli.remote`, `graft.cli.tuning`, `graft.
 `graft.cli.talking`; `graft.cli.tasks` needs none. Settings and stack are imported only by the commands that need them.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,17 +46,28 @@ def options(
     del version  # its callback has answered
 
 
+Config = Annotated[Path | None, typer.Option(help="Settings file, as GRAFT_CONFIG names it.")]
+
+
+def _use(config: Path | None) -> None:
+    """What this process starts reads the same file."""
+    if config is not None:
+        os.environ["GRAFT_CONFIG"] = str(config.absolute())
+
+
 @app.command()
 def up(
     detach: Annotated[
         bool, typer.Option("--detach", help="Return when ready, also if it runs already; stop with `graft down`.")
     ] = False,
+    config: Config = None,
     as_json: JsonLines = False,
 ) -> None:
-    """Start the local stack, and keep it running until Ctrl-C."""
+    """Start what the settings do not place elsewhere by an address, and keep it running until Ctrl-C."""
     from graft import settings as graft_settings
     from graft.stack import local
 
+    _use(config)
     with failures(as_json=as_json):
         settings = graft_settings.load()
         if detach:
@@ -165,8 +177,8 @@ def status(as_json: Json = False) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check whether the local stack can run here, and whether the running one is well. Changes nothing.
+def doctor(config: Config = None, as_json: Json = False) -> None:
+    """Check whether the stack can run here, what the settings place elsewhere, and whether the running one is well.
 
     Exit code 1 when a check fails.
     """
@@ -174,6 +186,7 @@ def doctor(as_json: Json = False) -> None:
 
     from graft.stack.doctor import examine
 
+    _use(config)
     checks = examine()
     healthy = all(check.state != "fail" for check in checks)
     if as_json:

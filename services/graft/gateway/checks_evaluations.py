@@ -15,6 +15,8 @@ from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import Dataset, DatasetFormat
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.resolving import resolve
+from graft.gateway.uploads import on_this_host
+from graft.settings import Settings
 from graft.store.protocol import Store
 
 MAX_CONTESTANTS = 16
@@ -30,8 +32,8 @@ def measured_from(dataset: Dataset) -> str:
     return found.get(dataset.format.value, "answers")
 
 
-async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, first: str) -> EvaluationSpec:
-    """Returns the specification with versions in the place of aliases. `first` is the stack's first base model.
+async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, settings: Settings) -> EvaluationSpec:
+    """Returns the specification with versions in the place of aliases.
 
     Raises InvalidArgument with every fault. When the only faults are names that do not exist, raises NotFound.
     """
@@ -40,12 +42,12 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, fir
     dataset: Dataset | None = None
     shown: Dataset | None = None
     try:
-        dataset = await store.get_dataset(project, spec.dataset)
+        dataset = await on_this_host(settings, await store.get_dataset(project, spec.dataset))
     except NotFound as error:
         missing.append(FieldViolation("dataset", error.message))
     if spec.shots_dataset is not None:
         try:
-            shown = await store.get_dataset(project, spec.shots_dataset)
+            shown = await on_this_host(settings, await store.get_dataset(project, spec.shots_dataset))
         except NotFound as error:
             missing.append(FieldViolation("shots_dataset", error.message))
     contestants: list[Contestant] = []
@@ -53,7 +55,7 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, fir
     for index, contestant in enumerate(spec.contestants):
         field = f"contestants[{index}].model"
         try:
-            found = await resolve(store, project, contestant.model, first)
+            found = await resolve(store, project, contestant.model, settings.serving.base_model)
             contestants.append(replace(contestant, model=found.public_model))
             learned.append(found.task_definition)
         except (InvalidArgument, FailedPrecondition) as error:

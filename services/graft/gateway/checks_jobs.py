@@ -17,6 +17,7 @@ from graft.domain.names import check_id, parse_model
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
 from graft.gateway.checks_sweep import check_sweep
 from graft.gateway.checks_tasks import with_task
+from graft.gateway.uploads import on_this_host
 from graft.settings import Settings
 from graft.store.protocol import Store
 
@@ -80,7 +81,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         validation = await _found(store.get_dataset(project, spec.validation_dataset), "validation_dataset", missing)
     wrong: list[FieldViolation] = []
     start = await _start(store, project, spec, wrong, missing)
-    spec, unfit = await with_task(spec, training, validation, start)
+    spec, unfit = await with_task(spec, training and await on_this_host(settings, training), validation, start)
     wrong += unfit
     if spec.method is None:
         known = METHOD_OF_FORMAT.get(training.format.value) if training else None

@@ -31,6 +31,7 @@ from graft.gateway.uploads import Upload, dataset_file, remove_dataset_file
 from graft.internal.engine_client import EngineClient
 from graft.internal.v1 import engine_pb2
 from graft.settings import Settings
+from graft.storage import open_storage
 from graft.store.protocol import AliasWish, Page, Store
 
 WATCH_POLL_SECONDS = 0.2
@@ -78,7 +79,7 @@ class Core:
         """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job uses it."""
         dataset = await self.store.delete_dataset(project, dataset_id)
         # The row first: a stop in between leaves a file that nothing names, never a row without its file.
-        await asyncio.to_thread(remove_dataset_file, self.settings, project, dataset_id)
+        await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
         return dataset
 
     async def validate_dataset(self, project: str, asked: CheckSpec) -> DatasetReport:
@@ -88,10 +89,10 @@ class Core:
     async def dataset_path(self, project: str, dataset_id: str) -> Path:
         """The file of a stored data set. Raises NotFound, also when the file has gone from the disk."""
         dataset = await self.store.get_dataset(project, dataset_id)
-        path = dataset_file(self.settings, project, dataset.id)
+        path = await asyncio.to_thread(dataset_file, self.settings, dataset)
         if path is None:
             raise NotFound(
-                f"The file of data set {dataset_id!r} is no longer on the disk. Upload it again.",
+                f"The file of data set {dataset_id!r} is no longer in the storage. Upload it again.",
                 reason="DATASET_FILE_MISSING",
                 metadata={"name": dataset_id},
             )
@@ -189,7 +190,7 @@ class Core:
         Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
         """
         check_id(project, "project")
-        spec = await check_evaluation(self.store, project, spec, self.settings.serving.base_model)
+        spec = await check_evaluation(self.store, project, spec, self.settings)
         name = f"ev-{secrets.token_hex(6)}"
         return await self.store.create_evaluation(project, name, spec, check_request_id(request_id))
 
@@ -214,12 +215,14 @@ class Core:
                 reason="NO_REPORT",
                 metadata={"state": found.state.value},
             )
-        path = self.settings.evaluation_dir(project, evaluation_id) / "report.html"
+        storage = open_storage(self.settings)
         try:
-            return await asyncio.to_thread(path.read_bytes)
-        except FileNotFoundError:
+            return await asyncio.to_thread(
+                storage.read, storage.uri("evaluations", project, evaluation_id, "report.html")
+            )
+        except NotFound:
             raise NotFound(
-                f"The report of evaluation {evaluation_id!r} is no longer on the disk; MLflow run "
+                f"The report of evaluation {evaluation_id!r} is no longer in the storage; MLflow run "
                 f"{found.mlflow_run_id} has a copy.",
                 reason="REPORT_MISSING",
             ) from None

@@ -1,36 +1,56 @@
 """Data set files: one temporary file beside its target, validated as it streams in, renamed when proven.
 
-Owns `$GRAFT_HOME/datasets/{project}/{id}.jsonl`, `.csv` or `.parquet`, as the content is. Nothing of a failed or
-abandoned upload stays.
+Owns `datasets/{project}/{id}.jsonl`, `.csv` or `.parquet`, as the content is, below the home or in the shared storage.
+A file for the latter is written in the home all the same until it is proven. Nothing of a failed or abandoned upload
+stays.
 """
 
 import asyncio
 import errno
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from graft.data.formats import FileReport, FileValidator, validate_file
 from graft.data.reading import Container
-from graft.domain.errors import ResourceExhausted
+from graft.domain.errors import GraftError, NotFound, ResourceExhausted
 from graft.domain.resources import Dataset, DatasetFormat
 from graft.settings import MIB, Settings
+from graft.storage import is_url, open_storage
 from graft.store.protocol import Store
 
 
-def dataset_file(settings: Settings, project: str, dataset_id: str) -> Path | None:
-    """Where a data set lies; None when its file is gone."""
-    return next((path for path in _files(settings, project, dataset_id) if path.is_file()), None)
+def dataset_file(settings: Settings, dataset: Dataset) -> Path | None:
+    """Where a data set lies on this host, fetched from the shared storage if need be; None when its file is gone."""
+    if is_url(dataset.uri):
+        with suppress(NotFound):
+            return open_storage(settings).fetch(dataset.uri, settings.home.cache)
+        return None
+    return next((path for path in _files(settings, dataset.project, dataset.id) if path.is_file()), None)
 
 
-def remove_dataset_file(settings: Settings, project: str, dataset_id: str) -> None:
+async def on_this_host(settings: Settings, dataset: Dataset) -> Dataset:
+    """The data set with the path that its file has here as its `uri`; as it is when the file is gone."""
+    if not is_url(dataset.uri):
+        return dataset
+    path = await asyncio.to_thread(dataset_file, settings, dataset)
+    return dataset if path is None else replace(dataset, uri=str(path))
+
+
+def remove_dataset_file(settings: Settings, dataset: Dataset) -> None:
     """Removes a data set's file; it may be gone already."""
-    for path in _files(settings, project, dataset_id):
+    if is_url(dataset.uri):
+        storage = open_storage(settings)
+        storage.cached(dataset.uri, settings.home.cache).unlink(missing_ok=True)
+        storage.delete(dataset.uri)
+    for path in _files(settings, dataset.project, dataset.id):
         path.unlink(missing_ok=True)
 
 
@@ -116,9 +136,15 @@ class Upload:
         return await asyncio.shield(self._finishing)
 
     async def _store(self, report: FileReport) -> Dataset:
-        target = self._folder / f"{self._id}.{report.container}"
+        name = f"{self._id}.{report.container}"
+        target = self._folder / name
+        storage = open_storage(self._settings)
+        uri = storage.uri("datasets", self._project, name) if storage.shared else str(target)
         try:
             await asyncio.to_thread(self._rename, target)
+            if storage.shared:
+                await asyncio.to_thread(storage.put_file, target, uri)
+                await asyncio.to_thread(_keep_copy, target, storage.cached(uri, self._settings.home.cache))
             dataset = Dataset(
                 id=self._id,
                 project=self._project,
@@ -127,16 +153,25 @@ class Upload:
                 row_count=report.row_count,
                 size_bytes=report.size_bytes,
                 digest=report.digest,
-                uri=str(target),
+                uri=uri,
                 create_time=await self._rows.now(),
             )
             stored = await self._rows.create_dataset(dataset, self._request_id)
         except BaseException:
-            target.unlink(missing_ok=True)
+            await asyncio.to_thread(self._drop, uri)
             raise
         if stored.id != self._id:  # the same request came twice at once, and the other was first
-            target.unlink(missing_ok=True)
+            await asyncio.to_thread(self._drop, uri)
         return stored
+
+    def _drop(self, uri: str) -> None:
+        for path in _files(self._settings, self._project, self._id):
+            path.unlink(missing_ok=True)
+        if is_url(uri):
+            storage = open_storage(self._settings)
+            storage.cached(uri, self._settings.home.cache).unlink(missing_ok=True)
+            with suppress(GraftError):  # what brought us here may be that the storage is away
+                storage.delete(uri)
 
     def _open(self) -> BinaryIO:
         with _full_disk_told():
@@ -168,6 +203,12 @@ class Upload:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _keep_copy(file: Path, copy: Path) -> None:
+    """The file that was put is this host's copy of it: the next request may read it."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(file, copy)
 
 
 @contextmanager

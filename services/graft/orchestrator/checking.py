@@ -12,11 +12,13 @@ from graft.data.analysis import Base, analyse
 from graft.data.formats import FileReport, validate_file
 from graft.data.tasks.definition import TaskDefinition, load
 from graft.data.tokenizers import load_tokenizer
-from graft.domain.errors import GraftError, Internal, NotFound, Unavailable
+from graft.domain.errors import GraftError, Internal, Unavailable
 from graft.domain.jobs import JobError
 from graft.domain.reports import DatasetReport
 from graft.domain.resources import BaseModel, Dataset
+from graft.orchestrator.files import dataset_path, located
 from graft.orchestrator.threads import call, to_the_end
+from graft.storage import LOCAL, Storage
 from graft.store.protocol import DatasetCheck, Store
 
 log = structlog.get_logger()
@@ -28,8 +30,9 @@ CHECKS_AT_ONCE = 1
 class Checker:
     """Makes the checks in the store, oldest first."""
 
-    def __init__(self, store: Store, poll_seconds: float) -> None:
+    def __init__(self, store: Store, poll_seconds: float, storage: Storage = LOCAL) -> None:
         self._store = store
+        self._storage = storage
         self._poll_seconds = poll_seconds
         self._down = False
 
@@ -54,6 +57,8 @@ class Checker:
             dataset = await self._store.get_dataset(check.project, check.dataset_id)
             held_out = await self._store.get_dataset(check.project, check.held_out_id) if check.held_out_id else None
             task = load(check.task_definition) if check.task_definition else None
+            dataset = await call(located, self._storage, dataset)
+            held_out = held_out and await call(located, self._storage, held_out)
             report = await call(examine, base, dataset, held_out, check.context_tokens, check.epochs, task)
         except Unavailable:
             raise  # the check stays
@@ -90,11 +95,5 @@ def examine(
 
 
 def _file(dataset: Dataset) -> tuple[Path, FileReport]:
-    path = Path(dataset.uri)
-    if not path.is_file():
-        raise NotFound(
-            f"The file of data set {dataset.id!r} is gone from the store's disk. Upload it again.",
-            reason="DATASET_FILE_MISSING",
-            metadata={"dataset": dataset.id},
-        )
+    path = dataset_path(LOCAL, dataset)
     return path, validate_file(path, dataset.format)

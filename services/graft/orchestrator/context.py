@@ -16,10 +16,11 @@ import structlog
 from graft.domain.errors import Aborted, GraftError, Unavailable
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobState, Progress, Resolved
 from graft.domain.resources import BaseModel, Dataset
+from graft.orchestrator.files import fetch_results
 from graft.orchestrator.mirror import Mirror
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.room import Room
-from graft.orchestrator.threads import to_the_end
+from graft.orchestrator.threads import call, to_the_end
 from graft.orchestrator.tracking import Tracker
 from graft.store.protocol import Store
 
@@ -97,6 +98,11 @@ class Context:
             if spec.validation_dataset
             else None,
         )
+
+    async def fetch_results(self) -> None:
+        """Brings what the run has left to `output_dir`, from the shared storage where there is one."""
+        storage, job = self.parts.storage, self.job
+        await self.patiently("The storage", lambda: call(fetch_results, storage, job, self.output_dir))
 
     async def move(
         self,

@@ -33,6 +33,7 @@ from graft.orchestrator.ports import ApplicationsPort, ModelSource
 from graft.orchestrator.threads import call, to_the_end
 from graft.registry.full_models import adopt
 from graft.settings import Settings
+from graft.storage import open_storage, share_base_model
 from graft.store.protocol import Store
 
 log = structlog.get_logger()
@@ -125,6 +126,7 @@ class Deployments:
         try:
             await self._move(base, DeploymentState.STARTING)
             model = await self._model(wish)
+            await call(share_base_model, open_storage(self._settings), model.path, model.digest)
             async with self._turn:
                 await answered(self._engine.deploy(model))
                 started = time.monotonic()

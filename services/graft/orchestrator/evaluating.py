@@ -86,6 +86,7 @@ async def evaluate(context: Context) -> None:
         metrics["publish_seconds"] = max(time.time() - started, 0.0)
     await context.say("loaded", f"{version.model} is loaded.", {"load_seconds": loaded.load_seconds}, metrics=metrics)
 
+    await context.fetch_results()  # another orchestrator may have registered it, on another host
     trained = read_trained(context.output_dir / "adapter" / "graft.json")
     dtypes = {trained.dtype, *(replica.dtype for replica in loaded.replicas)}
     limit = PARITY_NATS if dtypes <= {"float32"} else HALF_PARITY_NATS

@@ -20,7 +20,7 @@ from graft.data.questions import Questions, choose_shots, read_questions
 from graft.data.tasks.definition import TaskDefinition
 from graft.data.tasks.definition import load as load_task
 from graft.data.tokenizers import load_tokenizer
-from graft.domain.errors import Aborted, GraftError, Internal, Unavailable
+from graft.domain.errors import Aborted, GraftError, Internal, NotFound, Unavailable
 from graft.domain.evaluations import Contestant, ContestantResult, Evaluation, EvaluationState
 from graft.domain.jobs import JobError
 from graft.domain.names import parse_model
@@ -29,6 +29,7 @@ from graft.evaluation.comparison_page import write
 from graft.evaluation.outcome import Measured, Subject, compare, results_of
 from graft.orchestrator.asking import Answer, Answers, Asked, ask_all
 from graft.orchestrator.evaluating import adapter_ref, engine_context_tokens
+from graft.orchestrator.files import located
 from graft.orchestrator.judging import passes
 from graft.orchestrator.patience import patiently
 from graft.orchestrator.ports import Parts
@@ -147,19 +148,24 @@ class _Work:
         spec, store = self.evaluation.spec, self.parts.store
         dataset = await store.get_dataset(self.evaluation.project, spec.dataset)
         task = load_task(spec.task_definition) if spec.task_definition else None
-        questions = await call(_read, dataset, task, spec.max_rows)
+        storage = self.parts.storage
+        questions = await call(_read, await call(located, storage, dataset), task, spec.max_rows)
         shown: Questions | None = None
         if spec.shots_dataset is not None:
-            shown = await call(_read, await store.get_dataset(self.evaluation.project, spec.shots_dataset), task, 0)
+            others = await store.get_dataset(self.evaluation.project, spec.shots_dataset)
+            shown = await call(_read, await call(located, storage, others), task, 0)
         asked = [await self._asked(contestant, shown) for contestant in spec.contestants]
-        answers = [Answers(self.folder / f"answers-{place}.jsonl") for place in range(len(asked))]
+        files = [self.folder / f"answers-{place}.jsonl" for place in range(len(asked))]
+        await call(self._recall, files)
+        answers = [Answers(file) for file in files]
         self.answered = sum(len(each.found) for each in answers)
         graded = spec.grader is not None
         self.total = len(questions.items) * sum(1 + one.samples * graded for one in asked)
         measured = []
-        for contestant, one, kept in zip(spec.contestants, asked, answers, strict=True):
+        for contestant, one, kept, file in zip(spec.contestants, asked, answers, files, strict=True):
             resumed = bool(kept.found)
             seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
+            await call(self._share, file)
             passed = await passes(spec.grader, questions, kept, self.parts.limits, self._count) if spec.grader else []
             subject = replace(await self._subject(contestant), memory_bytes=await self._memory_bytes(one.base.id))
             measured.append(Measured(subject, _in_order(kept, questions), passed, 0.0 if resumed else seconds))
@@ -180,7 +186,9 @@ class _Work:
         )
         if remarks:
             comparison = replace(comparison, notes={**comparison.notes, "unanswered": " ".join(remarks)})
-        await to_the_end(call(write, comparison, self.folder / "report.html"))
+        report = self.folder / "report.html"
+        await to_the_end(call(write, comparison, report))
+        await call(self._share, report)  # where the gateway reads it
         results = await call(results_of, comparison, spec.contestants, measured)
         run_id, missing = await self._logged(comparison.headline, dataset, results)
         await self.tell()
@@ -193,6 +201,23 @@ class _Work:
             mlflow_run_id=run_id,
         )
         log.info("evaluation_ended", evaluation=self.evaluation.id, state="SUCCEEDED")
+
+    def _share(self, file: Path) -> None:
+        """For the gateway, and for an orchestrator on another host that goes on from here."""
+        if (storage := self.parts.storage).shared and file.is_file():
+            storage.put_file(file, self._uri(file))
+
+    def _recall(self, files: list[Path]) -> None:
+        """Answers of the contestants that an orchestrator on another host has finished with."""
+        for file in files:
+            if self.parts.storage.shared and not file.is_file():
+                with suppress(NotFound):
+                    answered = self.parts.storage.read(self._uri(file))
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(answered)
+
+    def _uri(self, file: Path) -> str:
+        return self.parts.storage.uri("evaluations", self.evaluation.project, self.evaluation.id, file.name)
 
     async def _memory_bytes(self, base: str) -> int | None:
         """Of the base's largest replica; None when it does not tell."""

@@ -55,7 +55,7 @@ class Orchestrator:
         self.parts = parts
         self.owner = owner or owner_name()
         self.mirror = Mirror(parts.store, parts.registry, orchestrator.registry_poll_seconds, orchestrator.poll_seconds)
-        self._checker = Checker(parts.store, orchestrator.poll_seconds)
+        self._checker = Checker(parts.store, orchestrator.poll_seconds, parts.storage)
         self._room = Room(parts)
         self._lease = timedelta(seconds=orchestrator.lease_seconds)
         self._poll_seconds = orchestrator.poll_seconds

@@ -28,7 +28,9 @@ from graft.orchestrator.threads import call
 from graft.registry.base_models import ensure_base_model
 from graft.registry.mlflow_registry import Registry
 from graft.settings import Settings
+from graft.storage import open_storage
 from graft.store.sql import open_store
+from graft.training.link import RayLink
 from graft.training.run import RayRuns
 
 log = structlog.get_logger()
@@ -49,27 +51,7 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
 
 
-def connect_ray(settings: Settings) -> None:
-    """Joins the cluster as a driver. Raises ConnectionError when nothing answers at its address."""
-    import ray
-
-    ray.init(
-        address=settings.ray_address,
-        namespace="graft",
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=False,
-    )
-
-
-def cluster_cpus() -> float:
-    """All CPUs of the cluster, those in use too."""
-    import ray
-
-    return float(ray.cluster_resources().get("CPU", 0.0))
-
-
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, runs: RayRuns) -> None:
     """Until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -86,13 +68,16 @@ async def serve(settings: Settings) -> None:
         orchestrator = Orchestrator(
             Parts(
                 store=store,
-                runs=RayRuns(),
+                runs=runs,
                 registry=registry,
                 engine=engine,
                 preparer=TokenizingPreparer(
-                    settings.engine_address, settings.serving.base_model, settings.serving.context_tokens
+                    settings.engine_address,
+                    settings.serving.base_model,
+                    settings.serving.context_tokens,
+                    open_storage(settings),
                 ),
-                capacity=cluster_cpus,
+                capacity=runs.cpus,
                 settings=settings,
             )
         )
@@ -124,13 +109,17 @@ def main() -> int:
     configure_logging()
     try:
         settings = graft_settings.load()
-        connect_ray(settings)
-        asyncio.run(serve(settings))
+        link = RayLink(settings.ray_address)
+        link.connect()
+        asyncio.run(serve(settings, RayRuns(link)))
     except GraftError as error:
         log.error("orchestrator_failed", error=error.message, reason=error.reason)
         return 1
     except ConnectionError as error:
-        log.error("ray_unreachable", error=f"No Ray cluster answers: {error}")
+        log.error("ray_unreachable", error=f"No Ray cluster answers at {settings.ray_address}: {error}")
+        return 1
+    except RuntimeError as error:  # Ray Client's word for other versions, and for a token that is refused
+        log.error("ray_refused", error=f"The Ray cluster at {settings.ray_address} refuses: {error}")
         return 1
     return 0
 

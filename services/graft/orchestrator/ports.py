@@ -16,8 +16,9 @@ from graft.domain.resources import AdapterVersion, BaseModel, Dataset, RegistryS
 from graft.internal.v1 import engine_pb2
 from graft.registry.mlflow_registry import Publication
 from graft.settings import Settings
+from graft.storage import Storage, open_storage
 from graft.store.protocol import Store
-from graft.training.spec import RunSpec, RunStatus, StartFrom
+from graft.training.spec import RunSpec, RunStatus, StartFrom, run_key
 
 
 class Runs(Protocol):
@@ -156,6 +157,11 @@ class Parts:
     settings: Settings
     limits: Limits = field(default_factory=Limits)
 
+    @property
+    def storage(self) -> Storage:
+        """Where files lie that other processes read."""
+        return open_storage(self.settings)
+
     def output_dir(self, job: Job) -> Path:
-        """Where an attempt writes."""
-        return self.settings.home.path / "runs" / job.id / str(job.attempt)
+        """Where an attempt writes, or where this host has copies of what it wrote in the shared storage."""
+        return self.settings.home.path / run_key(job.id, job.attempt)

@@ -10,11 +10,12 @@ from graft.data.prepare import DataStats, prepare
 from graft.data.split import Split
 from graft.data.tasks.definition import load
 from graft.data.tokenizers import import_tokenizers, load_tokenizer
-from graft.domain.errors import NotFound
 from graft.domain.jobs import Job, Memory, Method
 from graft.domain.memory import memory_bytes
 from graft.domain.resources import BaseModel, Dataset
+from graft.orchestrator.files import dataset_path
 from graft.orchestrator.ports import PreparedData
+from graft.storage import LOCAL, Storage
 from graft.training.derive import DEFAULT_COMPLETION_TOKENS, derive
 from graft.training.memory import check_blocks, read_shape
 from graft.training.spec import RunSpec, StartFrom, run_spec, settled
@@ -26,10 +27,15 @@ class TokenizingPreparer:
     """The real Preparer."""
 
     def __init__(
-        self, engine_address: str = "", engine_base: str = "", engine_context_tokens: int | None = None
+        self,
+        engine_address: str = "",
+        engine_base: str = "",
+        engine_context_tokens: int | None = None,
+        storage: Storage = LOCAL,
     ) -> None:
         """Where reinforcement samples, the base model that the service there starts with, and its longest prompt with
-        an answer; None: as long as the base's context."""
+        an answer; None: as long as the base's context. `storage`: where the data lies."""
+        self._storage = storage
         self._engine_address = engine_address
         self._engine_base = engine_base
         self._engine_context_tokens = engine_context_tokens
@@ -67,16 +73,11 @@ class TokenizingPreparer:
             start_from=start_from,
             engine_address=self._engine_address,
             engine_base=self._engine_base,
+            storage=self._storage,
         )
 
     def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:
-        path = Path(dataset.uri)
-        if not path.is_file():
-            raise NotFound(
-                f"The file of data set {dataset.id!r} is gone from the store's disk. Upload it again.",
-                reason="DATASET_FILE_MISSING",
-                metadata={"dataset": dataset.id},
-            )
+        path = dataset_path(self._storage, dataset)
         asked = job.spec.hyperparameters
         context_tokens = asked.context_tokens or base.context_tokens
         if job.spec.method is Method.REINFORCEMENT:

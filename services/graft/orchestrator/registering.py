@@ -7,6 +7,7 @@ from pathlib import Path
 from graft.domain.errors import FailedPrecondition
 from graft.domain.jobs import Job, JobState, ServedAs
 from graft.orchestrator.context import Context
+from graft.orchestrator.files import drop_copies
 from graft.orchestrator.following import ask_ray
 from graft.orchestrator.room import resolved_int
 from graft.orchestrator.threads import call
@@ -24,6 +25,7 @@ async def register(context: Context) -> None:
     material = await context.material()
     served_as = job.spec.served_as or ServedAs.ADAPTER
     merged = served_as is ServedAs.MERGED_MODEL
+    await context.fetch_results()
     served = context.output_dir / ("model" if merged else "adapter")
     if missing := [name for name in ((MODEL_CONFIG,) if merged else FILES) if not (served / name).is_file()]:
         raise FailedPrecondition(
@@ -56,6 +58,7 @@ async def register(context: Context) -> None:
         )
         version = await context.patiently("The registry", lambda: call(parts.registry.publish, publication))
         await context.patiently("The registry", context.mirror.refresh)
+        await call(drop_copies, parts.storage, context.output_dir)
     finally:
         await asyncio.wait({release})
     release.result()

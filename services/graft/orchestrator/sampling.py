@@ -13,7 +13,7 @@ from graft.domain.jobs import Method
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.context import Context
 from graft.orchestrator.threads import call
-from graft.training.spec import policy_folder, policy_prefix
+from graft.training.spec import POLICIES, policy_folder, policy_prefix, run_key
 
 log = structlog.get_logger()
 
@@ -51,6 +51,8 @@ async def forget_policies(context: Context, looks: int = 1) -> None:
                 if look:
                     await asyncio.sleep(LOOK_SECONDS)
                 await _unload(context, policy_prefix(job.spec.base_model, job.id))
+        if (storage := context.parts.storage).shared:
+            await call(storage.delete, storage.uri(run_key(job.id, job.attempt), POLICIES))
     except (GraftError, TimeoutError) as error:
         log.warning("policies_not_unloaded", job=job.id, error=str(error) or "no answer in time")
         return  # with their files: an engine that comes back reads again what it held

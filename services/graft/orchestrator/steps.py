@@ -18,6 +18,7 @@ from graft.orchestrator.room import with_concurrency
 from graft.orchestrator.sampling import check_engine
 from graft.orchestrator.starting import say_start, start_from, with_start
 from graft.orchestrator.threads import call, to_the_end
+from graft.storage import share_base_model
 
 __all__ = ["STEPS"]
 
@@ -61,9 +62,11 @@ async def start(context: Context) -> None:
     """STARTING: starts the run, or finds it started, and waits for its first report."""
     job, parts = context.job, context.parts
     material = await context.material()
+    base = material.base
     context.track(material)
+    await context.patiently("The storage", lambda: call(share_base_model, parts.storage, base.path, base.digest))
     spec = parts.preparer.plan(
-        job, material.base, material.dataset, material.validation, context.output_dir, await start_from(context)
+        job, base, material.dataset, material.validation, context.output_dir, await start_from(context)
     )
     await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
     while not (status := await poll(context, 0)).reports:

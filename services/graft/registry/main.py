@@ -1,4 +1,5 @@
-"""The MLflow server of the local stack: tracking, registry and artifacts on SQLite and a folder.
+"""The MLflow server of the local stack: tracking, registry and artifacts on SQLite and a folder,
+or on the database and the bucket that the settings name.
 
     python -m graft.registry.main
 
@@ -35,14 +36,16 @@ def main() -> int:
     arguments = [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--host", host, "--port", str(port)),
-        *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
-        *("--artifacts-destination", str(folder / "artifacts")),
+        *("--backend-store-uri", loaded.registry.backend_store_uri or f"sqlite:///{folder / 'mlflow.db'}"),
+        *("--artifacts-destination", loaded.registry.artifacts_destination or str(folder / "artifacts")),
         "--serve-artifacts",
         # One worker holds 200 MB; the load is one orchestrator and now and then a person.
         *("--workers", "1"),
     ]
     environment = {**os.environ, **offline.ENVIRONMENT}
     # MLflow runs jobs of its own (scorers, judges) in further processes; Graft uses none of them.
+    if loaded.storage.endpoint_url:
+        environment.setdefault("MLFLOW_S3_ENDPOINT_URL", loaded.storage.endpoint_url)
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.execve(sys.executable, arguments, environment)
     return 2

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from graft.serving.processes import prepare_environment, start_fork_server
 from graft.serving.pulling import ProvingPuller, Registry
 from graft.serving.residency import Ref, Residency
 from graft.settings import ServingSettings, Settings
+from graft.storage import Storage, fetch_base_model, open_storage
 
 if TYPE_CHECKING:
     from graft.serving.engine import Engine
@@ -53,9 +55,10 @@ class EngineReplica:
     """One replica: an engine, what it holds, and the RPCs of `Engine` as methods of the same names."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path
+        self, settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage
     ) -> None:
         self._settings = settings
+        base = replace(base, path=str(await asyncio.to_thread(fetch_base_model, storage, base.path, base.digest)))
         self._base = base
         self._tracking_uri = tracking_uri
         self._cache = cache
@@ -69,12 +72,14 @@ class EngineReplica:
         # Serve runs a constructor in the replica's event loop, whose thread lives as long as the process does.
         start_fork_server()
         self._keeper: Keeper[Engine] = Keeper(self._build)
-        self._puller = ProvingPuller(base, settings.max_lora_rank, self._open_registry)
+        self._puller = ProvingPuller(base, settings.max_lora_rank, self._open_registry, storage, cache)
         capacity = max(settings.max_cpu_loras, settings.max_loras)
         self._residency = Residency(capacity, self._keeper, self._puller)
         self._keeping = asyncio.create_task(self._keeper.run(self._residency))
         self._applications = (
-            Applications(base.id, settings.kv_cache_gib, lambda other: _bind(settings, other, tracking_uri, cache))
+            Applications(
+                base.id, settings.kv_cache_gib, lambda other: _bind(settings, other, tracking_uri, cache, storage)
+            )
             if context.app_name == APPLICATION
             else None
         )
@@ -315,10 +320,10 @@ def _model(served: engine_pb2.ServedModel, settings: ServingSettings) -> BaseMod
 
 def build_app(settings: Settings, base: BaseModel) -> Any:
     """The application, for `serve.run` under the name `engine_client.application_name`."""
-    return _bind(settings.serving, base, settings.tracking_uri, settings.home.cache)
+    return _bind(settings.serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings))
 
 
-def _bind(settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path) -> Any:
+def _bind(settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage) -> Any:
     deployment = serve.deployment(
         EngineReplica,
         name=DEPLOYMENT,
@@ -331,4 +336,4 @@ def _bind(settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: 
         graceful_shutdown_timeout_s=10,
         logging_config=QUIET,
     )
-    return deployment.bind(settings, base, tracking_uri, cache)
+    return deployment.bind(settings, base, tracking_uri, cache, storage)

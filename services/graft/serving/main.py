@@ -28,6 +28,7 @@ from graft.internal.engine_client import APPLICATION, EngineClient
 from graft.serving.app import QUIET, build_app
 from graft.serving.door import HOST_VARIABLE
 from graft.settings import Settings, load
+from graft.storage import open_storage, share_base_model
 
 NAMESPACE = "graft"
 WATCH_SECONDS = 2.0
@@ -84,6 +85,7 @@ def start(settings: Settings, base: BaseModel) -> None:
         ),
         logging_config=QUIET,
     )
+    share_base_model(open_storage(settings), base.path, base.digest)  # for replicas on other nodes
     serve.run(build_app(settings, base), name=APPLICATION, route_prefix="/")
 
 

@@ -1,6 +1,8 @@
 """Brings adapters to the replica: from the registry, or from a folder that is already there; proven in both cases."""
 
 import asyncio
+import hashlib
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +12,11 @@ from graft.domain.errors import FailedPrecondition
 from graft.domain.resources import BaseModel
 from graft.serving.prove import BaseShapes, base_shapes, prove
 from graft.serving.residency import Ref
+from graft.settings import cache_folder
+from graft.storage import LOCAL, Storage, is_url
+
+KEPT_POLICIES = 2
+"""Of a run: the newest, and the one that is unloaded once that is loaded."""
 
 
 class Registry(Protocol):
@@ -27,7 +34,11 @@ class ProvingPuller:
         base: BaseModel,
         max_lora_rank: int,
         open_registry: Callable[[], Registry],
+        storage: Storage = LOCAL,
+        cache: Path | None = None,
     ) -> None:
+        self._storage = storage
+        self._cache = cache or cache_folder()
         self._base = base
         self._max_lora_rank = max_lora_rank
         self._open_registry = open_registry
@@ -49,7 +60,12 @@ class ProvingPuller:
         return base_shapes(self._base)
 
     def _pull(self, ref: Ref) -> Path:
-        folder = Path(ref.path) if ref.path else self._registry.pull(ref.registered_model, ref.version, ref.digest)
+        if is_url(ref.path):
+            folder = self._fetch(ref)
+        elif ref.path:
+            folder = Path(ref.path)
+        else:
+            folder = self._registry.pull(ref.registered_model, ref.version, ref.digest)
         if not folder.is_dir():
             raise FailedPrecondition(
                 f"Adapter {ref.model} cannot be served: its folder does not exist.",
@@ -64,3 +80,14 @@ class ProvingPuller:
             expected_digest=ref.digest,
         )
         return folder
+
+    def _fetch(self, ref: Ref) -> Path:
+        """A policy of a run on another host. Each update leaves one: those before are unloaded by now, and go."""
+        run = hashlib.sha256(ref.path.rpartition("/")[0].encode()).hexdigest()[:16]
+        fetched = self._storage.fetch_folder(
+            ref.path, self._cache / "policies" / run / ref.digest.removeprefix("sha256:")
+        )
+        there = [path for path in fetched.parent.iterdir() if not path.name.startswith(".")]
+        for old in sorted(there, key=lambda path: path.stat().st_mtime)[:-KEPT_POLICIES]:
+            shutil.rmtree(old, ignore_errors=True)
+        return fetched

@@ -17,6 +17,7 @@ from graft.domain.errors import FailedPrecondition, GraftError
 from graft.registry.base_models import base_model_source
 from graft.settings import Settings, load
 from graft.stack import machine, preflight
+from graft.stack.backends import check_backends
 from graft.stack.local import read_status
 from graft.stack.machine import Check, State
 from graft.stack.processes import Port, Process, described, port_taken
@@ -43,6 +44,7 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Check]:
         machine.check_memory(running=record is not None),
         check_start(settings),
         *check_ports(settings, record),
+        *check_backends(settings),
         *check_stack(settings, record),
         *check_gateway(settings, environment.get("GRAFT_ADDRESS", ""), running=record is not None),
     ]
@@ -114,8 +116,8 @@ def check_stack(settings: Settings, record: Mapping[str, Any] | None) -> Iterato
     if record is None:
         yield Check("stack", State.OK, "No stack is running. Start one with `graft up`.")
         return
-    processes = described(settings, {})
     told = {one["name"]: one for one in record["processes"]}
+    processes = [process for process in described(settings, {}) if process.name in told]
     with ThreadPoolExecutor(len(processes)) as pool:
         answers = pool.map(lambda process: process.probe(), processes)
         for process, answer in zip(processes, answers, strict=True):

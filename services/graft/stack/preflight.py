@@ -26,8 +26,16 @@ RAY_CLIENT_PORT = 10001
 def check(settings: Settings) -> None:
     """Raises FailedPrecondition, naming the setting, when the stack cannot start with these settings."""
     home = settings.home.path
+    if settings.orchestrator.ray_address.startswith("ray://") and not settings.serving.address:
+        raise FailedPrecondition(
+            f"orchestrator.ray_address is {settings.orchestrator.ray_address}: the inference service runs in that "
+            "cluster then, and not here. Start it there (`python -m graft.serving.main` on its head) and set "
+            "serving.address to its host and gRPC port.",
+            reason="SERVING_ADDRESS_MISSING",
+            metadata={"setting": "GRAFT_SERVING_ADDRESS"},
+        )
     left_bytes = home_bytes(settings)
-    if len(os.fsencode(home)) > left_bytes:
+    if not settings.orchestrator.ray_address and len(os.fsencode(home)) > left_bytes:
         raise FailedPrecondition(
             f"GRAFT_HOME is too deep: Ray keeps sockets below it, whose paths may have {SOCKET_PATH_BYTES} bytes. That "
             f"leaves {left_bytes} for GRAFT_HOME, and {home} has {len(os.fsencode(home))}. Set GRAFT_HOME to a shorter "

@@ -1,4 +1,5 @@
-"""What the local stack consists of: each process, how it is started, and how it is told to be ready.
+"""What the local stack consists of: each process, how it is started, and how it is told to be ready. What the settings
+place elsewhere, by an address, is none of them.
 
 Owns the list and the probes. Does not start anything: `graft.stack.supervisor` does.
 """
@@ -149,14 +150,16 @@ def ray_environment(settings: Settings) -> dict[str, str]:
 
 
 def local_stack(settings: Settings) -> list[Process]:
-    """Every process of the local stack, in the order in which they are listed and, in reverse, ended."""
+    """Every process that runs here, in the order in which they are listed and, in reverse, ended."""
+    if settings.orchestrator.ray_address:  # that cluster's token is in our own environment, if it has one
+        return described(settings, dict(offline.ENVIRONMENT))
     return described(settings, ray_environment(settings))
 
 
 def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process]:
     """The same without touching the disk; `ray_variables` go to all that talk to Ray."""
     registry, gateway, serving = settings.registry, settings.gateway, settings.serving
-    return [
+    own = [
         replace(ray_head(settings), environment=ray_variables),
         Process(
             name="mlflow",
@@ -191,6 +194,19 @@ def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process
             ready_timeout_seconds=600.0,
         ),
     ]
+    elsewhere = given_by_address(settings)
+    here = [process for process in own if process.name not in elsewhere]
+    return [replace(one, after=tuple(name for name in one.after if name not in elsewhere)) for one in here]
+
+
+def given_by_address(settings: Settings) -> dict[str, str]:
+    """Name of each process that the settings place elsewhere, and its address."""
+    given = {
+        "ray": settings.orchestrator.ray_address,
+        "mlflow": settings.registry.tracking_uri,
+        "inference": settings.serving.address,
+    }
+    return {name: address for name, address in given.items() if address}
 
 
 def _engine_probe(settings: Settings) -> Probe:

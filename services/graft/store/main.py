@@ -29,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         url = settings.load().store_url
-        migrate(url)
+        done = migrate(url)
+        if parsed.action == "migrate":
+            moved = f"from revision {done.before or 'none'} to {done.after}"
+            print(f"The schema was at revision {done.after}." if done.before == done.after else f"Migrated {moved}.")
         if parsed.action == "add-key":
             print(asyncio.run(_add_key(url, names.check_id(parsed.project, "--project"), parsed.label)))
     except GraftError as error:

@@ -1,12 +1,15 @@
 """The store on SQLAlchemy: SQLite embedded, PostgreSQL by URL. Puts the parts together and migrates the schema."""
 
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, text
 
 from graft.domain.errors import FailedPrecondition
 from graft.store.checks import CheckStore
@@ -21,6 +24,9 @@ from graft.store.mirror import MirrorStore
 
 _MIGRATION_LOCK = 0x67726166
 """PostgreSQL advisory lock ("graf" in ASCII), so that two processes that start together migrate once."""
+
+_DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
+"""The blocking ones: migrations run in a thread or a process of their own."""
 
 
 class SqlStore(DatasetStore, CheckStore, JobStore, LeaseStore, EvaluationStore, MirrorStore, DeploymentStore, KeyStore):
@@ -45,7 +51,16 @@ def open_store(url: str) -> SqlStore:
     return SqlStore(Database(url))
 
 
-def migrate(url: str, revision: str = "head") -> None:
+@dataclass(frozen=True)
+class Migrated:
+    """What a migration has done."""
+
+    before: str
+    """The schema's revision; empty for a database without one."""
+    after: str
+
+
+def migrate(url: str, revision: str = "head") -> Migrated:
     """Brings the database to a revision, the newest by default; creates an SQLite file's folder. Blocking; many may
     call at once.
 
@@ -65,11 +80,11 @@ def migrate(url: str, revision: str = "head") -> None:
                 # Two processes that start together: the second waits here, then finds nothing to do.
                 connection.exec_driver_sql("PRAGMA busy_timeout=30000")
                 connection.exec_driver_sql("BEGIN EXCLUSIVE")
-            config = Config()
-            config.set_main_option("script_location", "graft.store:migrations")
-            config.set_main_option("path_separator", "os")
+            config = _config()
             config.attributes["connection"] = connection
+            before = _revision(connection)
             command.upgrade(config, revision)
+            return Migrated(before, _revision(connection))
     except CommandError as error:
         raise FailedPrecondition(
             f"The database has a schema that this Graft does not know ({error}). A newer Graft has migrated it: "
@@ -78,3 +93,25 @@ def migrate(url: str, revision: str = "head") -> None:
         ) from error
     finally:
         engine.dispose()
+
+
+def schema_revision(url: str) -> tuple[str, str]:
+    """The revision of the database's schema, empty when it has none, and the one that this Graft needs. Changes
+    nothing. Raises as `migrate`."""
+    engine = create_engine(parse_url(url).set(drivername=_DRIVERS[parse_url(url).get_backend_name()]))
+    try:
+        with engine.connect() as connection:
+            return _revision(connection), str(ScriptDirectory.from_config(_config()).get_current_head())
+    finally:
+        engine.dispose()
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "graft.store:migrations")
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _revision(connection: Connection) -> str:
+    return MigrationContext.configure(connection).get_current_revision() or ""

@@ -14,6 +14,7 @@ from ray._private.state import available_resources_per_node, total_resources_per
 
 from graft import offline
 from graft.training.failures import failure
+from graft.training.places import ray_storage
 from graft.training.spec import ENDS, Clock, RunSpec
 
 DRIVER_ENVIRONMENT = {
@@ -48,7 +49,7 @@ class Fit:
             scaling_config=ScalingConfig(num_workers=spec.num_workers, resources_per_worker={"CPU": 1}),
             run_config=RunConfig(
                 name="ray-train",
-                storage_path=spec.output_dir,
+                **ray_storage(spec),
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _gloo()},
             ),
             torch_config=TorchConfig(backend="gloo"),

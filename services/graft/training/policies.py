@@ -1,11 +1,13 @@
 """The policy on its way to the inference service: after each update a new adapter, and the one before is taken out.
 
-Owns the folders `{output_dir}/policy/step-N` and the names under which the engine holds them. They are in no registry.
-A process that is killed leaves its last one behind; the orchestrator takes it out by `policy_prefix`.
+Owns the folders `{output_dir}/policy/step-N`, in the shared storage where there is one, and the names under which the
+engine holds them. They are in no registry. A process that is killed leaves its last one behind; the orchestrator takes
+it out by `policy_prefix`.
 """
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from graft.domain.errors import GraftError
 from graft.registry.digest import adapter_digest
 from graft.training.objectives.objective import Group
+from graft.training.places import put, remove, uri_of
 from graft.training.rollouts import Policy, Sampler
 from graft.training.saving import save_adapter
 from graft.training.spec import RunSpec, policy_folder, policy_prefix
@@ -29,6 +32,7 @@ class Policies:
         self._sampler = sampler
         self._leader = group.rank == 0
         self._prefix = policy_prefix(spec.base_model, spec.job_id)
+        self._spec = spec
         self._folder = policy_folder(Path(spec.output_dir))
         self._is_base = spec.start_from is None
         self._held: list[Policy] = []
@@ -65,13 +69,14 @@ class Policies:
         if self._held and self._held[-1].digest == policy.digest:  # the update changed nothing
             shutil.rmtree(path)
             return self._held[-1]
+        put(self._spec, path)
         self._held.append(policy)  # first: whatever becomes of loading it, it is taken out
         self._sampler.load(policy)
         self._retire(self._held[:-1])
         return policy
 
     def _policy(self, updates: int, digest: str) -> Policy:
-        return Policy(f"{self._prefix}{updates}", digest, str(self._folder / f"step-{updates}"))
+        return Policy(f"{self._prefix}{updates}", digest, uri_of(self._spec, self._folder / f"step-{updates}"))
 
     def _retire(self, policies: Sequence[Policy]) -> None:
         """What cannot be taken out now is tried again at the next call, and keeps its files until then: an engine that
@@ -82,4 +87,5 @@ class Policies:
             except GraftError:
                 continue
             self._held.remove(policy)
-            shutil.rmtree(policy.path, ignore_errors=True)
+            with suppress(GraftError):
+                remove(self._spec, policy.path)

@@ -24,6 +24,8 @@ from graft.training.tuning import load_base
 ADAPTER = "adapter"
 TRAINED_ADAPTER = "trained_adapter"
 MODEL = "model"
+RESULTS = (ADAPTER, TRAINED_ADAPTER, MODEL)
+"""What the orchestrator registers."""
 
 Tell = Callable[[str, dict[str, Any]], None]
 

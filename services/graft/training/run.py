@@ -19,15 +19,16 @@ from typing import Any
 import ray
 from ray.util import list_named_actors
 
-from graft.domain.errors import Aborted
+from graft.domain.errors import Aborted, GraftError
 from graft.training.failures import failure
 from graft.training.fit import Fit
+from graft.training.link import NAMESPACE, Connected, RayLink
+from graft.training.places import ERRORS, REPORTS, on_this_host, uri_of
 from graft.training.search import OPTIONS, Search, free_places
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
 
-NAMESPACE = "graft"
 ANSWER_SECONDS = 60.0
 """A call answers in milliseconds; the first waits for the actor's process, which on a busy node takes seconds."""
 
@@ -36,7 +37,7 @@ class _Run:
     """The run's actor."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self._spec = spec
+        self._spec = spec = on_this_host(spec)
         self._lock = threading.Lock()
         self._reports: list[Report] = []
         self._folder = Path(spec.output_dir)
@@ -54,14 +55,24 @@ class _Run:
         """Takes a report from rank 0, a failure from any worker. Nothing follows an end: what came first is why."""
         with self._lock:
             if trace:
-                with open(self._folder / "error.log", "a") as file:
+                with open(self._folder / ERRORS, "a") as file:
                     file.write(trace + "\n")
             if self._ended():
                 return
             report = Report(len(self._reports) + 1, kind, time.time(), data)
-            with open(self._folder / "reports.jsonl", "a") as file:
+            with open(self._folder / REPORTS, "a") as file:
                 file.write(json.dumps(asdict(report)) + "\n")
             self._reports.append(report)
+            if self._ended() and self._spec.storage is not None:
+                threading.Thread(target=self._keep, daemon=True).start()
+
+    def _keep(self) -> None:
+        """What is left of the run for people to read. They are no result: a storage that is away has none of them."""
+        storage = self._spec.storage
+        for name in (REPORTS, ERRORS):
+            if storage is not None and (file := self._folder / name).is_file():
+                with suppress(GraftError):
+                    storage.put_file(file, uri_of(self._spec, file))
 
     def poll(self, after_sequence: int) -> tuple[bool, list[Report]]:
         """Whether it still works, and the reports with a higher sequence."""
@@ -98,13 +109,39 @@ class _Run:
 
 
 class RayRuns:
-    """Starts, finds, polls and ends runs. Calls block; Ray must be connected."""
+    """Starts, finds, polls and ends runs, over a connection to Ray. Calls block.
+
+    Each raises ConnectionError while the cluster cannot be reached.
+    """
+
+    def __init__(self, link: RayLink | Connected | None = None) -> None:
+        """Ray is connected already where there is no `link`."""
+        self._link = link or Connected()
 
     def start(self, spec: RunSpec) -> None:
         """Starts the run, or finds the one of that name. Ends what is left of earlier attempts of the job.
 
         Raises Aborted ATTEMPT_SUPERSEDED when a later attempt is there.
         """
+        self._link.ask(self._start, spec)
+
+    def poll(self, job_id: str, attempt: int, after_sequence: int) -> RunStatus:
+        """Reports with a higher sequence. `exists` is False when there is no such actor, or it has died."""
+        return self._link.ask(self._poll, job_id, attempt, after_sequence)
+
+    def cancel(self, job_id: str, attempt: int) -> None:
+        """Ends the worker group; the run's last report is `cancelled`. Does nothing when there is no such run."""
+        self._link.ask(self._cancel, job_id, attempt)
+
+    def release(self, job_id: str, attempt: int) -> None:
+        """Ends the actor and all that it owns. Its folder stays."""
+        self._link.ask(self._release, job_id, attempt)
+
+    def cpus(self) -> float:
+        """All CPUs of the cluster, those in use too."""
+        return float(self._link.ask(ray.cluster_resources).get("CPU", 0.0))
+
+    def _start(self, spec: RunSpec) -> None:
         others = [number for number in self._attempts(spec.job_id) if number != spec.attempt]
         if any(number > spec.attempt for number in others):
             raise Aborted(
@@ -112,7 +149,7 @@ class RayRuns:
                 reason="ATTEMPT_SUPERSEDED",
             )
         for number in others:
-            self.release(spec.job_id, number)
+            self._release(spec.job_id, number)
         actor = (
             ray.remote(num_cpus=0, concurrency_groups={"reports": 1})(_Run)
             .options(
@@ -126,8 +163,7 @@ class RayRuns:
         )
         ray.get(actor.begin.remote(), timeout=ANSWER_SECONDS)
 
-    def poll(self, job_id: str, attempt: int, after_sequence: int) -> RunStatus:
-        """Reports with a higher sequence. `exists` is False when there is no such actor, or it has died."""
+    def _poll(self, job_id: str, attempt: int, after_sequence: int) -> RunStatus:
         actor = self._find(job_id, attempt)
         if actor is None:
             return RunStatus(False, False, [])
@@ -137,8 +173,7 @@ class RayRuns:
             return RunStatus(False, False, [])
         return RunStatus(True, alive, reports)
 
-    def cancel(self, job_id: str, attempt: int) -> None:
-        """Ends the worker group; the run's last report is `cancelled`. Does nothing when there is no such run."""
+    def _cancel(self, job_id: str, attempt: int) -> None:
         actor = self._find(job_id, attempt)
         if actor is None:
             return
@@ -146,8 +181,7 @@ class RayRuns:
             ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
         free_places(run_name(job_id, attempt))
 
-    def release(self, job_id: str, attempt: int) -> None:
-        """Ends the actor and all that it owns. Its folder stays."""
+    def _release(self, job_id: str, attempt: int) -> None:
         actor = self._find(job_id, attempt)
         if actor is not None:
             ray.kill(actor)

@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from graft.training.failures import failure
 from graft.training.fit import WORKER_ENVIRONMENT, free_threads
+from graft.training.places import on_this_host, put, ray_storage, remove
 from graft.training.spec import Clock, RunSpec
 from graft.training.sweep import Ledger, SearchSpec, Tells, Trial
 
@@ -74,15 +75,13 @@ class Search:
                 ),
                 max_concurrent_trials=search.max_concurrent_trials,
             ),
-            run_config=tune.RunConfig(
-                name="ray-tune", storage_path=spec.output_dir, callbacks=[_ends(me, spec)], verbose=0
-            ),
+            run_config=tune.RunConfig(name="ray-tune", callbacks=[_ends(me, spec)], verbose=0, **ray_storage(spec)),
         ).fit()
         with self._lock:
             result = ledger.result()
             winner = ledger.winner()
         if winner is not None:
-            _keep(Path(winner[1]), Path(spec.output_dir) / "adapter")
+            _keep(on_this_host(spec), winner[1])
         ray.get(run.tell.remote("finished", result))
 
     def report(self, number: int, kind: str, data: dict[str, Any], trace: str = "") -> None:
@@ -135,6 +134,7 @@ def trial_spec(spec: RunSpec, trial: Trial) -> RunSpec:
         learning_rate=trial.learning_rate,
         lora=replace(spec.lora, rank=trial.rank, alpha=trial.alpha),
         output_dir=str(Path(spec.output_dir) / "trials" / str(trial.number)),
+        output_key=f"{spec.output_key}/trials/{trial.number}",
         checkpoint_steps=spec.total_steps + 1,
         # It keeps its best weights; without patience there are fewer measurements than this.
         early_stopping_patience=spec.early_stopping_patience or spec.total_steps + 1,
@@ -177,9 +177,9 @@ def _trial(config: dict[str, Any], spec: RunSpec, search: Any, begin_seconds: fl
 
     clock.lap("imports")
     number = config["trial"]
-    mine = trial_spec(spec, next(trial for trial in _search(spec).trials if trial.number == number))
+    mine = on_this_host(trial_spec(spec, next(trial for trial in _search(spec).trials if trial.number == number)))
     best_loss = math.inf
-    kept: Path | None = None
+    kept: str | None = None
 
     def tell(kind: str, data: dict[str, Any], trace: str = "") -> None:
         sent = search.report.options(concurrency_group="reports").remote(number, kind, data, trace)
@@ -192,10 +192,11 @@ def _trial(config: dict[str, Any], spec: RunSpec, search: Any, begin_seconds: fl
             best_loss = now.loss
             folder = Path(mine.output_dir) / f"step-{now.step}"
             result = now.save(folder)
-            tell("saved", {**now.result, **result, METRIC: now.loss, "step": now.step, "folder": str(folder)})
+            where = put(mine, folder)
+            tell("saved", {**now.result, **result, METRIC: now.loss, "step": now.step, "folder": where})
             if kept is not None:
-                shutil.rmtree(kept)
-            kept = folder
+                remove(mine, kept)
+            kept = where
         if now.step < mine.total_steps:  # after the last there is nothing to end
             tune.report({"step": now.step, METRIC: now.loss})
 
@@ -206,10 +207,18 @@ def _trial(config: dict[str, Any], spec: RunSpec, search: Any, begin_seconds: fl
         tell("failed", failure(error, spec.error_log), traceback.format_exc())
 
 
-def _keep(folder: Path, adapter: Path) -> None:
-    """Makes a trial's folder the run's result; `adapter` is whole or not there."""
+def _keep(spec: RunSpec, where: str) -> None:
+    """Makes a trial's folder the run's result: `adapter` is whole or not there."""
+    adapter = Path(spec.output_dir) / "adapter"
     temporary = adapter.with_name(".adapter")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(folder / adapter.name, temporary)
+    if spec.storage is not None:
+        spec.storage.fetch_folder(where, temporary)
+        shutil.rmtree(adapter, ignore_errors=True)
+        (temporary / adapter.name).rename(adapter)
+        shutil.rmtree(temporary)
+        put(spec, adapter)
+        return
+    shutil.copytree(Path(where) / adapter.name, temporary)
     shutil.rmtree(adapter, ignore_errors=True)
     temporary.rename(adapter)

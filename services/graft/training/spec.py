@@ -18,8 +18,10 @@ from graft.domain.jobs import (
     Tuning,
 )
 from graft.domain.resources import BaseModel, Dataset, DatasetFormat
+from graft.storage import Storage
 from graft.training.sweep import SearchSpec, search_spec
 
+POLICIES = "policy"
 ENDS = frozenset({"finished", "failed", "cancelled"})
 
 
@@ -87,6 +89,10 @@ class RunSpec:
     project: str = ""
     search: SearchSpec | None = None
     """The trials of a sweep; None: the run is one training."""
+    storage: Storage | None = None
+    """Where hosts share files; None: `output_dir` and all other paths are the same on every node."""
+    output_key: str = ""
+    """Name of the run's folder in `storage`."""
 
     @property
     def name(self) -> str:
@@ -101,13 +107,19 @@ class RunSpec:
 
     @property
     def error_log(self) -> str:
-        """The file of a failure's trace, as people are told of it: below Graft's home."""
-        return f"runs/{self.job_id}/{self.attempt}/error.log"
+        """The file of a failure's trace, as people are told of it: below Graft's home, or in the shared storage."""
+        name = f"runs/{self.job_id}/{self.attempt}/error.log"
+        return name if self.storage is None else self.storage.uri(name)
 
 
 def run_name(job_id: str, attempt: int) -> str:
     """`run-{job_id}-{attempt}`."""
     return f"run-{job_id}-{attempt}"
+
+
+def run_key(job_id: str, attempt: int) -> str:
+    """Name of an attempt's folder, below the home and in a shared storage."""
+    return f"runs/{job_id}/{attempt}"
 
 
 def policy_prefix(base_model: str, job_id: str) -> str:
@@ -117,7 +129,7 @@ def policy_prefix(base_model: str, job_id: str) -> str:
 
 def policy_folder(output_dir: Path) -> Path:
     """Where an attempt's policies are while the engine holds them."""
-    return output_dir / "policy"
+    return output_dir / POLICIES
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,7 @@ def run_spec(
     start_from: StartFrom | None = None,
     engine_address: str = "",
     engine_base: str = "",
+    storage: Storage | None = None,
 ) -> RunSpec:
     """The specification of the job's current attempt, from its resolved hyperparameters."""
     value: dict[str, Any] = {item.name: item.value for item in job.resolved}
@@ -203,6 +216,8 @@ def run_spec(
         engine_base=engine_base,
         project=job.project,
         search=None if asked.sweep is None else search_spec(job.resolved),
+        storage=storage if storage is not None and storage.shared else None,
+        output_key=run_key(job.id, job.attempt),
     )
 
 

@@ -7,16 +7,17 @@ import heapq
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graft.domain.errors import InvalidArgument
+from graft.domain.errors import InvalidArgument, Unavailable
 from graft.domain.jobs import Method
 from graft.training.batching import microbatches
 from graft.training.heldout import HeldOut
-from graft.training.imports import AutoTokenizer
+from graft.training.imports import AutoTokenizer, PeftModel
 from graft.training.loop import LoopSettings, StepReport, Stop, train
 from graft.training.methods import (
     HELD_OUT_EXAMPLES,
@@ -30,8 +31,9 @@ from graft.training.methods import (
 from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import check_packing
-from graft.training.results import Yardstick, save_result
-from graft.training.saving import save_checkpoint
+from graft.training.places import patiently, put, remove, with_files
+from graft.training.results import RESULTS, Yardstick, save_result
+from graft.training.saving import KEPT_MODELS, save_checkpoint
 from graft.training.spec import Clock, RunSpec
 from graft.training.tuning import load_base, tune
 
@@ -70,11 +72,12 @@ def run_worker(
     Raises InvalidArgument or FailedPrecondition when data, base model or hyperparameters are at fault.
     """
     torch.set_num_threads(threads())
+    spec = patiently(lambda: with_files(spec), tell if group.rank == 0 else _silent)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not (Path(spec.base_model_path) / "config.json").is_file():
         raise InvalidArgument(
             f"The base model {spec.base_model!r} is not on this node: {spec.base_model_path} has no config.json. "
-            "Put Graft's cache where every node sees it.",
+            "Put Graft's cache where every node sees it, or set storage.url.",
             reason="BASE_MODEL_MISSING",
         )
     tokenizer = AutoTokenizer.from_pretrained(spec.base_model_path, local_files_only=True)
@@ -138,9 +141,16 @@ def run_worker(
     held_out.restore()
     if group.rank == 0:
         result = save(Path(spec.output_dir))
+        for name in RESULTS:
+            if (folder := Path(spec.output_dir) / name).is_dir():
+                patiently(partial(put, spec, folder), tell)
         tell("finished", {"message": held_out.summary, **follow.result, **result})
     # Nobody leaves before rank 0 has told the end: a worker that is gone is a failure to those that remain.
     group.reduce(torch.zeros(1))
+
+
+def _silent(_kind: str, _data: dict[str, Any]) -> None:
+    """Whom the other workers tell."""
 
 
 class _Follower:
@@ -166,6 +176,8 @@ class _Follower:
         self._save = save
         self._on_measured = on_measured
         self._asked = time.monotonic()
+        self._models: list[str] = []
+        """Checkpoints of whole models in a shared storage."""
         self._trained: dict[str, float] = {}
 
     @property
@@ -200,6 +212,20 @@ class _Follower:
     def _checkpoint(self, step: int, metrics: dict[str, Any]) -> None:
         folder = Path(self._spec.output_dir) / "checkpoints" / f"step-{step}"
         save_checkpoint(self._model, Path(self._spec.base_model_path), folder)
+        try:
+            uri = self._put(folder)
+        except Unavailable as error:
+            text = f"The checkpoint at step {step} is not kept: {error.message}"
+            self._tell("message", {"message": text, "level": "WARN"})
+            return
         kept = {"train_loss": metrics["loss"]}
         kept |= {name: value for name, value in metrics.items() if name.startswith("validation_")}
-        self._tell("checkpoint", {"step": step, "uri": str(folder), "metrics": kept})
+        self._tell("checkpoint", {"step": step, "uri": uri, "metrics": kept})
+
+    def _put(self, folder: Path) -> str:
+        uri = put(self._spec, folder)
+        if self._spec.storage is not None and not isinstance(self._model, PeftModel):
+            self._models.append(uri)
+            if len(self._models) > KEPT_MODELS:
+                remove(self._spec, self._models.pop(0))
+        return uri

@@ -1,0 +1,143 @@
+"""A run on a host that shares no disk with others: it fetches what it needs and puts what it leaves."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graft.domain.errors import Unavailable
+from graft.domain.jobs import Lora, OverLengthPolicy
+from graft.domain.resources import DatasetFormat
+from graft.storage import Storage, share_base_model
+from graft.training import places
+from graft.training.objectives.objective import ALONE
+from graft.training.search import _keep, trial_spec
+from graft.training.spec import Clock, RunSpec
+from graft.training.sweep import Trial
+from graft.training.worker import run_worker
+from tests.support.tiny_llama import make_tiny_llama
+
+Told = list[tuple[str, dict[str, Any]]]
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
+    """A run whose base model and data are in the storage alone."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "shared").mkdir()
+    storage = Storage(f"file://{tmp_path}/shared")
+    base = make_tiny_llama(tmp_path / "elsewhere")
+    share_base_model(storage, str(base), "sha256:b")
+    shutil.rmtree(base)
+    uri = storage.uri("datasets", "default", "ds-1.jsonl")
+    rows = [{"prompt": f"{n} is ", "completion": "even" if n % 2 == 0 else "odd"} for n in range(16)]
+    storage.write(uri, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return RunSpec(
+        job_id="ft-1",
+        attempt=1,
+        base_model="tiny",
+        base_model_path=str(base),
+        base_model_digest="sha256:b",
+        dataset_path=uri,
+        dataset_format=DatasetFormat.PROMPT_COMPLETION,
+        validation_path=None,
+        validation_format=None,
+        output_dir="/nowhere/on/this/host",
+        total_steps=4,
+        batch_size=4,
+        learning_rate=1e-2,
+        warmup_ratio=0.1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        context_tokens=64,
+        seed=0,
+        num_workers=1,
+        checkpoint_steps=2,
+        over_length_policy=OverLengthPolicy.DROP,
+        lora=Lora(4, 8.0, 0.0, ("q_proj", "v_proj")),
+        storage=storage,
+        output_key="runs/ft-1/1",
+    )
+
+
+def _run(spec: RunSpec) -> Told:
+    told: Told = []
+    run_worker(spec, lambda kind, data: told.append((kind, data)), ALONE, lambda: 1, Clock())
+    return told
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_run_fetches_base_and_data_and_puts_checkpoints_and_result(spec: RunSpec, tmp_path: Path) -> None:
+    told = _run(spec)
+    assert told[-1][0] == "finished"
+    uri = f"file://{tmp_path}/shared/runs/ft-1/1/checkpoints/step-2"
+    assert [data["uri"] for kind, data in told if kind == "checkpoint"] == [uri]
+    assert spec.storage is not None
+    assert "adapter_model.safetensors" in spec.storage.names(uri)
+    adapter = spec.storage.fetch_folder(spec.storage.uri(spec.output_key, "adapter"), tmp_path / "orchestrator")
+    assert _files(adapter) == ["adapter_config.json", "adapter_model.safetensors", "graft.json"]
+    assert _files(tmp_path / "cache" / "runs") == []
+
+
+def test_a_storage_that_is_away_at_a_checkpoint_loses_that_checkpoint_and_not_the_run(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Storage.put_folder
+
+    def away(self: Storage, folder: Path, uri: str) -> None:
+        if "checkpoints" in uri:
+            raise Unavailable("The storage is away.", reason="STORAGE_UNAVAILABLE")
+        put(self, folder, uri)
+
+    monkeypatch.setattr(Storage, "put_folder", away)
+    told = _run(spec)
+    assert told[-1][0] == "finished"
+    assert [kind for kind, _ in told if kind == "checkpoint"] == []
+    assert any("step 2 is not kept" in data["message"] for kind, data in told if kind == "message")
+
+
+def test_a_storage_that_comes_back_is_waited_for_and_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    answers: list[Callable[[], int]] = [_away, _away, lambda: 7]
+    told: Told = []
+    assert places.patiently(lambda: answers.pop(0)(), lambda kind, data: told.append((kind, data))) == 7
+    assert [data["level"] for _, data in told] == ["WARN"]
+
+
+def test_a_storage_that_stays_away_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(Unavailable):
+        places.patiently(_away, lambda *_: None)
+
+
+def _away() -> int:
+    raise Unavailable("The storage is away.", reason="STORAGE_UNAVAILABLE")
+
+
+def test_the_best_trial_of_another_host_becomes_the_result(spec: RunSpec, tmp_path: Path) -> None:
+    trial = places.on_this_host(trial_spec(spec, Trial(3, 1e-3, 4, 8.0)))
+    folder = Path(trial.output_dir) / "step-2"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    where = places.put(trial, folder)
+    assert where == f"file://{tmp_path}/shared/runs/ft-1/1/trials/3/step-2"
+    _keep(places.on_this_host(spec), where)
+    assert spec.storage is not None
+    assert spec.storage.has_folder(spec.storage.uri(spec.output_key, "adapter"))
+
+
+def test_without_a_shared_storage_everything_stays_where_it_is(spec: RunSpec, tmp_path: Path) -> None:
+    alone = replace(spec, storage=None, output_dir=str(tmp_path / "run"))
+    assert places.with_files(alone) is alone
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    assert places.put(alone, tmp_path / "run" / "adapter") == str(tmp_path / "run" / "adapter")
+    assert (tmp_path / "run" / "adapter").is_dir()
+    assert places.ray_storage(alone) == {"storage_path": str(tmp_path / "run")}

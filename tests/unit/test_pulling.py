@@ -1,0 +1,59 @@
+"""Where a replica brings an adapter from: a folder, the storage that hosts share, or the registry."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from graft.domain.errors import FailedPrecondition, NotFound
+from graft.registry.digest import adapter_digest
+from graft.serving.pulling import ProvingPuller
+from graft.serving.residency import Ref
+from graft.storage import Storage
+from tests.support.adapters import make_adapter, tiny_base
+from tests.support.tiny_llama import make_tiny_llama
+
+
+class NoRegistry:
+    """Whoever asks it is wrong."""
+
+    def pull(self, registered_model: str, version: int, digest: str) -> Path:
+        raise AssertionError((registered_model, version, digest))
+
+
+async def test_a_policy_of_another_host_is_fetched_from_the_storage_once_and_proven(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    storage = Storage(f"file://{tmp_path}/shared")
+    base = make_tiny_llama(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "trained")
+    digest = adapter_digest(adapter)
+    uri = storage.uri("runs", "ft-1", "1", "policy", "step-3")
+    storage.put_folder(adapter, uri)
+    shutil.rmtree(adapter)
+    puller = ProvingPuller(tiny_base(base), 64, NoRegistry, storage, tmp_path / "cache")
+    folder = await puller.pull(Ref("tiny:ft-1-step-3", digest, path=uri))
+    assert adapter_digest(folder) == digest
+    storage.delete(uri)
+    assert await puller.pull(Ref("tiny:ft-1-step-3", digest, path=uri)) == folder
+    with pytest.raises(NotFound):
+        await puller.pull(Ref("tiny:ft-1-step-4", "sha256:other", path=uri))
+
+
+async def test_of_the_policies_of_a_run_only_the_newest_stay_in_the_cache(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    storage = Storage(f"file://{tmp_path}/shared")
+    base = make_tiny_llama(tmp_path / "base")
+    puller = ProvingPuller(tiny_base(base), 64, NoRegistry, storage, tmp_path / "cache")
+    for step in range(1, 5):
+        adapter = make_adapter(base, tmp_path / f"trained-{step}", seed=step)
+        uri = storage.uri("runs", "ft-1", "1", "policy", f"step-{step}")
+        storage.put_folder(adapter, uri)
+        newest = await puller.pull(Ref(f"tiny:ft-1-step-{step}", adapter_digest(adapter), path=uri))
+    assert newest.is_dir()
+    assert len(list(newest.parent.iterdir())) == 2
+
+
+async def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+    puller = ProvingPuller(tiny_base(tmp_path), 64, NoRegistry)
+    with pytest.raises(FailedPrecondition, match="folder does not exist"):
+        await puller.pull(Ref("tiny:a@1", "sha256:a", path=str(tmp_path / "gone")))
