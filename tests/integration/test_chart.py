@@ -15,6 +15,8 @@ from tests.support.kubernetes_schemas import KUBERAY, VERSIONS, kuberay_archive,
 
 __all__ = ["helm"]
 
+pytestmark = pytest.mark.integration
+
 EVERYTHING: Object = {
     "baseModel": "theirs",
     "catalog": {"theirs": {"hub": "org/theirs", "revision": "v1", "license": "MIT"}},

@@ -12,6 +12,8 @@ from tests.support.chart import EXAMPLES, LAPTOP, ROOT, Object, Pod, helm, helm_
 
 __all__ = ["helm"]
 
+pytestmark = pytest.mark.integration
+
 DATABASE, STORAGE, API = "10.0.1.0/24", "10.0.2.0/24", "10.0.3.0/24"
 OUTSIDE: Object = {
     "baseModel": "smollm2-135m",

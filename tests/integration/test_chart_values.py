@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tests.support.chart import Object, helm_path, of_kind, pods, render
 from tests.support.kubernetes_schemas import VERSIONS, kubernetes_faults
 
+pytestmark = pytest.mark.integration
+
 NAMES = st.one_of(
     st.sampled_from(["on", "yes", "true", "null"]),  # words that YAML would take for something else
     st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True),
