@@ -31,6 +31,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     finally:
         images.run("buildah", "umount", "--all", env=env)
         images.run("buildah", "rm", "--all", env=env)
+        images.run("buildah", "rmi", "--all", "--force", env=env)  # a gigabyte, which pytest would keep three times
 
 
 @pytest.fixture(scope="module")
