@@ -15,6 +15,8 @@ from tests.support.kubernetes_schemas import KUBERAY, VERSIONS, kuberay_archive,
 
 __all__ = ["helm"]
 
+pytestmark = pytest.mark.integration
+
 EVERYTHING: Object = {
     "baseModel": "theirs",
     "catalog": {"theirs": {"hub": "org/theirs", "revision": "v1", "license": "MIT"}},
@@ -104,7 +106,33 @@ def test_the_engine_is_told_what_the_gateway_is_told(helm: Path) -> None:
     told: dict[str, Any] = application["args"]["serving"]
     assert told == {name: value for name, value in gateway["serving"].items() if name not in ("host", "grpc_port")}
     assert told["max_loras"] == 7
-    assert settings.ServingSettings.model_validate(told)
+
+
+@pytest.mark.parametrize("values", EXAMPLES, ids=lambda file: file.stem)
+def test_the_application_takes_its_arguments(values: Path) -> None:
+    from graft.serving import declared  # imports Ray
+
+    service = of_kind(render(helm_path("helm4"), values), "RayService")["r-graft-inference"]
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert module == declared.__name__
+    assert callable(getattr(declared, name))
+    if "storage" in application["args"] and "storage" not in declared.Arguments.model_fields:
+        pytest.skip("The application does not know `storage` yet.")
+    arguments = declared.Arguments.model_validate(application["args"])
+    assert arguments.tracking_uri == "http://r-graft-mlflow:5000"
+
+
+def test_serve_is_configured_as_for_a_cluster_of_ones_own(helm: Path) -> None:
+    service = of_kind(render(helm, LAPTOP), "RayService")["r-graft-inference"]
+    chart = yaml.safe_load(service["spec"]["serveConfigV2"])
+    own = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+    assert set(chart) == set(own)
+    for key in ("proxy_location", "grpc_options", "logging_config"):
+        assert chart[key] == own[key]
+    for key in ("name", "route_prefix", "import_path"):
+        assert chart["applications"][0][key] == own["applications"][0][key]
 
 
 def test_the_store_is_migrated_before_an_upgrade_and_an_external_one_before_the_install(helm: Path) -> None:

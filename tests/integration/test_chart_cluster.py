@@ -21,9 +21,12 @@ from tests.support.chart import CHART, EXAMPLES, LAPTOP, Object, helm, helm_path
 
 __all__ = ["helm"]
 
-pytestmark = pytest.mark.skipif(
-    "GRAFT_TEST_CLUSTER" not in os.environ, reason="There is no cluster to test on: run `make test-k8s`."
-)
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(
+        "GRAFT_TEST_CLUSTER" not in os.environ, reason="There is no cluster to test on: run `make test-k8s`."
+    ),
+]
 NAMESPACE = "graft-test"
 POD_ADDRESS = "192.168.192.168"
 PROBED_PORTS = (5000, 8080)

@@ -1,12 +1,18 @@
 """What the chart's pods may do: as whom they run, which token they hold, and whom they may reach."""
 
+import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.support.chart import EXAMPLES, LAPTOP, Object, Pod, helm, of_kind, pods, render
+from tests.support.chart import EXAMPLES, LAPTOP, ROOT, Object, Pod, helm, helm_path, of_kind, pods, render
 
 __all__ = ["helm"]
+
+pytestmark = pytest.mark.integration
 
 DATABASE, STORAGE, API = "10.0.1.0/24", "10.0.2.0/24", "10.0.3.0/24"
 OUTSIDE: Object = {
@@ -209,3 +215,17 @@ def test_a_new_version_of_the_chart_alone_replaces_no_pod(helm: Path) -> None:
             "app.kubernetes.io/instance",
             "app.kubernetes.io/component",
         }
+
+
+def test_checkov_finds_nothing_but_the_exceptions_that_are_explained(tmp_path: Path) -> None:
+    own = ROOT / "build" / "checkov" / "bin" / "checkov"
+    checkov = str(own) if own.is_file() else shutil.which("checkov")
+    if checkov is None:
+        pytest.skip("checkov is not here: deploy/setup/checkov installs it.")
+    for values in EXAMPLES:
+        (tmp_path / f"{values.stem}.yaml").write_text(yaml.safe_dump_all(render(helm_path("helm4"), values)))
+    command = [checkov, "--config-file", str(ROOT / "helm" / "checkov.yaml"), "-d", str(tmp_path), "-o", "json"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    summary = json.loads(told.stdout)
+    assert [(one["check_id"], one["resource"]) for one in summary["results"]["failed_checks"]] == []
+    assert summary["summary"]["passed"] > 100

@@ -4,6 +4,7 @@ Knows where tools and objects are, and not what they should be.
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def template(
     helm: Path, values: Path | Object, *options: str, capabilities: tuple[str, ...] = CAPABILITIES
 ) -> "subprocess.CompletedProcess[str]":
     """`helm template` of a file of values, or of values."""
-    file, stdin = (str(values), None) if isinstance(values, Path) else ("-", yaml.safe_dump(values))
+    # JSON: PyYAML and Go's YAML do not agree on which words are booleans.
+    file, stdin = (str(values), None) if isinstance(values, Path) else ("-", json.dumps(values))
     versions = [option for version in capabilities for option in ("--api-versions", version)]
     arguments = ("template", "r", str(CHART), "--namespace", "ns", "--values", file, *versions, *options)
     return run(helm, *arguments, stdin=stdin)

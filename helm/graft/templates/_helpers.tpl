@@ -10,7 +10,7 @@
 no pod. Without app.kubernetes.io/name, by which KubeRay's Services find heads. Called with (list $ component). */}}
 {{- define "graft.selector" -}}
 app.kubernetes.io/part-of: graft
-app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+app.kubernetes.io/instance: {{ (index . 0).Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
@@ -121,20 +121,20 @@ topologySpreadConstraints:
 - {name: AWS_DEFAULT_REGION, value: {{ . | quote }}}
 {{- end }}
 {{- with .Values.storage.s3.existingSecret }}
-- {name: AWS_ACCESS_KEY_ID, valueFrom: {secretKeyRef: {name: {{ . }}, key: access-key-id}}}
-- {name: AWS_SECRET_ACCESS_KEY, valueFrom: {secretKeyRef: {name: {{ . }}, key: secret-access-key}}}
+- {name: AWS_ACCESS_KEY_ID, valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: access-key-id}}}
+- {name: AWS_SECRET_ACCESS_KEY, valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: secret-access-key}}}
 {{- end }}
 {{- end }}
 {{- end }}
 
 {{- define "graft.storeEnv" -}}
-- {name: GRAFT_STORE_URL, valueFrom: {secretKeyRef: {name: {{ include "graft.databaseSecret" . }}, key: store-url}}}
+- {name: GRAFT_STORE_URL, valueFrom: {secretKeyRef: {name: {{ include "graft.databaseSecret" . | quote }}, key: store-url}}}
 {{- end }}
 
 {{- define "graft.mlflowEnv" -}}
 {{- if .Values.mlflow.auth.enabled }}
-- {name: MLFLOW_TRACKING_USERNAME, valueFrom: {secretKeyRef: {name: {{ include "graft.mlflowSecret" . }}, key: username}}}
-- {name: MLFLOW_TRACKING_PASSWORD, valueFrom: {secretKeyRef: {name: {{ include "graft.mlflowSecret" . }}, key: password}}}
+- {name: MLFLOW_TRACKING_USERNAME, valueFrom: {secretKeyRef: {name: {{ include "graft.mlflowSecret" . | quote }}, key: username}}}
+- {name: MLFLOW_TRACKING_PASSWORD, valueFrom: {secretKeyRef: {name: {{ include "graft.mlflowSecret" . | quote }}, key: password}}}
 {{- end }}
 {{- end }}
 
@@ -153,7 +153,7 @@ topologySpreadConstraints:
 - {name: run, emptyDir: {}}
 - name: state
 {{- if eq .Values.storage.kind "pvc" }}
-  persistentVolumeClaim: {claimName: {{ .Values.storage.pvc.existingClaim | default (printf "%s-state" (include "graft.fullname" .)) }}}
+  persistentVolumeClaim: {claimName: {{ .Values.storage.pvc.existingClaim | default (printf "%s-state" (include "graft.fullname" .)) | quote }}}
 {{- else }}
   emptyDir: {sizeLimit: {{ .Values.storage.s3.cacheSize }}}
 {{- end }}
@@ -198,7 +198,7 @@ initContainers:
     command: [python, -m, graft.cli.main, models, pull, {{ .Values.baseModel | quote }}]
     env: {{- include "graft.env" . | nindent 6 }}
       {{- with .Values.hub.existingTokenSecret }}
-      - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}}
+      - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: token}}}
       {{- end }}
       {{- with .Values.hub.endpoint }}
       - {name: HF_ENDPOINT, value: {{ . | quote }}}

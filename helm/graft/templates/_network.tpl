@@ -16,7 +16,7 @@ metadata:
 {{- include "graft.arrow" (list . "postgresql" 5432) }}
 {{- else }}
 - to: {{- range .Values.networkPolicy.database.cidrs }}
-    - ipBlock: {cidr: {{ . }}}
+    - ipBlock: {cidr: {{ . | quote }}}
   {{- end }}
   ports: [{port: {{ .Values.networkPolicy.database.port }}, protocol: TCP}]
 {{- end }}
@@ -25,7 +25,7 @@ metadata:
 {{- define "graft.storageEgress" }}
 {{- if eq .Values.storage.kind "s3" }}
 - to: {{- range .Values.networkPolicy.storage.cidrs }}
-    - ipBlock: {cidr: {{ . }}}
+    - ipBlock: {cidr: {{ . | quote }}}
   {{- end }}
   ports: [{port: {{ .Values.networkPolicy.storage.port }}, protocol: TCP}]
 {{- end }}

@@ -16,7 +16,7 @@ volumeMounts: {{- include "graft.stateMounts" $ | nindent 2 }}
 {{- define "graft.rayPod" }}
 {{- $ := index . 0 }}
 {{- include "graft.pullSecrets" $ }}
-serviceAccountName: {{ index . 3 }}
+serviceAccountName: {{ index . 3 | quote }}
 enableServiceLinks: false
 securityContext: {{- include "graft.podSecurity" $ | nindent 2 }}
 {{- include "graft.placement" (index . 2) }}
