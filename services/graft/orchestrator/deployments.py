@@ -83,8 +83,11 @@ class Deployments:
                         log.warning("deployments_wait", error=str(error), kind=type(error).__name__)
                 await asyncio.sleep(self._poll_seconds)
         finally:
-            for task in (*self._starting.values(), *self._stopping.values()):
+            tasks = {*self._starting.values(), *self._stopping.values()}
+            for task in tasks:
                 task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
 
     async def reconcile(self) -> None:
         """One turn. Raises what the store or the inference service raise; starts and ends are tasks that outlive it."""

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
 
 from graft import offline
 
@@ -93,8 +92,9 @@ async def serve(settings: Settings, runs: RayRuns) -> None:
         for task in beside:
             task.cancel()
         work.cancel()
-        with suppress(asyncio.CancelledError):
-            await work
+        await asyncio.wait([work, *beside])  # before the store is closed behind them
+        if not work.cancelled() and (error := work.exception()):
+            raise error
     finally:
         settings.orchestrator_pid_file.unlink(missing_ok=True)
         await engine.close()
