@@ -13,7 +13,7 @@ from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExh
 from graft.domain.jobs import JobSpec
 from graft.store.database import Database
 from graft.store.main import main
-from graft.store.sql import SqlStore, migrate, open_store
+from graft.store.sql import SqlStore, migrate, open_store, schema_revision
 from graft.store.tables import metadata
 
 pytestmark = pytest.mark.integration
@@ -56,14 +56,37 @@ async def test_a_migration_keeps_the_rows_that_are_there(url: str) -> None:
     assert (told.message, kept.step) == ("Job created.", 5)
 
 
-def test_a_database_of_a_newer_graft_is_refused(url: str) -> None:
-    migrate(url)
+def _migrate_as_a_newer_graft_would(url: str, oldest_reader: str = "") -> str:
+    """The revision that this Graft knows, which can use the database unless an `oldest_reader` is named."""
+    head = migrate(url).after
     engine = _engine(url)
     with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE jobs ADD COLUMN later VARCHAR DEFAULT ''"))
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        connection.execute(text("UPDATE schema_readers SET oldest = :oldest"), {"oldest": oldest_reader or head})
     engine.dispose()
+    return head
+
+
+def test_a_database_that_only_a_newer_graft_can_use_is_refused(url: str) -> None:
+    head = _migrate_as_a_newer_graft_would(url, oldest_reader="9999")
     with pytest.raises(FailedPrecondition, match="newer Graft"):
         migrate(url)
+    assert schema_revision(url) == ("9999", head)
+
+
+async def test_a_database_that_a_newer_graft_has_only_added_to_is_used_and_left_as_it_is(url: str) -> None:
+    await asyncio.to_thread(_migrate_as_a_newer_graft_would, url)
+    done = await asyncio.to_thread(migrate, url)
+    assert (done.before, done.after) == ("9999", "9999")
+    assert await asyncio.to_thread(schema_revision, url) == ("9999", "9999")
+    store = open_store(url)
+    try:
+        spec = JobSpec("base", "ds-1")
+        job = await store.create_job("team", "ft-1", spec, None)
+        assert (await store.get_job("team", "ft-1")).id == job.id
+    finally:
+        await store.close()
 
 
 @pytest.mark.parametrize("wrong", ["nonsense", "mysql://user:hidden@host/db", "sqlite://", "sqlite:///:memory:"])
@@ -115,6 +138,7 @@ def test_the_command_makes_a_key_that_the_store_finds(
     monkeypatch.setenv("GRAFT_HOME", str(tmp_path))
     monkeypatch.setenv("GRAFT_STORE_URL", url)
     assert main(["migrate"]) == 0
+    assert capsys.readouterr().out.startswith("Migrated from revision none to ")
     assert main(["add-key", "--project", "team", "--label", "laptop"]) == 0
     secret = capsys.readouterr().out.strip()
 

@@ -9,7 +9,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, create_engine, select, text
 
 from graft.domain.errors import FailedPrecondition
 from graft.store.checks import CheckStore
@@ -21,6 +21,7 @@ from graft.store.jobs import JobStore
 from graft.store.keys import KeyStore
 from graft.store.leases import LeaseStore
 from graft.store.mirror import MirrorStore
+from graft.store.tables import schema_readers
 
 _MIGRATION_LOCK = 0x67726166
 """PostgreSQL advisory lock ("graf" in ASCII), so that two processes that start together migrate once."""
@@ -64,8 +65,10 @@ def migrate(url: str, revision: str = "head") -> Migrated:
     """Brings the database to a revision, the newest by default; creates an SQLite file's folder. Blocking; many may
     call at once.
 
-    Raises InvalidArgument for a URL that is none of the store's, FailedPrecondition for a database that a newer Graft
-    has migrated, sqlalchemy.exc.OperationalError when the database cannot be reached.
+    A database that a newer Graft has migrated is left as it is where that one says that this one can use it.
+
+    Raises InvalidArgument for a URL that is none of the store's, FailedPrecondition for a database that this Graft
+    cannot use, sqlalchemy.exc.OperationalError when the database cannot be reached.
     """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -83,6 +86,8 @@ def migrate(url: str, revision: str = "head") -> Migrated:
             config = _config()
             config.attributes["connection"] = connection
             before = _revision(connection)
+            if _is_newer_and_usable(connection, before):
+                return Migrated(before, before)
             command.upgrade(config, revision)
             return Migrated(before, _revision(connection))
     except CommandError as error:
@@ -96,12 +101,13 @@ def migrate(url: str, revision: str = "head") -> Migrated:
 
 
 def schema_revision(url: str) -> tuple[str, str]:
-    """The revision of the database's schema, empty when it has none, and the one that this Graft needs. Changes
-    nothing. Raises as `migrate`."""
+    """The revision of the database's schema, empty when it has none, and the one that this Graft needs, which is the
+    same for a newer schema that it can use. Changes nothing. Raises as `migrate`."""
     engine = create_engine(parse_url(url).set(drivername=_DRIVERS[parse_url(url).get_backend_name()]))
     try:
         with engine.connect() as connection:
-            return _revision(connection), str(ScriptDirectory.from_config(_config()).get_current_head())
+            found = _revision(connection)
+            return found, found if _is_newer_and_usable(connection, found) else _head()
     finally:
         engine.dispose()
 
@@ -111,6 +117,19 @@ def _config() -> Config:
     config.set_main_option("script_location", "graft.store:migrations")
     config.set_main_option("path_separator", "os")
     return config
+
+
+def _head() -> str:
+    return str(ScriptDirectory.from_config(_config()).get_current_head())
+
+
+def _is_newer_and_usable(connection: Connection, found: str) -> bool:
+    """Whether a newer Graft has migrated the database to `found`, in a way that this one can use. Revisions are numbers
+    of four digits."""
+    if found <= _head():
+        return False
+    oldest = connection.execute(select(schema_readers.c.oldest)).scalar_one()
+    return bool(oldest <= _head())
 
 
 def _revision(connection: Connection) -> str:

@@ -254,3 +254,10 @@ api_keys = Table(
     Column("label", String, nullable=False),
     Column("create_time", UtcTime, nullable=False),
 )
+
+schema_readers = Table(
+    "schema_readers",
+    metadata,
+    # One row: the oldest revision whose Graft can use the database. Written by migrations alone.
+    Column("oldest", String, primary_key=True),
+)
