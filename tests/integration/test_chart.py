@@ -84,8 +84,6 @@ def test_every_graft_yaml_is_one_that_the_processes_read(helm: Path, values: Pat
         if "graft.yaml" in one["data"]
     ]
     assert {name for name, _ in files} == {"r-graft-gateway", "r-graft-orchestrator", "r-graft-ray"}
-    if "storage" not in settings.Settings.model_fields and any("storage:" in text for _, text in files):
-        pytest.skip("The processes do not know the section `storage` yet.")
     for name, text in files:
         file = tmp_path / f"{name}.yaml"
         file.write_text(text)
@@ -104,7 +102,7 @@ def test_the_engine_is_told_what_the_gateway_is_told(helm: Path) -> None:
     ]
     gateway = yaml.safe_load(of_kind(objects, "ConfigMap")["r-graft-gateway"]["data"]["graft.yaml"])
     told: dict[str, Any] = application["args"]["serving"]
-    assert told == {name: value for name, value in gateway["serving"].items() if name not in ("host", "grpc_port")}
+    assert told == {name: value for name, value in gateway["serving"].items() if name != "address"}
     assert told["max_loras"] == 7
 
 
@@ -118,8 +116,6 @@ def test_the_application_takes_its_arguments(values: Path) -> None:
     module, _, name = application["import_path"].partition(":")
     assert module == declared.__name__
     assert callable(getattr(declared, name))
-    if "storage" in application["args"] and "storage" not in declared.Arguments.model_fields:
-        pytest.skip("The application does not know `storage` yet.")
     arguments = declared.Arguments.model_validate(application["args"])
     assert arguments.tracking_uri == "http://r-graft-mlflow:5000"
 

@@ -175,8 +175,7 @@ topologySpreadConstraints:
 {{- end }}
 
 {{- define "graft.serving" -}}
-host: {{ include "graft.fullname" . }}-inference
-grpc_port: 9000
+address: {{ include "graft.fullname" . }}-inference:9000
 base_model: {{ include "graft.baseModel" . | quote }}
 max_loras: {{ .Values.inference.maxLoras }}
 max_cpu_loras: {{ .Values.inference.maxCpuLoras }}

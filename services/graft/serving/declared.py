@@ -12,7 +12,7 @@ import pydantic
 
 from graft.registry.base_models import ensure_base_model
 from graft.serving.app import build_app
-from graft.settings import HomeSettings, RegistrySettings, ServingSettings, Settings
+from graft.settings import HomeSettings, RegistrySettings, ServingSettings, Settings, StorageSettings
 
 
 class Arguments(pydantic.BaseModel):
@@ -26,6 +26,8 @@ class Arguments(pydantic.BaseModel):
     """Converted base models and pulled adapters; None: `cache` in the home. Shared as well."""
     tracking_uri: str
     """MLflow's address, from the cluster."""
+    storage: StorageSettings = StorageSettings()
+    """As `storage:` in graft.yaml; with a URL, home and cache are each node's own."""
     serving: ServingSettings = ServingSettings()
     """As `serving:` in graft.yaml; address and port are Serve's own here."""
 
@@ -37,6 +39,7 @@ def application(arguments: Arguments) -> Any:
     """
     settings = Settings(
         home=HomeSettings(path=arguments.home, cache=arguments.cache or arguments.home / "cache"),
+        storage=arguments.storage,
         serving=arguments.serving,
         registry=RegistrySettings(tracking_uri=arguments.tracking_uri),
     )
