@@ -33,11 +33,13 @@ SECONDS = 60.0
 PROGRAM = (
     "import signal, sys\n"
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
     "from graft.cli.main import main\n"
     "sys.argv[0] = 'graft'\n"
     "main()\n"
 )
-"""As the installed script. Ctrl-C is heeded even where a shell runs the tests in the background, which ignores it."""
+"""As the installed script. Ctrl-C and a lost terminal are heeded even where a shell or nohup runs the tests in the
+background, with both ignored."""
 
 
 @dataclass(frozen=True)
