@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,6 +53,20 @@ class Cluster:
         return done.stdout
 
 
+def _until_the_dashboard_answers(address: str) -> None:
+    """Ray's head is ready before its dashboard is, by which Serve is told what to deploy."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/api/ray/version", timeout=5):
+                return
+        except urllib.error.HTTPError:
+            return  # it asks for the token, which is an answer
+        except OSError:
+            assert time.monotonic() < deadline, f"no dashboard answers at {address}"
+            time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
@@ -68,7 +83,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     settings = load(variables)
     environment = {**os.environ, "GRAFT_TEST_STACK": str(folder), **ray_environment(settings)}
     with ray_cluster(settings, environment, folder, dashboard=True):
-        yield Cluster(settings, environment, folder)
+        made = Cluster(settings, environment, folder)
+        _until_the_dashboard_answers(made.dashboard)
+        yield made
 
 
 def declared(cluster: Cluster) -> dict[str, Any]:
