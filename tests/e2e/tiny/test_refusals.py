@@ -54,9 +54,11 @@ def test_an_unknown_model_is_not_found_and_the_refusal_names_what_exists(
 
 
 def test_an_unknown_data_set_is_not_found_and_the_refusal_names_what_exists(
-    stack: WholeStack, client: openai.OpenAI, trained: Trained
+    stack: WholeStack, client: openai.OpenAI
 ) -> None:
-    existing = trained.data.name.rsplit("/", 1)[-1]
+    # The newest: a refusal names twenty, and other tests have uploaded more than that.
+    row = b'{"prompt": "a", "completion": "b"}\n'
+    existing = client.files.create(file=("newest.jsonl", row), purpose="fine-tune").id
     job = fine_tuning_job_pb2.FineTuningJob(base_model="tiny", training_dataset="projects/default/datasets/ds-nope")
     with grpc.insecure_channel(f"127.0.0.1:{stack.settings.gateway.grpc_port}") as channel:
         calls: list[Callable[[], Any]] = [
