@@ -100,7 +100,7 @@ def namespace() -> Iterator[list[str]]:
             "spec": {
                 "capacity": {"storage": "100Gi"},
                 "accessModes": ["ReadWriteOnce", "ReadWriteMany"],
-                "hostPath": {"path": f"/tmp/v{number}"},
+                "hostPath": {"path": f"/volumes/{number}"},
             },
         }
         for number in range(2)

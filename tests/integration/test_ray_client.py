@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import s3fs
 
-from graft.domain.jobs import Lora, OverLengthPolicy
-from graft.domain.resources import DatasetFormat
 from graft.storage import Storage, share_base_model
 from graft.training.spec import RunSpec
 from tests.integration.test_orchestrator_process import listening, process
 from tests.support.postgres import free_port
+from tests.support.run_specs import tiny_run, validated_on
 from tests.support.s3_server import s3_server
 from tests.support.tiny_llama import make_tiny_llama
 
@@ -46,31 +45,7 @@ def _spec(root: Path, storage: Storage) -> RunSpec:
     rows = [{"prompt": f"{n} is ", "completion": "even" if n % 2 == 0 else "odd"} for n in range(40)]
     uri = storage.uri("datasets", "default", "ds-1.jsonl")
     storage.write(uri, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return RunSpec(
-        job_id="ft-none",
-        attempt=1,
-        base_model="tiny",
-        base_model_path=str(base),
-        base_model_digest="sha256:b",
-        dataset_path=uri,
-        dataset_format=DatasetFormat.PROMPT_COMPLETION,
-        validation_path=uri,
-        validation_format=DatasetFormat.PROMPT_COMPLETION,
-        output_dir="/nowhere/on/this/host",
-        total_steps=12,
-        batch_size=8,
-        learning_rate=1e-2,
-        warmup_ratio=0.1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        context_tokens=64,
-        seed=0,
-        num_workers=1,
-        checkpoint_steps=5,
-        over_length_policy=OverLengthPolicy.DROP,
-        lora=Lora(4, 8.0, 0.0, ("q_proj", "v_proj", "down_proj")),
-        storage=storage,
-    )
+    return tiny_run(base, uri, "/nowhere/on/this/host", job_id="ft-none", storage=storage, **validated_on(uri))
 
 
 async def test_a_sweep_leaves_its_best_adapter_in_the_bucket_and_a_cut_link_ends_no_run(

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import Aborted
-from graft.domain.jobs import Lora, Method, OverLengthPolicy, Preference, ServedAs, Tuning
+from graft.domain.jobs import Lora, Method, Preference, ServedAs, Tuning
 from graft.domain.resources import DatasetFormat
 from graft.training.run import RayRuns
 from graft.training.spec import ENDS, Report, RunSpec
 from graft.training.sweep import SearchSpec, Trial
+from tests.support.run_specs import tiny_run, validated_on
 from tests.support.tiny_llama import make_tiny_llama
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -45,30 +46,8 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
     data = folder / "rows.jsonl"
     rows = [{"prompt": f"{n} is ", "completion": "even" if n % 2 == 0 else "odd"} for n in range(40)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return RunSpec(
-        job_id="ft-none",
-        attempt=1,
-        base_model="tiny",
-        base_model_path=str(make_tiny_llama(folder / "base")),
-        base_model_digest="sha256:b",
-        dataset_path=str(data),
-        dataset_format=DatasetFormat.PROMPT_COMPLETION,
-        validation_path=str(data),
-        validation_format=DatasetFormat.PROMPT_COMPLETION,
-        output_dir=str(folder / "runs"),
-        total_steps=12,
-        batch_size=8,
-        learning_rate=1e-2,
-        warmup_ratio=0.1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        context_tokens=64,
-        seed=0,
-        num_workers=1,
-        checkpoint_steps=5,
-        over_length_policy=OverLengthPolicy.DROP,
-        lora=Lora(4, 8.0, 0.0, ("q_proj", "v_proj", "down_proj")),
-    )
+    base = make_tiny_llama(folder / "base")
+    return tiny_run(base, data, folder / "runs", job_id="ft-none", **validated_on(data))
 
 
 def _named(spec: RunSpec, job_id: str, **changes: Any) -> RunSpec:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import Unavailable
-from graft.domain.jobs import Lora, OverLengthPolicy
-from graft.domain.resources import DatasetFormat
+from graft.domain.jobs import Lora
 from graft.storage import Storage, share_base_model
 from graft.training import places
 from graft.training.objectives.objective import ALONE
@@ -20,6 +19,7 @@ from graft.training.search import _keep, trial_spec
 from graft.training.spec import Clock, RunSpec
 from graft.training.sweep import Trial
 from graft.training.worker import run_worker
+from tests.support.run_specs import tiny_run
 from tests.support.tiny_llama import make_tiny_llama
 
 Told = list[tuple[str, dict[str, Any]]]
@@ -37,28 +37,13 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
     uri = storage.uri("datasets", "default", "ds-1.jsonl")
     rows = [{"prompt": f"{n} is ", "completion": "even" if n % 2 == 0 else "odd"} for n in range(16)]
     storage.write(uri, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return RunSpec(
-        job_id="ft-1",
-        attempt=1,
-        base_model="tiny",
-        base_model_path=str(base),
-        base_model_digest="sha256:b",
-        dataset_path=uri,
-        dataset_format=DatasetFormat.PROMPT_COMPLETION,
-        validation_path=None,
-        validation_format=None,
-        output_dir="/nowhere/on/this/host",
+    return tiny_run(
+        base,
+        uri,
+        "/nowhere/on/this/host",
         total_steps=4,
         batch_size=4,
-        learning_rate=1e-2,
-        warmup_ratio=0.1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        context_tokens=64,
-        seed=0,
-        num_workers=1,
         checkpoint_steps=2,
-        over_length_policy=OverLengthPolicy.DROP,
         lora=Lora(4, 8.0, 0.0, ("q_proj", "v_proj")),
         storage=storage,
         output_key="runs/ft-1/1",

@@ -12,9 +12,9 @@ import torch
 
 from graft.data.prepare import Example
 from graft.domain.errors import FailedPrecondition, InvalidArgument
-from graft.domain.jobs import LastLayers, Lora, OverLengthPolicy, ServedAs, Tuning
+from graft.domain.jobs import LastLayers, Lora, ServedAs, Tuning
 from graft.domain.memory import memory_bytes, trained_parameters
-from graft.domain.resources import BaseModel, DatasetFormat
+from graft.domain.resources import BaseModel
 from graft.orchestrator.evaluating import Probe, fits
 from graft.registry.base_models import LINEAR
 from graft.registry.digest import adapter_digest
@@ -27,6 +27,7 @@ from graft.training.results import Yardstick, save_result
 from graft.training.saving import PROBE_TOKENS, describe, save_checkpoint
 from graft.training.spec import RunSpec, StartFrom
 from graft.training.tuning import load_base, reference, tune
+from tests.support.run_specs import tiny_run
 from tests.support.tiny_llama import make_tiny_llama
 
 CPU = torch.device("cpu")
@@ -58,28 +59,12 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spec(base_folder: Path, tmp_path: Path) -> RunSpec:
-    return RunSpec(
-        job_id="ft-1",
-        attempt=1,
-        base_model="tiny",
-        base_model_path=str(base_folder),
-        base_model_digest="sha256:b",
-        dataset_path="nowhere",
-        dataset_format=DatasetFormat.PROMPT_COMPLETION,
-        validation_path=None,
-        validation_format=None,
-        output_dir=str(tmp_path / "run"),
+    return tiny_run(
+        base_folder,
+        "nowhere",
+        tmp_path / "run",
         total_steps=15,
-        batch_size=8,
         learning_rate=3e-3,
-        warmup_ratio=0.1,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        context_tokens=64,
-        seed=0,
-        num_workers=1,
-        checkpoint_steps=5,
-        over_length_policy=OverLengthPolicy.DROP,
         lora=Lora(),
         delta_rank=8,
     )
