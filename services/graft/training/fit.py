@@ -43,6 +43,8 @@ class Fit:
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        from graft.training.controller import Led
+
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={"spec": spec, "run": run, "begin_seconds": begin_seconds},
@@ -51,6 +53,7 @@ class Fit:
                 name="ray-train",
                 **ray_storage(spec),
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _gloo()},
+                callbacks=[Led(run, spec.name)],
             ),
             torch_config=TorchConfig(backend="gloo"),
         )
