@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 PARALLEL := --numprocesses=logical --dist=loadfile
-SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code dpo grpo jargon small-vs-large)
+SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code dpo grpo grpo-number jargon small-vs-large)
 .PHONY: help setup demo test test-unit test-k8s bench showcase $(SHOWCASES) lint stubs lock
 
 help: ## Lists the targets
