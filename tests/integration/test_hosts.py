@@ -1,6 +1,5 @@
 """The hosts that other tests run on are what they say they are: apart, cut when cut, gone when gone."""
 
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -22,7 +21,7 @@ def eventually_fetch(port: int, path: str) -> str:
     for _ in range(100):
         try:
             return fetch(port, path)
-        except (urllib.error.URLError, ConnectionError, socket.timeout):
+        except (TimeoutError, urllib.error.URLError, ConnectionError):
             continue
     return fetch(port, path)
 

@@ -1,8 +1,8 @@
 """Hosts for tests: network namespaces on one bridge, each with an address, a name and a disk of its own. Takes root.
 
-Owns the namespaces and what runs in them; all of it is gone afterwards. Nothing leads out: no host has a route beyond the
-bridge. Below `HERE` every host sees its own folder and nobody else's, so that one configuration fits all of them and no
-file is shared by accident. Does not know what the hosts run.
+Owns the namespaces and what runs in them; all of it is gone afterwards. Nothing leads out: no host has a route beyond
+the bridge. At `here` every host sees its own folder and nobody else's, so that one configuration fits all of them and
+no file is shared by accident. Does not know what the hosts run.
 
     with network("store", "head") as hosts:
         hosts["store"].popen([...], log="server.log")
@@ -53,6 +53,19 @@ async def main():
 asyncio.run(main())
 """
 """Accepts where the socket it inherits listens, and connects from where it runs."""
+
+LISTENING = """
+import socket, sys, time
+deadline = time.monotonic() + float(sys.argv[3])
+while True:
+    try:
+        socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1)
+        break
+    except OSError:
+        if time.monotonic() > deadline:
+            sys.exit(f"Nothing listens on {sys.argv[1]}:{sys.argv[2]}")
+        time.sleep(0.1)
+"""
 
 
 def _ip(*arguments: str) -> None:
@@ -109,6 +122,22 @@ class Host:
                 stderr=output,
                 start_new_session=True,
             )
+
+    def run(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+        """Runs a command on this host to its end; returns what it printed."""
+        done = subprocess.run(
+            self.command(arguments),
+            env=self.environment(environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, f"{self.name}: {arguments[:4]}: {done.stderr}\n{self.last_lines()}"
+        return done.stdout
+
+    def listening(self, port: int, seconds: float = 60, address: str = "") -> None:
+        """Waits until something on this host listens on a port of its address."""
+        self.run([sys.executable, "-c", LISTENING, address or self.address, str(port), str(seconds)])
 
     def pids(self) -> list[int]:
         """All processes of the host."""
