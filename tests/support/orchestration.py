@@ -31,6 +31,7 @@ from graft.orchestrator.ports import Limits, Parts, PreparedData
 from graft.registry.mlflow_registry import Publication
 from graft.settings import load
 from graft.store.sql import SqlStore
+from graft.training.failures import lost_worker
 from graft.training.spec import Report, RunStatus, StartFrom
 from tests.support.stores import sqlite_store
 
@@ -104,6 +105,8 @@ class FakeRuns:
         self.reports = good_reports()
         self.lost_attempts: set[int] = set()
         """Attempts that die after their second report."""
+        self.worker_lost_attempts: set[int] = set()
+        """Attempts that report a lost worker after their second report."""
         self.starts: list[tuple[str, int]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
@@ -139,6 +142,11 @@ class FakeRuns:
             visible = []
         elif attempt in self.lost_attempts:
             visible = self.reports[:2]
+            self.live.discard(key)
+        elif attempt in self.worker_lost_attempts:
+            error = lost_worker("error.log")
+            told = {"code": error.code, "reason": error.reason, "message": error.message}
+            visible = [*self.reports[:2], Report(3, "failed", 2.0, told)]
             self.live.discard(key)
         elif self.gates.closed(JobState.RUNNING):
             visible = self.reports[:3]
