@@ -1,51 +1,18 @@
-"""Databases for integration tests: each test that asks for `url` or `store` runs on SQLite and on PostgreSQL.
-
-And the times that tests of cut links note: shown at the end, for docs/clusters.md, and never asserted.
-"""
+"""Databases for integration tests: each test that asks for `url` or `store` runs on SQLite and on PostgreSQL."""
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from graft.store.sql import SqlStore, migrate, open_store
+from tests.support.healing import note, pytest_terminal_summary
 from tests.support.postgres import postgres_server
 
-HEALING = "healing"
-
-
-class Note(Protocol):
-    """Keeps a row: what was cut, when an error came and which, and how long after the mending the next answer."""
-
-    def __call__(self, what: str, *, error_seconds: float | None, told: str, heal_seconds: float) -> None:
-        """`error_seconds` is None where nobody was told anything but to wait."""
-
-
-@pytest.fixture
-def note(record_property: Callable[[str, object], None]) -> Note:
-    def keep(what: str, *, error_seconds: float | None, told: str, heal_seconds: float) -> None:
-        error = "–" if error_seconds is None else f"{error_seconds:.0f} s"
-        record_property(HEALING, f"| {what} | {error} | {told} | {heal_seconds:.0f} s |")
-
-    return keep
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table, if a test that passed has noted anything."""
-    passed = terminalreporter.getreports("passed")
-    rows = [
-        row for report in passed if report.when == "call" for name, row in report.user_properties if name == HEALING
-    ]
-    if rows:
-        terminalreporter.section("Time to heal")
-        terminalreporter.write_line("| cut | error after | told as | answered, after the mending |")
-        terminalreporter.write_line("|---|---|---|---|")
-        for row in rows:
-            terminalreporter.write_line(str(row))
+__all__ = ["note", "pytest_terminal_summary"]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """What one process sees of another machine while the cable between them is pulled: an error in bounded time, and an
-answer once it is plugged in again. Real servers on hosts of their own; `test_separate_hosts.py` has the whole system.
+answer once it is plugged in again. Real servers on hosts of their own; `tests/e2e/hosts` has the whole system.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from graft.store.sql import migrate
-from tests.integration.conftest import Note
+from tests.support.healing import Note
 from tests.support.host_backends import POSTGRES_PORT, start_postgres, start_s3
 from tests.support.hosts import Host, network
 

@@ -107,6 +107,8 @@ class FakeRuns:
         """Attempts that die after their second report."""
         self.worker_lost_attempts: set[int] = set()
         """Attempts that report a lost worker after their second report."""
+        self.away = 0
+        """So many releases find the cluster away."""
         self.starts: list[tuple[str, int]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
@@ -157,6 +159,9 @@ class FakeRuns:
         self.live.discard((job_id, attempt))
 
     def release(self, job_id: str, attempt: int) -> None:
+        if self.away:
+            self.away -= 1
+            raise ConnectionError("The link is cut.")
         self.released.append((job_id, attempt))
         self.live.discard((job_id, attempt))
 

@@ -176,6 +176,22 @@ async def test_a_run_that_loses_a_worker_is_tried_again_and_fails_with_that_reas
         assert [attempt for name, attempt in it.runs.starts if name == "job-2"] == [1, 2, 3]
 
 
+async def test_a_cluster_that_is_away_when_a_run_is_to_be_cleared_costs_no_job(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.runs.worker_lost_attempts = {1}
+        it.runs.away = 2  # before the next attempt
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            assert (await it.until("job-1", JobState.SUCCEEDED)).attempt == 2
+            it.runs.worker_lost_attempts, it.runs.away = set(), 2  # beside the registration
+            await it.create_job("job-2")
+            await it.until("job-2", JobState.SUCCEEDED)
+        assert it.runs.away == 0
+        assert [version.job_id for version in it.registry.versions] == ["job-1", "job-2"]
+        waited = [event.message for event in await it.events("job-2") if "training cluster" in event.message]
+        assert len(waited) == 2
+
+
 async def test_a_job_that_has_lost_a_host_waits_for_it(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         it.cpus, it.preparer.workers = 2, 2

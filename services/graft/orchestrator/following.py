@@ -100,7 +100,8 @@ async def _next_attempt(context: Context, what: str, last: GraftError) -> None:
     job, most = context.job, context.parts.limits.max_attempts
     if job.attempt >= most:
         raise last
-    await stop_run(context)
+    # Ray may take a minute to tell a host that is gone from one that is slow.
+    await context.patiently("The training cluster", lambda: stop_run(context))
     context.track(None).finish("FAILED")
     context.room.line_up(job)
     message = f"{what} (attempt {job.attempt} of {most}). Trying again."
