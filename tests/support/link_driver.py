@@ -2,7 +2,6 @@
 
     python -m tests.support.link_driver store URL
     python -m tests.support.link_driver storage ENDPOINT_URL
-    python -m tests.support.link_driver registry TRACKING_URI REGISTERED_MODEL DIGEST
     python -m tests.support.link_driver engine ADDRESS
 
 Prints a line of JSON at each change: `begun` when an answer has begun to come, `done`, or `failed` with the reason.
@@ -46,22 +45,6 @@ def storage(endpoint_url: str) -> Once:
     return fetch
 
 
-def registry(tracking_uri: str, registered_model: str, digest: str) -> Once:
-    from graft.registry.mlflow_registry import Registry
-
-    def pull(round_: int) -> None:
-        # Another cache each time: what has been pulled is kept.
-        Registry(tracking_uri, cache_folder() / str(round_)).pull(registered_model, 1, digest)
-
-    rounds = iter(range(1_000_000))
-
-    async def once(say: Say) -> None:
-        say("begun")
-        await asyncio.to_thread(pull, next(rounds))
-
-    return once
-
-
 def engine(address: str) -> Once:
     client = EngineClient(address)
 
@@ -74,7 +57,7 @@ def engine(address: str) -> Once:
 
 async def main(kind: str, *arguments: str) -> None:
     """Until it is killed."""
-    once = {"store": store, "storage": storage, "registry": registry, "engine": engine}[kind](*arguments)
+    once = {"store": store, "storage": storage, "engine": engine}[kind](*arguments)
     last = ""
 
     def say(event: str, reason: str = "", message: str = "") -> None:

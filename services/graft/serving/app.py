@@ -43,8 +43,8 @@ MAX_QUEUED_REQUESTS = 1024
 """Beyond it Serve answers RESOURCE_EXHAUSTED: refused by limit, not by memory."""
 
 HELD_SECONDS = 1.5
-"""A replica tells what it holds in milliseconds. One that is not heard of by then, as on a host whose link is cut, is left
-out: readiness is asked within two seconds, and one lost host must not take the others with it."""
+"""A replica tells what it holds in milliseconds. One that is not heard of by then, as on a host whose link is cut, is
+left out: readiness is asked within two seconds, and one lost host must not take the others with it."""
 WEIGH_SECONDS = 10.0
 """Residency is asked by probes every few seconds; to sum a process tree's memory takes tens of milliseconds."""
 

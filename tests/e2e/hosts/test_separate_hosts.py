@@ -177,27 +177,32 @@ def test_an_adapter_whose_download_is_cut_is_refused_as_unavailable_and_then_ser
     note("replicas from MLflow, in a download", error_seconds=error_seconds, told=told, heal_seconds=heal_seconds)
 
 
-def test_a_job_whose_host_is_cut_off_for_a_moment_only_waits(cluster: HostCluster, dataset: str, note: Note) -> None:
-    node = cluster.host("node")
+def test_a_job_only_waits_while_its_host_and_then_its_orchestrator_are_cut_off(
+    cluster: HostCluster, dataset: str, note: Note
+) -> None:
     name = create(cluster, dataset, "cut")
     trains(cluster, name)
-    node.cut()
-    time.sleep(SHORT_CUT_SECONDS)
-    before = alive(cluster, name).progress.step
-    node.heal()
-    healed = time.monotonic()
-    eventually(
-        lambda: alive(cluster, name),
-        lambda job: job.progress.step > before or job.state != job.STATE_RUNNING,
-        120,
-        "training goes on",
-    )
-    heal_seconds = time.monotonic() - healed
+    for host, what in (("node", "a training host"), ("orch", "the orchestrator")):
+        cluster.host(host).cut()
+        time.sleep(SHORT_CUT_SECONDS)
+        before = alive(cluster, name)
+        cluster.host(host).heal()
+        healed = time.monotonic()
+        goes_on(cluster, name, before)
+        what = f"{what} from all others, for {SHORT_CUT_SECONDS:.0f} s"
+        note(what, error_seconds=None, told="the job waits", heal_seconds=time.monotonic() - healed)
     job = succeeded(cluster, name)
     assert job.attempt == 1
     assert versions(cluster, "cut") == ["1"]
-    what = f"a training host from all others, for {SHORT_CUT_SECONDS:.0f} s"
-    note(what, error_seconds=None, told="the job waits", heal_seconds=heal_seconds)
+
+
+def goes_on(cluster: HostCluster, name: str, before: fine_tuning_job_pb2.FineTuningJob) -> None:
+    eventually(
+        lambda: alive(cluster, name),
+        lambda job: (job.progress.step, job.state) != (before.progress.step, before.state),
+        120,
+        f"{name} goes on",
+    )
 
 
 def test_a_host_that_dies_costs_no_job_and_no_version_and_comes_back(
