@@ -171,8 +171,8 @@ class Host:
     def cut_from(self, other: "Host") -> None:
         """Nothing goes to or comes from the other host any more; both reach everybody else."""
         for one, two in ((self, other), (other, self)):
-            _ip(*("-n", one._namespace, "neigh", "replace", two.address), *("lladdr", NOBODY_MAC, "dev", "eth0"))
-            _ip(*("-n", one._namespace, "neigh", "change", two.address, "dev", "eth0", "nud", "permanent"))
+            entry = ("neigh", "replace", two.address, "lladdr", NOBODY_MAC, "dev", "eth0", "nud", "permanent")
+            _ip("-n", one._namespace, *entry)
 
     def heal_from(self, other: "Host") -> None:
         """Undoes `cut_from`."""

@@ -124,7 +124,7 @@ class _Door:
     def in_flight(self) -> Iterator[None]:
         """A call that may wait for long."""
         self._calls += 1
-        if self._pulse is None:
+        if self._pulse is None or self._pulse.done():
             self._pulse = asyncio.create_task(self._beat())
         try:
             yield
@@ -132,7 +132,6 @@ class _Door:
             self._calls -= 1
             if self._calls == 0:
                 self._pulse.cancel()
-                self._pulse = None
 
     async def _beat(self) -> None:
         ask = self.channel().unary_unary(PULSE)
@@ -142,6 +141,8 @@ class _Door:
                 await ask(b"", timeout=UNHEARD_SECONDS)
 
     async def close(self) -> None:
+        if self._pulse is not None:
+            self._pulse.cancel()
         if self._channel is not None:
             await self._channel.close()
             self._channel = None

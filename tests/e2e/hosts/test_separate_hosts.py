@@ -67,7 +67,7 @@ def last_used(cluster: HostCluster, model: str) -> dict[str, float]:
         replica.replica: held.last_use_time.ToNanoseconds() / 1e9
         for replica in cluster.replicas()
         for held in replica.adapters
-        if held.model == model and held.in_engine
+        if held.model == model and held.tier == held.TIER_ENGINE
     }
 
 
