@@ -124,14 +124,14 @@ class _Door:
     def in_flight(self) -> Iterator[None]:
         """A call that may wait for long."""
         self._calls += 1
-        if self._pulse is None or self._pulse.done():
+        if self._pulse is None:
             self._pulse = asyncio.create_task(self._beat())
         try:
             yield
         finally:
             self._calls -= 1
             if self._calls == 0:
-                self._pulse.cancel()
+                self._rest()
 
     async def _beat(self) -> None:
         ask = self.channel().unary_unary(PULSE)
@@ -140,9 +140,13 @@ class _Door:
             with suppress(grpc.aio.AioRpcError):
                 await ask(b"", timeout=UNHEARD_SECONDS)
 
-    async def close(self) -> None:
+    def _rest(self) -> None:
         if self._pulse is not None:
             self._pulse.cancel()
+            self._pulse = None
+
+    async def close(self) -> None:
+        self._rest()
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
