@@ -134,7 +134,7 @@ class _Door:
                 self._rest()
 
     async def _beat(self) -> None:
-        ask = self.channel().unary_unary(PULSE)
+        ask: Any = self.channel().unary_unary(PULSE)
         while True:
             await asyncio.sleep(PULSE_SECONDS)
             with suppress(grpc.aio.AioRpcError):

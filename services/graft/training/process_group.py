@@ -18,7 +18,7 @@ from ray.train.torch.config import _TorchBackend
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
-class _ByNodeAddress(_TorchBackend):
+class _ByNodeAddress(_TorchBackend):  # type: ignore[misc]  # Ray's class has no types
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Called by Ray Train's controller when the workers' processes are there."""
         worker_group.execute(speak_by_node_address)
@@ -26,7 +26,7 @@ class _ByNodeAddress(_TorchBackend):
 
 
 @dataclass
-class NodeAddressConfig(TorchConfig):
+class NodeAddressConfig(TorchConfig):  # type: ignore[misc]  # as above
     """Ray Train's own, but for the interface."""
 
     @property
