@@ -275,10 +275,26 @@ async def test_a_task_that_cannot_be_used_is_refused_when_the_job_is_created(tmp
 
 
 async def test_rows_whose_answers_are_graded_need_no_answer(tmp_path: Path) -> None:
-    grader = ReinforcementMethod(grader=Grader(kind="numeric"))
+    grader = ReinforcementMethod(grader=Grader(kind="regex", settings={"pattern": "2"}))
     async with gateway(tmp_path) as it:
         dataset = await uploaded(it, [{"question": "1 + 1?"}])
         job = await created(it, dataset, task="question-answering", reinforcement=grader)
         assert load(job.task_definition).name == "question-answering"
         error = await refused(created(it, dataset, task="question-answering"))
         assert "has no 'answer'" in fields_of(error)["training_dataset"]
+
+
+async def test_a_grader_that_names_no_field_compares_with_what_the_task_learns(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        dataset = await uploaded(it, [{"review": "x", "sentiment": "positive"}])
+        for settings, field in (({}, "sentiment"), ({"field": "review"}, "review")):
+            grader = ReinforcementMethod(grader=Grader(kind="exact_match", settings=settings))
+            job = await created(it, dataset, task="sentiment", reinforcement=grader)
+            assert job.reinforcement.grader.settings["field"] == field
+        grader = ReinforcementMethod(grader=Grader(kind="exact_match", settings={"field": "answer"}))
+        error = await refused(created(it, dataset, task="sentiment", reinforcement=grader))
+        assert fields_of(error)["reinforcement.grader.settings.field"].startswith("is 'answer', which the first row")
+        missing = await uploaded(it, [{"review": "x"}])
+        grader = ReinforcementMethod(grader=Grader(kind="exact_match"))
+        error = await refused(created(it, missing, task="sentiment", reinforcement=grader))
+        assert fields_of(error)["reinforcement.grader.settings.field"].startswith("is 'sentiment', which the first row")

@@ -93,21 +93,24 @@ class Questions:
 
 
 def read_questions(
-    path: Path, format: DatasetFormat, task: TaskDefinition | None = None, *, max_rows: int = 0
+    path: Path, format: DatasetFormat, task: TaskDefinition | None = None, *, max_rows: int = 0, graded: bool = False
 ) -> Questions:
     """The questions of a validated file's rows, or of `max_rows` of them chosen by the hash of their content.
+
+    `graded`: answers to rows of fields are judged by a grader rather than compared with the task's completion.
 
     Raises InvalidArgument, naming the row: INVALID_TASK_ROW for what a task's template misses and for an answer that is
     none of its choices, NOTHING_TO_ASK.
     """
     rows = enumerate(read_rows(path), start=1)
     items = tuple(
-        _numbered(number, row, format, task) for number, row in (_chosen(rows, max_rows) if max_rows else rows)
+        _numbered(number, row, format, task, graded=graded)
+        for number, row in (_chosen(rows, max_rows) if max_rows else rows)
     )
     if not items:
         raise InvalidArgument("The data set has no rows to ask.", reason="NOTHING_TO_ASK")
     decoding = task.decoding if task else None
-    labels = _task_labels(task) if format in FORMATS else ()
+    labels = _task_labels(task) if format in FORMATS and not graded else ()
     if not labels:
         labels, items = _found_labels(items)
     return Questions(
@@ -121,14 +124,18 @@ def read_questions(
     )
 
 
-def _numbered(row_number: int, row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None) -> Question:
+def _numbered(
+    row_number: int, row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None, *, graded: bool
+) -> Question:
     with naming_row(row_number):
-        return question(row, format, task)
+        return question(row, format, task, graded=graded)
 
 
-def question(row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None = None) -> Question:
+def question(
+    row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None = None, *, graded: bool = False
+) -> Question:
     """One row's question. Raises InvalidArgument for a row that has no answer to compare with."""
-    if format is DatasetFormat.GRADED_PROMPTS:
+    if format is DatasetFormat.GRADED_PROMPTS or (graded and format is DatasetFormat.FIELDS):
         return Grade(_prompt(graded_prompt(row, format, task).prompt), row)
     trained, shape = trained_as(task if format in FORMATS else None, row, format)
     found = canonical(trained, shape)

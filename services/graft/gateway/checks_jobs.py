@@ -4,6 +4,7 @@ Knows the catalogue, the data sets and the registry's read model through the sto
 is found when the job runs.
 """
 
+import asyncio
 import math
 import re
 from collections.abc import Awaitable, Iterator
@@ -25,6 +26,7 @@ from graft.domain.jobs import (
 )
 from graft.domain.names import check_id
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
+from graft.gateway.checks_graders import check_rows, with_reference
 from graft.gateway.checks_start import check_start, start_name
 from graft.gateway.checks_sweep import check_sweep
 from graft.gateway.checks_tasks import with_task
@@ -92,13 +94,18 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         validation = await _found(store.get_dataset(project, spec.validation_dataset), "validation_dataset", missing)
     wrong: list[FieldViolation] = []
     start = await _start(store, project, spec, wrong, missing)
-    spec, unfit = await with_task(spec, training and await on_this_host(settings, training), validation, start)
+    here = training and await on_this_host(settings, training)
+    spec, unfit = await with_task(spec, here, validation, start)
     wrong += unfit
     if spec.method is None:
         known = METHOD_OF_FORMAT.get(training.format.value) if training else None
         spec = replace(spec, method=known or Method.SUPERVISED)
     if spec.served_as is None:
         spec = replace(spec, served_as=ServedAs.ADAPTER if loads_as_it_is(spec) else ServedAs.LOW_RANK_DELTA)
+    if spec.reinforcement.grader is not None and here is not None and not wrong:
+        grader = with_reference(spec.reinforcement.grader, here, spec.task_definition)
+        spec = replace(spec, reinforcement=replace(spec.reinforcement, grader=grader))
+        wrong += await asyncio.to_thread(lambda: [*check_rows(grader, here, "reinforcement.grader")])
     wrong += [
         *_check_names(spec),
         *_check_method(spec, training, validation),
