@@ -28,6 +28,8 @@ class Answer(Protocol):
     def generated_tokens(self) -> int: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def unanswered(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def results_of(
             size_bytes=each.subject.size_bytes,
             memory_bytes=each.subject.memory_bytes or 0,
             confusion=_confusion(task, each.subject.label),
+            unanswered_count=sum(bool(answer.unanswered) for answer in each.answers),
         )
         for contestant, each in zip(contestants, measured, strict=True)
         for speed in [_speed(each)]
@@ -145,7 +148,9 @@ def _speed(measured: Measured) -> Speed:
     generated = sum(answer.generated_tokens for answer in measured.answers)
     if not generated:
         return Speed()
-    return Speed.of([answer.seconds for answer in measured.answers], generated, measured.elapsed_seconds)
+    # A question that does not fit is refused at once: it would make a model look quick.
+    seconds = [answer.seconds for answer in measured.answers if not answer.unanswered]
+    return Speed.of(seconds, generated, measured.elapsed_seconds)
 
 
 def _rows(questions: Questions, measured: Measured) -> tuple[type[Row], list[Row]]:

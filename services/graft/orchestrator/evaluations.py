@@ -317,7 +317,7 @@ def _remark(label: str, context_tokens: int, answers: Answers) -> str:
     count = sum(bool(answer.unanswered) for answer in answers.found.values())
     return (
         f"{label} has no answer to {count} of {len(answers.found)} questions, which do not fit into its context of "
-        f"{context_tokens} tokens; they count as wrong, pairs as undecided."
+        f"{context_tokens} tokens; they count as wrong, pairs as undecided, and in no latency."
     )
 
 
