@@ -7,13 +7,14 @@ vLLM: to it the service is an address and the metadata key by which Serve's gRPC
     client.of("other")                               # the one that `graft models deploy other` added
 """
 
+import re
 from collections.abc import AsyncIterator
 from copy import copy
 from typing import Any, Final, TypeVar
 
 import grpc
 
-from graft.domain.errors import GraftError, Internal, ResourceExhausted, Unavailable
+from graft.domain.errors import GraftError, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from graft.domain.resources import BaseModel
 from graft.internal.status import from_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -23,6 +24,10 @@ APPLICATION: Final = "graft-engine"
 DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 """Answers with `logprobs` over a whole context are some MiB of JSON; gRPC's own 4 MiB is too small for them."""
 RETRY_SECONDS: Final = 2.0
+_TOO_LARGE: Final = re.compile(
+    r"(?P<side>CLIENT|SERVER): (?P<way>Sent|Received) message larger than max \((?P<size>\d+) vs\. (?P<limit>\d+)\)"
+)
+"""What gRPC itself says; its code is the one of a full queue, which empties, where this stays."""
 STARTING: Final = "The inference service is starting or restarting. Try again shortly."
 
 
@@ -57,8 +62,10 @@ def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
             retry_after_seconds=RETRY_SECONDS,
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if found := _TOO_LARGE.search(error.details() or ""):
+            return _too_large(**found.groupdict())
         return ResourceExhausted(
-            "The message is too large for the inference service, or its queue is full.",
+            "The inference service's queue is full. Try again shortly, or with fewer requests at a time.",
             reason="ENGINE_LIMIT",
             retry_after_seconds=RETRY_SECONDS,
         )
@@ -70,6 +77,24 @@ def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
             retry_after_seconds=RETRY_SECONDS,
         )
     return Internal(f"The inference service failed with {code.name}.", reason="ENGINE_FAILED")
+
+
+def _too_large(side: str, way: str, size: str, limit: str) -> InvalidArgument:
+    """Which of the two was too large follows from who refused to send or to take it."""
+    metadata = {"message_bytes": size, "max_message_bytes": limit}
+    if (side == "CLIENT") is (way == "Sent"):
+        return InvalidArgument(
+            f"The request has {size} bytes, and the inference service takes {limit}. Shorten it: the prompt, the "
+            "messages, or what is passed beside them.",
+            reason="ENGINE_REQUEST_TOO_LARGE",
+            metadata=metadata,
+        )
+    return InvalidArgument(
+        f"The answer has {size} bytes, and {limit} are taken from the inference service. Ask for less: fewer answers "
+        "(n), fewer log-probabilities (logprobs, prompt_logprobs), or fewer tokens.",
+        reason="ENGINE_ANSWER_TOO_LARGE",
+        metadata=metadata,
+    )
 
 
 class _Door:
