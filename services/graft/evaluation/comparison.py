@@ -159,7 +159,7 @@ class ComparedTask:
     license: str
     metrics: tuple[str, ...]
     results: tuple[Result, ...]
-    inputs: tuple[str, ...] = ()
+    inputs: Sequence[str] = ()
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

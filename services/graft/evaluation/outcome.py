@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Protocol
 
 from graft.data.questions import Ask, Predict, Prompt, Question, Questions, Rank, label_of
+from graft.data.spool import View
 from graft.domain import evaluations as domain
 from graft.domain.resources import Dataset
 from graft.evaluation.comparison import Candidate, ComparedTask, Comparison, Result, Speed
@@ -78,7 +79,9 @@ def compare(
             for each in measured
             for kind, rows in [_rows(questions, each)]
         ),
-        inputs=tuple(_text_of(item) for item in questions.items) if isinstance(questions.items[0], Ask) else (),
+        inputs=View(len(questions.items), lambda row: _text_of(questions.items[row]))
+        if isinstance(questions.items[0], Ask)
+        else (),
         labels=questions.labels,
     )
     return Comparison(
