@@ -50,6 +50,11 @@ async def test_prompts_with_a_grader_become_a_reinforcement_job(tmp_path: Path) 
             "reinforcement.max_completion_tokens",
             "512 leaves no room for a prompt in a context of 512",
         ),
+        (
+            {"hyperparameters": {"context_tokens": 64}},
+            "reinforcement.max_completion_tokens",
+            "64 leaves no room for a prompt in a context of 64",
+        ),
         ({"hyperparameters": {"validation_fraction": 0.1}}, "hyperparameters.validation_fraction", "no held-out loss"),
     ],
 )

@@ -47,6 +47,7 @@ def result(contestant: Contestant, value: float, against: dict[str, float]) -> C
         135_000_000,
         270_000_000,
         Confusion(("bad", "good"), (120, 30, 0, 20, 130, 0)),
+        unanswered_count=3,
     )
 
 

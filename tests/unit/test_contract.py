@@ -9,7 +9,9 @@ def test_every_job_state_of_the_domain_is_in_the_contract() -> None:
     assert names == {f"STATE_{state}" for state in JobState}
 
 
-@pytest.mark.parametrize("service", ["dataset", "fine_tuning", "adapter", "generation", "base_model"])
+@pytest.mark.parametrize(
+    "service", ["dataset", "fine_tuning", "evaluation", "adapter", "generation", "base_model", "task"]
+)
 def test_every_public_service_has_stubs(service: str) -> None:
     module = __import__(f"graft.api.v1.{service}_service_pb2_grpc", fromlist=["*"])
     name = "".join(part.capitalize() for part in service.split("_")) + "Service"

@@ -131,7 +131,7 @@ def test_data_that_a_page_makes_is_what_its_commands_say(
             found = validate_file(file, declared).format
             task = builtin(options["task"]) if "task" in options else None
             task = load(options["task_definition"]) if "task_definition" in options else task
-            read_questions(file, found, task)
+            read_questions(file, found, task, graded=bool(given["grader"]))
 
 
 def test_every_built_in_task_has_a_page() -> None:

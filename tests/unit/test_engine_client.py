@@ -212,6 +212,32 @@ async def test_the_pulse_may_be_a_method_that_the_server_does_not_have(
     assert [piece async for piece in pieces] == []
 
 
+async def test_a_request_that_is_too_large_is_no_full_queue_and_tells_the_limit(
+    engine: tuple[_Engine, EngineClient],
+) -> None:
+    servicer, connected = engine
+    request = engine_pb2.GenerateRequest(body=b"x" * 2000)
+    by_client = EngineClient(connected.address, max_message_bytes=1000)
+    with pytest.raises(
+        InvalidArgument, match=r"The request has \d+ bytes, and the inference service takes 1000\."
+    ) as one:
+        await by_client.generate(request, 5)
+    assert (one.value.reason, one.value.retry_after_seconds) == ("ENGINE_REQUEST_TOO_LARGE", None)
+    assert one.value.metadata["max_message_bytes"] == "1000"
+    with pytest.raises(InvalidArgument) as one:
+        _ = [piece async for piece in by_client.stream(engine_pb2.StreamRequest(request=request))]
+    assert one.value.reason == "ENGINE_REQUEST_TOO_LARGE"
+    request.body = b"x" * 5 * 2**20  # more than the server takes, whose limit is gRPC's own of 4 MiB
+    with pytest.raises(InvalidArgument) as one:
+        await connected.generate(request, 5)
+    assert (one.value.reason, one.value.metadata["max_message_bytes"]) == ("ENGINE_REQUEST_TOO_LARGE", str(4 * 2**20))
+    servicer.base_model = "y" * 2000
+    with pytest.raises(InvalidArgument, match=r"The answer has \d+ bytes, and 1000 are taken.*logprobs") as other:
+        await by_client.residency()
+    assert other.value.reason == "ENGINE_ANSWER_TOO_LARGE"
+    await by_client.close()
+
+
 async def test_nobody_listening_is_unavailable_with_a_retry_hint() -> None:
     client = EngineClient("127.0.0.1:1")
     with pytest.raises(Unavailable) as caught:

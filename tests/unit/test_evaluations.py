@@ -203,6 +203,25 @@ async def test_samples_of_graded_prompts_are_judged_by_the_grader(tmp_path: Path
         assert (body["n"], body["temperature"]) == (3, 0.8)
 
 
+async def test_rows_of_fields_are_asked_by_the_task_and_judged_by_the_grader(tmp_path: Path) -> None:
+    task = (
+        "name: prices\nversion: 1\nfields: {film: x, cost: x}\ncompletion: price\n"
+        "prompt: '{{ film }} costs {{ cost }}'\ndecoding: {max_tokens: 5, stop: ['.']}"
+    )
+    rows = [{"film": f"film 1{number}", "cost": str(number), "price": str(number % 4)} for number in range(8)]
+    async with world(tmp_path) as it:
+        await stored(it, tmp_path, "ds-h", rows, DatasetFormat.FIELDS)
+        engine = Answering()
+        grader = GraderSpec("numeric", {"field": "price"})
+        spec = EvaluationSpec("ds-h", (Contestant(BASE),), grader=grader, task="prices", task_definition=task)
+        found = await evaluated(it, engine, spec)
+        assert found.state is EvaluationState.SUCCEEDED, found.error
+        (result,) = found.results
+        assert (result.figures[0].metric, result.figures[0].value, result.figures[0].n) == ("pass_at_1", 0.5, 8)
+        assert {body["prompt"] for _, body in engine.bodies} == {f"film 1{n} costs {n}" for n in range(8)}
+        assert all((body["max_tokens"], body["stop"]) == (5, ["."]) for _, body in engine.bodies)
+
+
 async def test_texts_and_pairs_are_scored_token_by_token_over_the_whole_of_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

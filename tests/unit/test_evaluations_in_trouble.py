@@ -277,6 +277,7 @@ async def test_a_prompt_that_does_not_fit_is_reported_and_one_that_nearly_fits_g
         assert found.state is EvaluationState.SUCCEEDED, found.error
         assert found.results[0].figures[0].value == pytest.approx(2 / 3)
         told = f"{BASE} has no answer to 1 of 3 questions, which do not fit into its context of 40 tokens"
+        assert found.results[0].unanswered_count == 1
         assert any(verdict.startswith(told) for verdict in found.verdicts)
         assert told in (it.parts.settings.evaluation_dir(PROJECT, "ev-1") / "report.html").read_text()
         # The second prompt has 31 bytes.

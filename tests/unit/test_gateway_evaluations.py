@@ -171,6 +171,29 @@ async def test_a_metric_of_more_samples_than_are_taken_is_refused(tmp_path: Path
         await created(it, evaluation(dataset, grader=grader, samples=5, metrics=["pass_at_1", "pass_at_5"]))
 
 
+async def test_rows_of_fields_are_graded_through_a_task(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        dataset = await stored(it, "fields", 6)
+        given = evaluation(
+            dataset, BASE, task="sentiment", grader={"kind": "exact_match"}, samples=5, metrics=["pass_at_5"]
+        )
+        made = await created(it, given)
+        assert (made.grader.settings["field"], load(made.task_definition).name) == ("sentiment", "sentiment")
+        given.contestants[0].shots = 4
+        given.shots_dataset = await stored(it, "fields", 4)
+        assert (await created(it, given)).contestants[0].shots == 4
+        for fields, field, told in (
+            ({"grader": {"kind": "python_tests"}}, "grader.settings.field", "is 'tests', which the first row"),
+            ({"grader": {"kind": "exact_match"}, "metrics": ["accuracy"]}, "metrics[0]", "use: pass_at_1"),
+            ({"samples": 4}, "samples", "says nothing about fields rows"),
+        ):
+            error = await refused(created(it, evaluation(dataset, BASE, task="sentiment", **fields)))
+            assert [fault.field for fault in error.violations] == [field]
+            assert told in error.violations[0].description
+        error = await refused(created(it, evaluation(dataset, BASE, grader={"kind": "exact_match"})))
+        assert "need a task's template" in error.message
+
+
 async def test_labels_from_the_data_are_those_of_its_shots_too(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         asked = await upload_rows(it, [{"text": "x", "label": label} for label in ("a", "b")])

@@ -1,6 +1,7 @@
 """Jobs through the public gRPC door: checked whole at creation, followed from any cursor to the end."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from google.protobuf.json_format import MessageToDict
 
 from graft.api.v1 import fine_tuning_service_pb2
 from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
-from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob, Hyperparameters, LoraTuning
+from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob, Hyperparameters, LastLayersTuning, LoraTuning
 from graft.api.v1.fine_tuning_service_pb2_grpc import FineTuningServiceStub
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from graft.domain.jobs import Checkpoint, EventLevel, Job, JobError, JobState, Progress, Resolved
-from tests.support.gateways import BASE, NOW, ROWS, Gateway, drained, gateway, refused
+from graft.domain.jobs import Checkpoint, EventLevel, Job, JobError, JobState, Progress, Resolved, ServedAs
+from tests.support.gateways import BASE, NOW, ROWS, Gateway, base_model, drained, gateway, refused, registry
 from tests.unit.test_gateway_datasets import pieces
 
 Create = fine_tuning_service_pb2.CreateFineTuningJobRequest
@@ -120,6 +121,52 @@ async def test_a_rank_above_what_the_engine_was_started_with_is_refused(tmp_path
         error = await refused(created(it, lora=LoraTuning(rank=32)))
         assert [violation.field for violation in error.violations] == ["lora.rank"]
         assert "1 to 16" in error.message
+
+
+async def test_more_last_blocks_than_the_base_has_are_refused_when_the_job_is_created(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        job = await created(it, last_layers=LastLayersTuning(blocks=30))
+        assert job.last_layers.blocks == 30
+        error = await refused(created(it, last_layers=LastLayersTuning(blocks=31)))
+        assert isinstance(error, InvalidArgument)
+        (fault,) = error.violations
+        assert fault.field == "last_layers.blocks"
+        assert fault.description.startswith(f"31 are asked for, and {BASE} has 30; use 1 to 30")
+        shallow = replace(base_model(), shape=replace(base_model().shape, blocks=1))
+        await it.store.replace_base_models([shallow])
+        (fault,) = (await refused(created(it, last_layers=LastLayersTuning()))).violations
+        assert fault.description.startswith(f"2 are asked for, and {BASE} has 1; use 1 to 1")
+        await it.store.replace_base_models([replace(base_model(), shape=None)])
+        assert (await created(it, last_layers=LastLayersTuning(blocks=31))).last_layers.blocks == 31
+
+
+@pytest.mark.parametrize(
+    ("of_start", "asked", "field", "told"),
+    [
+        ({}, {"lora": LoraTuning(rank=16)}, "lora.rank", "asks for 16, and smollm2-135m:reviews@3"),
+        ({}, {"lora": LoraTuning(use_dora=True)}, "lora.use_dora", "is nothing that smollm2-135m:reviews@3"),
+        ({}, {"lora": LoraTuning(modules_to_save=["lm_head"])}, "lora.modules_to_save", "is nothing that"),
+        ({"base_model_digest": "sha256:old"}, {}, "from_adapter", "other weights of smollm2-135m (sha256:old)"),
+        ({"served_as": ServedAs.MERGED_MODEL}, {}, "from_adapter", "is a full model"),
+    ],
+)
+async def test_a_start_that_the_job_cannot_go_on_from_is_refused_when_it_is_created(
+    tmp_path: Path, of_start: dict[str, Any], asked: dict[str, Any], field: str, told: str
+) -> None:
+    async with gateway(tmp_path) as it:
+        known = registry()
+        versions = tuple(replace(one, **of_start) for one in known.versions)
+        await it.store.replace_registry(replace(known, versions=versions))
+        error = await refused(created(it, from_adapter=f"{BASE}:reviews", **asked))
+        (fault,) = error.violations
+        assert fault.field == field
+        assert told in fault.description
+
+
+async def test_a_start_of_the_shape_that_is_asked_for_is_taken(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        job = await created(it, from_adapter=f"{BASE}:reviews", lora=LoraTuning(rank=8))
+        assert job.from_adapter == f"{BASE}:reviews@3"
 
 
 async def test_unknown_names_alone_are_not_found_and_say_what_exists(tmp_path: Path) -> None:

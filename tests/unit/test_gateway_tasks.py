@@ -1,6 +1,7 @@
 """Named inputs and tasks of jobs through the public doors. The engine only tells what it was sent."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from graft.api.v1.fine_tuning_service_pb2 import CreateFineTuningJobRequest
 from graft.api.v1.fine_tuning_service_pb2_grpc import FineTuningServiceStub
 from graft.api.v1.generation_service_pb2 import GenerateRequest, StreamGenerateRequest
 from graft.api.v1.generation_service_pb2_grpc import GenerationServiceStub
+from graft.data.reading import read_rows
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import load
 from graft.domain.errors import FailedPrecondition, GraftError, InvalidArgument
@@ -240,6 +242,39 @@ async def test_a_label_that_first_comes_late_counts(tmp_path: Path) -> None:
         assert "'b ' differs from 'b' in white space alone" in fields_of(error)["task"]
 
 
+async def test_labels_are_told_from_the_upload_without_reading_the_file_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(1000)]
+    read = 0
+
+    def counting(path: Path) -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for row in read_rows(path):
+            read += 1
+            yield row
+
+    monkeypatch.setattr("graft.gateway.checks_tasks.read_rows", counting)
+    async with gateway(tmp_path) as it:
+        job = await created(it, await uploaded(it, rows), task="text-classification")
+        assert load(job.task_definition).labels == ("a", "b")
+        assert read == 1
+
+
+async def test_a_data_set_of_which_an_older_graft_counted_no_labels_is_refused_where_they_are_needed(
+    tmp_path: Path,
+) -> None:
+    async with gateway(tmp_path) as it:
+        dataset = (await uploaded(it, [{"text": "x", "label": label} for label in "ab"])).rsplit("/", 1)[-1]
+        known = await it.store.get_dataset("default", dataset)
+        assert known.labels == {"text": ("x",), "label": ("a", "b")}
+        await it.store.create_dataset(replace(known, id="ds-old", labels=None), None)
+        error = await refused(created(it, "ds-old", task="text-classification"))
+        assert "older Graft that stored it; upload it again" in fields_of(error)["task"]
+        own = catalog.builtin("text-classification").with_labels(("a", "b")).to_text()
+        assert load((await created(it, "ds-old", task_definition=own)).task_definition).labels == ("a", "b")
+
+
 async def test_training_goes_on_with_the_task_of_the_version_that_it_starts_from(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         dataset = await uploaded(it, [{"review": "x", "verdict": "yes"}])
@@ -275,10 +310,26 @@ async def test_a_task_that_cannot_be_used_is_refused_when_the_job_is_created(tmp
 
 
 async def test_rows_whose_answers_are_graded_need_no_answer(tmp_path: Path) -> None:
-    grader = ReinforcementMethod(grader=Grader(kind="numeric"))
+    grader = ReinforcementMethod(grader=Grader(kind="regex", settings={"pattern": "2"}))
     async with gateway(tmp_path) as it:
         dataset = await uploaded(it, [{"question": "1 + 1?"}])
         job = await created(it, dataset, task="question-answering", reinforcement=grader)
         assert load(job.task_definition).name == "question-answering"
         error = await refused(created(it, dataset, task="question-answering"))
         assert "has no 'answer'" in fields_of(error)["training_dataset"]
+
+
+async def test_a_grader_that_names_no_field_compares_with_what_the_task_learns(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        dataset = await uploaded(it, [{"review": "x", "sentiment": "positive"}])
+        for settings, field in (({}, "sentiment"), ({"field": "review"}, "review")):
+            grader = ReinforcementMethod(grader=Grader(kind="exact_match", settings=settings))
+            job = await created(it, dataset, task="sentiment", reinforcement=grader)
+            assert job.reinforcement.grader.settings["field"] == field
+        grader = ReinforcementMethod(grader=Grader(kind="exact_match", settings={"field": "answer"}))
+        error = await refused(created(it, dataset, task="sentiment", reinforcement=grader))
+        assert fields_of(error)["reinforcement.grader.settings.field"].startswith("is 'answer', which the first row")
+        missing = await uploaded(it, [{"review": "x"}])
+        grader = ReinforcementMethod(grader=Grader(kind="exact_match"))
+        error = await refused(created(it, missing, task="sentiment", reinforcement=grader))
+        assert fields_of(error)["reinforcement.grader.settings.field"].startswith("is 'sentiment', which the first row")

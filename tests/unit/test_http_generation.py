@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from graft.domain.errors import GraftError, ResourceExhausted, Unavailable
+from graft.domain.errors import GraftError, InvalidArgument, ResourceExhausted, Unavailable
 from graft.gateway import generation
 from graft.gateway.auth import key_hash
 from graft.internal.v1 import engine_pb2
@@ -217,6 +217,18 @@ async def test_a_full_queue_is_429_with_a_retry_hint(tmp_path: Path) -> None:
         with pytest.raises(openai.RateLimitError) as caught:
             await chat(it)
         assert caught.value.response.headers["retry-after"] == "1"
+
+
+async def test_a_message_that_is_too_large_for_the_engine_is_413_and_not_to_be_repeated(tmp_path: Path) -> None:
+    async with http_gateway(tmp_path) as it:
+        it.engine.error = InvalidArgument("Too large.", reason="ENGINE_REQUEST_TOO_LARGE")
+        with pytest.raises(openai.APIStatusError) as caught:
+            await chat(it)
+        assert caught.value.status_code == 413
+        assert caught.value.response.headers["x-should-retry"] == "false"
+        it.engine.error = InvalidArgument("Too large.", reason="ENGINE_ANSWER_TOO_LARGE")
+        with pytest.raises(openai.BadRequestError):
+            await chat(it)
 
 
 async def test_a_body_that_is_no_json_object_is_refused(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from google.protobuf.json_format import ParseDict
 
+from graft.api.v1.task_pb2 import Task
 from graft.data.tasks.catalog import builtin, names
 from graft.domain.deployments import DeploymentState
 from graft.domain.resources import Adapter, RegistrySnapshot
+from graft.gateway.convert_tasks import task
 from graft.orchestrator.checking import Checker
 from tests.support.gateways import BASE, NOW, base_model, registry
 from tests.support.http_gateways import HttpGateway, http_gateway
@@ -151,6 +154,8 @@ async def test_tasks_are_listed_with_the_definition_that_a_job_takes(tmp_path: P
         assert [one["id"] for one in listed] == list(names())
         found = await got(it, "/v1/tasks/sentiment")
         assert (found["labels"], found["definition"]) == (["positive", "negative"], builtin("sentiment").to_text())
+        message = ParseDict({key: found[key] for key in found.keys() - {"id", "object"}}, Task())
+        assert message == task("default", builtin("sentiment"))
         assert "sentiment" in error_of(await it.raw.get("/v1/tasks/nope"), 404)["message"]
 
 

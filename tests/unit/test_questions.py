@@ -101,6 +101,18 @@ def test_a_grader_sees_the_same_row_in_an_evaluation_as_in_training(tmp_path: Pa
     assert item.row == trained.prompts[0].row == row
 
 
+def test_a_grader_sees_the_same_row_of_fields_in_an_evaluation_as_in_training(tmp_path: Path) -> None:
+    rows = [{"film": f"Film {number}", "tests": "assert stars"} for number in range(10)]
+    path = _file(tmp_path, rows)
+    read = read_questions(path, DatasetFormat.FIELDS, RATING, graded=True)
+    trained = prepare(
+        path, DatasetFormat.FIELDS, Bytes(), 100, OverLengthPolicy.FAIL, method=Method.REINFORCEMENT, task=RATING
+    )
+    assert [item.row for item in read.items if isinstance(item, Grade)] == [one.row for one in trained.prompts] == rows
+    assert next(item.prompt for item in read.items if isinstance(item, Grade)) == "Film: Film 0"
+    assert (read.labels, read.metrics, read.max_tokens) == ((), ("pass_at_1",), 6)
+
+
 def test_an_answer_that_is_none_of_the_tasks_choices_is_refused_naming_its_row(tmp_path: Path) -> None:
     for choices in ("labels", '["1", "2"]'):
         task = load(RATING.to_text().replace("choices: labels", f"choices: {choices}"))

@@ -52,12 +52,14 @@ def compare(
     shots_from: Annotated[str, typer.Option(help="Data set, or file, of the shots: the training data.")] = "",
     metric: Annotated[list[str] | None, typer.Option(help="A metric; repeat. As the task or the data says.")] = None,
     task: Annotated[str, typer.Option(help="Template of rows of named fields: a built-in task, or a file.")] = "",
-    grader: Annotated[str, typer.Option(help="What judges answers to graded prompts.")] = "",
+    grader: Annotated[
+        str, typer.Option(help="What judges answers: to graded prompts, or by a task to rows of fields.")
+    ] = "",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="grader.NAME=VALUE", help="Settings of the grader; repeat.")
     ] = None,
     max_rows: Annotated[int, typer.Option(help="Ask so many rows, chosen by their content; all when 0.")] = 0,
-    samples: Annotated[int, typer.Option(help="Answers sampled for each graded prompt.")] = 0,
+    samples: Annotated[int, typer.Option(help="Answers sampled for each prompt that is graded.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer; as the task says.")] = 0,
     name: Annotated[str, typer.Option(help="Name for people.")] = "",
     format: Format = "",

@@ -28,6 +28,9 @@ from graft.api.v1 import (
     fine_tuning_service_pb2_grpc,
     generation_service_pb2,
     generation_service_pb2_grpc,
+    task_pb2,
+    task_service_pb2,
+    task_service_pb2_grpc,
 )
 from graft.client import requests
 from graft.client.connection import OPTIONS, Connection
@@ -55,6 +58,7 @@ class Graft:
         self._jobs = fine_tuning_service_pb2_grpc.FineTuningServiceStub(channel)
         self._evaluations = evaluation_service_pb2_grpc.EvaluationServiceStub(channel)
         self._adapters = adapter_service_pb2_grpc.AdapterServiceStub(channel)
+        self._tasks = task_service_pb2_grpc.TaskServiceStub(channel)
         self._models = base_model_service_pb2_grpc.BaseModelServiceStub(channel)
         self._generation = generation_service_pb2_grpc.GenerationServiceStub(channel)
 
@@ -120,6 +124,19 @@ class Graft:
         """What is served beside the stack's first base model, by id."""
         request = base_model_service_pb2.ListDeploymentsRequest(parent=self.connection.parent)
         return list(self._pages(self._models.ListDeployments, request, "deployments"))
+
+    # Tasks
+
+    def tasks(self) -> list[task_pb2.Task]:
+        """The tasks that Graft brings, by name."""
+        request = task_service_pb2.ListTasksRequest(parent=self.connection.parent)
+        return list(self._pages(self._tasks.ListTasks, request, "tasks"))
+
+    def task(self, task: str) -> task_pb2.Task:
+        """One task, by name or resource name; its `definition` is what a job's `task_definition` takes."""
+        request = task_service_pb2.GetTaskRequest(name=requests.task(self.connection.parent, task))
+        result: task_pb2.Task = self._call(self._tasks.GetTask, request)
+        return result
 
     # Data sets
 

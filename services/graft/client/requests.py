@@ -240,6 +240,11 @@ def job(parent: str, id_or_name: str) -> str:
     return id_or_name if "/" in id_or_name else f"{parent}/fineTuningJobs/{id_or_name}"
 
 
+def task(parent: str, name: str) -> str:
+    """Resource name of a task."""
+    return name if "/" in name else f"{parent}/tasks/{name}"
+
+
 def deployment(parent: str, id_or_name: str) -> str:
     """Resource name of a deployment."""
     return id_or_name if "/" in id_or_name else f"{parent}/deployments/{id_or_name}"

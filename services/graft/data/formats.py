@@ -7,13 +7,15 @@ is in `graft.data.rows`, how files are taken apart in `graft.data.reading`. Does
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from graft.data.labels import FieldValues
 from graft.data.layouts import LAYOUTS, Candidate, Fault, candidates, shown
 from graft.data.reading import BOM, HEAD_BYTES, MAX_ROW_BYTES, Container, container_of, read_rows, records, unreadable
 from graft.data.rows import row_faults
+from graft.data.tasks.rows import FORMATS
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.resources import DatasetFormat
 
@@ -36,6 +38,8 @@ class FileReport:
     """`sha256:<hex>` of the bytes."""
     ignored: tuple[str, ...] = ()
     """Keys that the declared format does not read, 20 at most."""
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of rows that a task's template reads, as `graft.data.labels.FieldValues.found`; empty of all others."""
 
 
 class FileValidator:
@@ -91,6 +95,7 @@ class FileValidator:
             size_bytes=self._size_bytes,
             digest=f"sha256:{self._hash.hexdigest()}",
             ignored=tuple(self._rows.ignored),
+            labels=self._rows.values.found(),
         )
 
     def _begin(self) -> None:
@@ -131,6 +136,7 @@ class _Rows:
         self.places = 0
         """Lines or rows, those without content too."""
         self.ignored: dict[str, None] = {}
+        self.values = FieldValues()
 
     def take(self, row: Mapping[str, Any] | Fault, where: str) -> None:
         """A row, or what is wrong with it."""
@@ -138,6 +144,8 @@ class _Rows:
         self.count += 1
         faults = [row] if isinstance(row, tuple) else self._faults(row, where)
         if not faults:
+            if self._format in FORMATS and not isinstance(row, tuple):
+                self.values.take(row)
             return
         self._bad += 1
         if self._bad <= REPORTED_ROWS:

@@ -4,6 +4,7 @@ Owns the over-length policy, the cutting of documents and which tokens have loss
 (`graft.training`).
 """
 
+import pickle
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from graft.data.preference import PreferenceExample, render_preference
 from graft.data.reading import naming_row, read_rows
 from graft.data.rendering import Example, Tokenizer, render
 from graft.data.split import Split
-from graft.data.spool import Spool, View
+from graft.data.spool import Records, Spool, View
 from graft.data.tasks.definition import TaskDefinition
 from graft.data.tasks.rows import trained_as
 from graft.domain.errors import FieldViolation, InvalidArgument
@@ -52,8 +53,8 @@ class DataStats:
 @dataclass(frozen=True)
 class Prepared:
     """What is learned from, in the file's order, and its measurements. `pairs` are those of the preference method and
-    `prompts` those of reinforcement, which have no `examples`. Examples and pairs are on disk, and each is read when it
-    is asked for; prompts are in memory, with the rows that graders read."""
+    `prompts` those of reinforcement, which have no `examples`. All are on disk, with the rows that graders read, and
+    each is read when it is asked for."""
 
     examples: Sequence[Example]
     stats: DataStats
@@ -66,7 +67,8 @@ class Prepared:
         sampled, the prompts."""
         if self.pairs:
             return View(len(self.pairs), lambda index: self.pairs[index].chosen)
-        return self.examples or tuple(_all_learned(Example(prompt.token_ids, b"")) for prompt in self.prompts)
+        prompts = self.prompts
+        return self.examples or View(len(prompts), lambda index: _all_learned(Example(prompts[index].token_ids, b"")))
 
     def within(self, items: int, tokens: int) -> "Prepared":
         """The first of the examples or pairs, so many or so few that they have at most so many tokens; at least one."""
@@ -104,7 +106,7 @@ def prepare(
     nothing is left to learn from, and as `canonical` and `render` for rows that are no text to learn, naming the row.
     """
     spool = Spool()
-    graded: list[Mapping[str, Any]] = []
+    graded = Records()
     lengths, sizes = array("L"), array("L")
     learned_tokens = 0
     over: list[FieldViolation] = []
@@ -130,7 +132,7 @@ def prepare(
             # Only now: the mask has said where a prompt may be cut.
             kept = map(_all_learned, kept)
         if method is Method.REINFORCEMENT and kept:
-            graded.append(row)
+            graded.add(pickle.dumps(row, pickle.HIGHEST_PROTOCOL))
         for example in kept:
             spool.add(example)
             sizes.append(len(example.token_ids))
@@ -172,7 +174,8 @@ def prepare(
         pairs = View(stats.example_count, lambda index: PreferenceExample(*examples[2 * index : 2 * index + 2]))
         return Prepared((), stats, pairs)
     if method is Method.REINFORCEMENT:
-        prompts = tuple(PromptExample(prompt.token_ids, row) for prompt, row in zip(examples, graded, strict=True))
+        judged_by = graded.read(pickle.loads)
+        prompts = View(len(judged_by), lambda index: PromptExample(examples[index].token_ids, judged_by[index]))
         return Prepared((), stats, prompts=prompts)
     return Prepared(examples, stats)
 

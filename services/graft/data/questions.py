@@ -16,6 +16,7 @@ from graft.data.canonical import Chat, Message, Pair, Preference, Text, Tool, ca
 from graft.data.graded import graded_prompt
 from graft.data.reading import naming_row, read_rows
 from graft.data.split import canonical_json
+from graft.data.spool import View, spooled
 from graft.data.tasks.definition import TaskDefinition
 from graft.data.tasks.rows import FORMATS, inputs_of, trained_as
 from graft.data.tasks.templates import render_choices
@@ -81,7 +82,8 @@ Question = Ask | Grade | Rank | Predict
 class Questions:
     """All that is asked, in the file's order, and how answers are generated."""
 
-    items: tuple[Question, ...]
+    items: Sequence[Question]
+    """On disk, each read when it is asked for."""
     labels: tuple[str, ...]
     """Of a classification; empty for free text."""
     metrics: tuple[str, ...]
@@ -93,21 +95,24 @@ class Questions:
 
 
 def read_questions(
-    path: Path, format: DatasetFormat, task: TaskDefinition | None = None, *, max_rows: int = 0
+    path: Path, format: DatasetFormat, task: TaskDefinition | None = None, *, max_rows: int = 0, graded: bool = False
 ) -> Questions:
     """The questions of a validated file's rows, or of `max_rows` of them chosen by the hash of their content.
+
+    `graded`: answers to rows of fields are judged by a grader rather than compared with the task's completion.
 
     Raises InvalidArgument, naming the row: INVALID_TASK_ROW for what a task's template misses and for an answer that is
     none of its choices, NOTHING_TO_ASK.
     """
     rows = enumerate(read_rows(path), start=1)
-    items = tuple(
-        _numbered(number, row, format, task) for number, row in (_chosen(rows, max_rows) if max_rows else rows)
+    items: Sequence[Question] = spooled(
+        _numbered(number, row, format, task, graded=graded)
+        for number, row in (_chosen(rows, max_rows) if max_rows else rows)
     )
     if not items:
         raise InvalidArgument("The data set has no rows to ask.", reason="NOTHING_TO_ASK")
     decoding = task.decoding if task else None
-    labels = _task_labels(task) if format in FORMATS else ()
+    labels = _task_labels(task) if format in FORMATS and not graded else ()
     if not labels:
         labels, items = _found_labels(items)
     return Questions(
@@ -121,14 +126,18 @@ def read_questions(
     )
 
 
-def _numbered(row_number: int, row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None) -> Question:
+def _numbered(
+    row_number: int, row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None, *, graded: bool
+) -> Question:
     with naming_row(row_number):
-        return question(row, format, task)
+        return question(row, format, task, graded=graded)
 
 
-def question(row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None = None) -> Question:
+def question(
+    row: Mapping[str, Any], format: DatasetFormat, task: TaskDefinition | None = None, *, graded: bool = False
+) -> Question:
     """One row's question. Raises InvalidArgument for a row that has no answer to compare with."""
-    if format is DatasetFormat.GRADED_PROMPTS:
+    if format is DatasetFormat.GRADED_PROMPTS or (graded and format is DatasetFormat.FIELDS):
         return Grade(_prompt(graded_prompt(row, format, task).prompt), row)
     trained, shape = trained_as(task if format in FORMATS else None, row, format)
     found = canonical(trained, shape)
@@ -182,12 +191,14 @@ def choose_shots(questions: Questions, count: int) -> list[Ask]:
 
     Raises InvalidArgument (TOO_FEW_SHOTS) when there are not so many.
     """
-    asks = [item for item in questions.items if isinstance(item, Ask)]
-    chosen = asks
-    if questions.labels:
-        by_label = [[ask for ask in asks if ask.reference == label] for label in questions.labels]
-        longest = max(map(len, by_label))
-        chosen = [rows[place] for place in range(longest) for rows in by_label if place < len(rows)]
+    of_label: dict[str, list[Ask]] = {label: [] for label in questions.labels or ("",)}
+    for item in questions.items:
+        if isinstance(item, Ask):
+            rows = of_label.get(item.reference if questions.labels else "")
+            if rows is not None and len(rows) < count:
+                rows.append(item)
+    longest = max(map(len, of_label.values()))
+    chosen = [rows[place] for place in range(longest) for rows in of_label.values() if place < len(rows)]
     if len(chosen) < count:
         raise InvalidArgument(
             f"{count} shots were asked for, and the data set of shots has {len(chosen)} rows to show.",
@@ -233,15 +244,26 @@ def _task_labels(task: TaskDefinition | None) -> tuple[str, ...]:
     return task.labels if task.decoding.choose_label else task.decoding.choices
 
 
-def _found_labels(items: tuple[Question, ...]) -> tuple[tuple[str, ...], tuple[Question, ...]]:
+def _found_labels(items: Sequence[Question]) -> tuple[tuple[str, ...], Sequence[Question]]:
     """The labels that the rows' answers are, if they are few, and the questions with them as choices."""
-    asks = [item for item in items if isinstance(item, Ask)]
-    spelled = {item.reference: item.completion for item in asks}
-    if len(asks) < len(items) or not 2 <= len(spelled) <= MOST_LABELS or len(asks) < ROWS_A_LABEL * len(spelled):
+    spelled: dict[str, str] = {}
+    for item in items:
+        if not isinstance(item, Ask):
+            return (), items
+        spelled[item.reference] = item.completion
+        if len(spelled) > MOST_LABELS:
+            return (), items
+    if len(spelled) < 2 or len(items) < ROWS_A_LABEL * len(spelled):
         return (), items
     labels = tuple(sorted(spelled))
     choices = tuple(spelled[label] for label in labels)
-    return labels, tuple(replace(ask, choices=choices) for ask in asks)
+
+    def held_to(index: int) -> Question:
+        item = items[index]
+        assert isinstance(item, Ask)
+        return replace(item, choices=choices)
+
+    return labels, View(len(items), held_to)
 
 
 def _fitting(first: Question, labels: Sequence[str], task: TaskDefinition | None) -> tuple[str, ...]:

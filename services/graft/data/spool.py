@@ -1,13 +1,14 @@
-"""Keeps examples on disk, so that a data set may be larger than the memory.
+"""Keeps on disk what is made of a data set's rows, so that it may be larger than the memory.
 
-Owns a file without a name, which goes when nobody holds the spool any more or the process ends. Does not know rows,
-methods or batches.
+Owns files without a name, which go when nobody holds what was read of them any more or the process ends. Does not know
+rows, methods or batches.
 """
 
 import os
+import pickle
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar, overload
 
 from graft.data.rendering import Example
@@ -39,31 +40,60 @@ class View(Sequence[T]):
         return self._at(chosen) if isinstance(chosen, int) else tuple(map(self._at, chosen))
 
 
-class Spool:
-    """Examples in the order in which they were added: 5 bytes a token on disk (in `TMPDIR`), 8 an example in memory."""
+class Records:
+    """Byte strings in the order in which they were added: on disk (in `TMPDIR`), 8 bytes each in memory."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="graft-examples-")  # noqa: SIM115 - lives as long as the spool
+        self._file = tempfile.TemporaryFile(prefix="graft-records-")  # noqa: SIM115 - lives as long as the records
         self._ends = array("Q", [0])
-        """Offset in the file at which each example ends."""
+        """Offset in the file at which each record ends."""
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def add(self, record: bytes) -> None:
+        """Raises OSError when the disk is full."""
+        self._file.write(record)
+        self._ends.append(self._ends[-1] + len(record))
+
+    def read(self, made_of: Callable[[bytes], T]) -> View[T]:
+        """What each is made into. None is added after it."""
+        self._file.flush()
+        return View(len(self), lambda index: made_of(self._at(index)))
+
+    def _at(self, index: int) -> bytes:
+        start, end = self._ends[index], self._ends[index + 1]
+        # Not seek and read: threads share the position.
+        return os.pread(self._file.fileno(), end - start, start)
+
+
+class Spool:
+    """Examples on disk: 5 bytes a token."""
+
+    def __init__(self) -> None:
+        self._records = Records()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
     def add(self, example: Example) -> None:
         """Raises OSError when the disk is full."""
-        self._file.write(array("i", example.token_ids).tobytes())
-        self._file.write(bytes(example.loss_mask))
-        self._ends.append(self._ends[-1] + TOKEN_BYTES * len(example.token_ids))
+        self._records.add(array("i", example.token_ids).tobytes() + bytes(example.loss_mask))
 
     def read(self) -> View[Example]:
         """All examples. None is added after it."""
-        self._file.flush()
-        return View(len(self), self._at)
+        return self._records.read(_example)
 
-    def _at(self, index: int) -> Example:
-        start, end = self._ends[index], self._ends[index + 1]
-        # Not seek and read: threads share the position.
-        stored = os.pread(self._file.fileno(), end - start, start)
-        mask_at = (end - start) // TOKEN_BYTES * 4
-        return Example(array("i", stored[:mask_at]), stored[mask_at:])
+
+def _example(stored: bytes) -> Example:
+    mask_at = len(stored) // TOKEN_BYTES * 4
+    return Example(array("i", stored[:mask_at]), stored[mask_at:])
+
+
+def spooled(items: Iterable[T]) -> View[T]:
+    """The items on disk, each read as an equal one. Raises OSError when the disk is full."""
+    records = Records()
+    for item in items:
+        # Of this process's own making, in a file that no other can open.
+        records.add(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+    return records.read(pickle.loads)

@@ -120,6 +120,8 @@ class ContestantResult:
     confusion: Confusion | None = None
     memory_bytes: int = 0
     """Of the engine that answered, with all its adapters."""
+    unanswered_count: int = 0
+    """Questions that do not fit into the context. They count as wrong, pairs as undecided, and in no latency."""
 
 
 @dataclass(frozen=True)

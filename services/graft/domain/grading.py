@@ -7,11 +7,21 @@ built.
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from graft.domain.errors import FieldViolation
+
+REFERENCE_FIELD, TESTS_FIELD = "answer", "tests"
+"""Of a row, where a grader is told no other field."""
+_FIELDS = {
+    "exact_match": {"field": REFERENCE_FIELD},
+    "numeric": {"field": REFERENCE_FIELD},
+    "regex": {"field": ""},
+    "python_tests": {"field": TESTS_FIELD, "prompt_field": "", "entry_point_field": ""},
+}
+"""Settings that name a field of each row, with their defaults."""
 
 Check = Callable[[Any], str | None]
 """Says what is wrong with a setting's value, or None."""
@@ -45,7 +55,8 @@ EVALUATING_DATASETS = frozenset(
 class GraderSpec:
     """Which grader, with which settings. A setting with a default may be left out; an unknown one is refused.
 
-    A `field` names a field of the prompt's row. Kinds:
+    A `field` names a field of the prompt's row; of rows of a task's fields the reference is the task's completion
+    where none is named. Kinds:
 
     - `exact_match`: the completion is the reference. `field` ("answer"), `ignore_case` (false), `strip` (true: white
       space around both is ignored).
@@ -74,6 +85,19 @@ class GraderSpec:
 
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+def row_fields(spec: GraderSpec) -> dict[str, str]:
+    """The fields that every row must have, by the setting that names each."""
+    named = {setting: spec.settings.get(setting, usual) for setting, usual in _FIELDS.get(spec.kind, {}).items()}
+    return {setting: name for setting, name in named.items() if name}
+
+
+def compared_with(spec: GraderSpec, field: str) -> GraderSpec:
+    """The same grader; where it compares with a reference and is told no field, with this one."""
+    if _FIELDS.get(spec.kind, {}).get("field") != REFERENCE_FIELD or "field" in spec.settings:
+        return spec
+    return replace(spec, settings={**spec.settings, "field": field})
 
 
 def check_grader(spec: GraderSpec, path: str = "grader") -> Iterator[FieldViolation]:

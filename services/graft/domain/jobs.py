@@ -104,6 +104,8 @@ class ServedAs(StrEnum):
 DEFAULT_RANK = 8
 """Hu et al. 2021 (arXiv:2106.09685), table 6: ranks above 8 gain nothing on most tasks."""
 DEFAULT_BLOCKS = 2
+DEFAULT_COMPLETION_TOKENS = 64
+"""Of an answer that reinforcement samples: enough for a short one, at little cost."""
 
 
 @dataclass(frozen=True)

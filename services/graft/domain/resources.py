@@ -37,6 +37,9 @@ class Dataset:
     digest: str
     uri: str
     create_time: datetime
+    labels: dict[str, tuple[str, ...]] | None = None
+    """Of rows that a task's template reads, the different values of each field, as `graft.data.labels` counts them.
+    None where an older Graft stored the data set, which did not."""
 
 
 @dataclass(frozen=True)

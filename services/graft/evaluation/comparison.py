@@ -57,7 +57,7 @@ class Speed:
     """How quick the answers of one task were; `None` where it was not measured.
 
     Attributes:
-        latency_p50_seconds: from request to whole answer, half of them quicker.
+        latency_p50_seconds: from request to whole answer, half of them quicker; of questions with an answer.
         latency_p95_seconds: the same, 95 of 100 quicker.
         tokens_per_second: generated, over all requests that ran at once.
     """
@@ -159,7 +159,7 @@ class ComparedTask:
     license: str
     metrics: tuple[str, ...]
     results: tuple[Result, ...]
-    inputs: tuple[str, ...] = ()
+    inputs: Sequence[str] = ()
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

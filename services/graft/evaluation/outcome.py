@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Protocol
 
 from graft.data.questions import Ask, Predict, Prompt, Question, Questions, Rank, label_of
+from graft.data.spool import View
 from graft.domain import evaluations as domain
 from graft.domain.resources import Dataset
 from graft.evaluation.comparison import Candidate, ComparedTask, Comparison, Result, Speed
@@ -28,6 +29,8 @@ class Answer(Protocol):
     def generated_tokens(self) -> int: ...
     @property
     def seconds(self) -> float: ...
+    @property
+    def unanswered(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def compare(
             for each in measured
             for kind, rows in [_rows(questions, each)]
         ),
-        inputs=tuple(_text_of(item) for item in questions.items) if isinstance(questions.items[0], Ask) else (),
+        inputs=View(len(questions.items), lambda row: _text_of(questions.items[row]))
+        if isinstance(questions.items[0], Ask)
+        else (),
         labels=questions.labels,
     )
     return Comparison(
@@ -124,6 +129,7 @@ def results_of(
             size_bytes=each.subject.size_bytes,
             memory_bytes=each.subject.memory_bytes or 0,
             confusion=_confusion(task, each.subject.label),
+            unanswered_count=sum(bool(answer.unanswered) for answer in each.answers),
         )
         for contestant, each in zip(contestants, measured, strict=True)
         for speed in [_speed(each)]
@@ -145,7 +151,9 @@ def _speed(measured: Measured) -> Speed:
     generated = sum(answer.generated_tokens for answer in measured.answers)
     if not generated:
         return Speed()
-    return Speed.of([answer.seconds for answer in measured.answers], generated, measured.elapsed_seconds)
+    # A question that does not fit is refused at once: it would make a model look quick.
+    seconds = [answer.seconds for answer in measured.answers if not answer.unanswered]
+    return Speed.of(seconds, generated, measured.elapsed_seconds)
 
 
 def _rows(questions: Questions, measured: Measured) -> tuple[type[Row], list[Row]]:

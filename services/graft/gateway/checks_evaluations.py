@@ -13,6 +13,7 @@ from graft.domain.evaluations import METRICS, SAMPLES_NEEDED, Contestant, Evalua
 from graft.domain.grading import check_grader
 from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import Dataset, DatasetFormat
+from graft.gateway.checks_graders import check_rows, with_reference
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.resolving import resolve
 from graft.gateway.uploads import on_this_host
@@ -26,8 +27,10 @@ MAX_SAMPLES = 200
 """pass@100 with the estimator of Chen et al. 2021 (arXiv:2107.03374) samples 200."""
 
 
-def measured_from(dataset: Dataset) -> str:
-    """`answers`, `grades`, `pairs` or `texts`: what an evaluation finds on data of this format."""
+def measured_from(dataset: Dataset, *, graded: bool) -> str:
+    """`answers`, `grades`, `pairs` or `texts`: what an evaluation, with or without a grader, finds on this data."""
+    if graded and dataset.format is DatasetFormat.FIELDS:
+        return "grades"
     found = {"graded_prompts": "grades", "preference": "pairs", "openai_preference": "pairs", "text": "texts"}
     return found.get(dataset.format.value, "answers")
 
@@ -67,6 +70,10 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, set
         wrong.append(FieldViolation("shots_dataset", "is the data that is asked: the answers would be shown"))
     spec, faults = await _with_task(spec, dataset, shown, learned)
     wrong += faults
+    if dataset is not None and spec.grader is not None and not wrong:
+        grader = with_reference(spec.grader, dataset, spec.task_definition)
+        spec = replace(spec, grader=grader)
+        wrong += await asyncio.to_thread(lambda: [*check_rows(grader, dataset, "grader")])
     if dataset is not None and not faults:
         wrong += await asyncio.to_thread(lambda: [*_check_shots(spec, dataset, shown)])
     if wrong or missing:
@@ -89,7 +96,7 @@ async def _with_task(
     would make another prompt than they were trained with, and leave less to confuse.
     """
     job = JobSpec("", spec.dataset, task=spec.task, task_definition=spec.task_definition)
-    if dataset is not None and measured_from(dataset) == "grades":
+    if dataset is not None and measured_from(dataset, graded=spec.grader is not None) == "grades":
         job = replace(job, method=Method.REINFORCEMENT)
     job, faults = await with_task(job, dataset, None, None, shown, learned)
     renamed = [replace(fault, field=fault.field.replace("training_dataset", "dataset")) for fault in faults]
@@ -98,7 +105,7 @@ async def _with_task(
 
 def _check_shots(spec: EvaluationSpec, dataset: Dataset, shown: Dataset | None) -> Iterator[FieldViolation]:
     """Whether every contestant's shots can be shown before what is asked. Reads a row of graded prompts."""
-    if measured_from(dataset) in ("pairs", "texts"):
+    if measured_from(dataset, graded=spec.grader is not None) in ("pairs", "texts"):
         for index, contestant in enumerate(spec.contestants):
             if contestant.shots:
                 yield FieldViolation(
@@ -110,7 +117,7 @@ def _check_shots(spec: EvaluationSpec, dataset: Dataset, shown: Dataset | None) 
     most = max((contestant.shots for contestant in spec.contestants), default=0)
     if shown is None or not most:
         return
-    if measured_from(shown) != "answers":
+    if measured_from(shown, graded=False) != "answers":
         yield FieldViolation("shots_dataset", f"has {shown.format} rows, which hold no answers to show")
     elif _is_chat(spec, dataset) is not _is_chat(spec, shown):
         kinds = {True: "turns of a chat", False: "raw text"}
@@ -156,25 +163,30 @@ def _check_numbers(spec: EvaluationSpec) -> Iterator[FieldViolation]:
 
 
 def _check_metrics(spec: EvaluationSpec, dataset: Dataset | None) -> Iterator[FieldViolation]:
+    source = dataset and measured_from(dataset, graded=spec.grader is not None)
     for index, name in enumerate(spec.metrics):
         field = f"metrics[{index}]"
         if name not in METRICS:
             yield FieldViolation(field, f"{name!r} is not a metric; use: {', '.join(METRICS)}")
         elif name in spec.metrics[:index]:
             yield FieldViolation(field, f"{name!r} is named twice")
-        elif dataset is not None and METRICS[name] != measured_from(dataset):
-            fitting = ", ".join(metric for metric, source in METRICS.items() if source == measured_from(dataset))
+        elif dataset is not None and METRICS[name] != source:
+            fitting = ", ".join(metric for metric, needed in METRICS.items() if needed == source)
             yield FieldViolation(field, f"{name!r} cannot be computed from {dataset.format} rows; use: {fitting}")
         elif (needed := SAMPLES_NEEDED.get(name, 1)) > (samples := spec.samples or 1):
             yield FieldViolation(field, f"{name!r} needs {needed} samples or more of each prompt; samples is {samples}")
     if dataset is None:
         return
-    graded = measured_from(dataset) == "grades"
+    graded = source == "grades"
     if graded and spec.grader is None:
         yield FieldViolation("grader", "is required: it judges the answers to these prompts")
     if graded and spec.grader is not None:
         yield from check_grader(spec.grader)
     if not graded and (spec.grader is not None or spec.samples > 1):
-        yield FieldViolation("grader" if spec.grader else "samples", f"says nothing about {dataset.format} rows")
+        yield FieldViolation(
+            "grader" if spec.grader else "samples",
+            f"says nothing about {dataset.format} rows, whose own answers or texts are what is measured; graders judge "
+            "graded prompts, and rows of fields through a task",
+        )
     if dataset.format.value == "fields" and not (spec.task or spec.task_definition):
         yield FieldViolation("dataset", "has rows of named fields, which need a task's template: name a task")

@@ -4,6 +4,7 @@ Knows the catalogue, the data sets and the registry's read model through the sto
 is found when the job runs.
 """
 
+import asyncio
 import math
 import re
 from collections.abc import Awaitable, Iterator
@@ -12,9 +13,21 @@ from typing import TypeVar
 
 from graft.domain.errors import FieldViolation, GraftError, InvalidArgument, NotFound
 from graft.domain.grading import check_grader
-from graft.domain.jobs import Hyperparameters, JobSpec, Lora, Method, ServedAs, Tuning
-from graft.domain.names import check_id, parse_model
+from graft.domain.jobs import (
+    DEFAULT_BLOCKS,
+    DEFAULT_COMPLETION_TOKENS,
+    Hyperparameters,
+    JobSpec,
+    LastLayers,
+    Lora,
+    Method,
+    ServedAs,
+    Tuning,
+)
+from graft.domain.names import check_id
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
+from graft.gateway.checks_graders import check_rows, with_reference
+from graft.gateway.checks_start import check_start, start_name
 from graft.gateway.checks_sweep import check_sweep
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.uploads import on_this_host
@@ -81,13 +94,18 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         validation = await _found(store.get_dataset(project, spec.validation_dataset), "validation_dataset", missing)
     wrong: list[FieldViolation] = []
     start = await _start(store, project, spec, wrong, missing)
-    spec, unfit = await with_task(spec, training and await on_this_host(settings, training), validation, start)
+    here = training and await on_this_host(settings, training)
+    spec, unfit = await with_task(spec, here, validation, start)
     wrong += unfit
     if spec.method is None:
         known = METHOD_OF_FORMAT.get(training.format.value) if training else None
         spec = replace(spec, method=known or Method.SUPERVISED)
     if spec.served_as is None:
         spec = replace(spec, served_as=ServedAs.ADAPTER if loads_as_it_is(spec) else ServedAs.LOW_RANK_DELTA)
+    if spec.reinforcement.grader is not None and here is not None and not wrong:
+        grader = with_reference(spec.reinforcement.grader, here, spec.task_definition)
+        spec = replace(spec, reinforcement=replace(spec.reinforcement, grader=grader))
+        wrong += await asyncio.to_thread(lambda: [*check_rows(grader, here, "reinforcement.grader")])
     wrong += [
         *_check_names(spec),
         *_check_method(spec, training, validation),
@@ -96,6 +114,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         *_check_served_as(spec, base, settings),
         *_check_hyperparameters(spec.hyperparameters, base, validation),
         *_check_data(training, validation),
+        *check_start(spec, base, start),
         *check_sweep(spec, _highest_rank(base, settings), loads_as_it_is(spec)),
         *_check_metadata(spec.metadata),
     ]
@@ -121,18 +140,8 @@ async def _start(
     store: Store, project: str, spec: JobSpec, wrong: list[FieldViolation], missing: list[FieldViolation]
 ) -> AdapterVersion | None:
     """The version that training goes on from."""
-    if spec.from_adapter is None:
-        return None
-    try:
-        name = parse_model(spec.from_adapter, "from_adapter")
-    except InvalidArgument as error:
-        wrong += error.violations
-        return None
-    if name.adapter is None or name.base != spec.base_model:
-        description = (
-            f"{spec.from_adapter!r} is no adapter of {spec.base_model!r}; write {spec.base_model}:name@version"
-        )
-        wrong.append(FieldViolation("from_adapter", description))
+    name = start_name(spec, wrong)
+    if name is None or name.adapter is None:
         return None
     found = store.resolve_version(project, name.base, name.adapter, version=name.version, alias=name.alias)
     return await _found(found, "from_adapter", missing)
@@ -194,7 +203,10 @@ def _check_reinforcement(spec: JobSpec, base: BaseModel | None, settings: Settin
             "reinforcement.group_size", f"{asked.group_size} is outside [2, 256]: answers are compared with each other"
         )
     if asked.max_completion_tokens < 0:
-        yield FieldViolation("reinforcement.max_completion_tokens", "must not be negative; leave it out for 64")
+        yield FieldViolation(
+            "reinforcement.max_completion_tokens",
+            f"must not be negative; leave it out for {DEFAULT_COMPLETION_TOKENS}",
+        )
     yield from _check_sampling(spec, base, settings)
     for name, value, most in (
         ("temperature", asked.temperature, 2.0),
@@ -224,10 +236,10 @@ def _check_sampling(spec: JobSpec, base: BaseModel | None, settings: Settings) -
             "(GRAFT_SERVING_CONTEXT_TOKENS)",
         )
     context_tokens = asked.context_tokens or longest
-    if spec.reinforcement.max_completion_tokens >= context_tokens:
+    if (answer_tokens := spec.reinforcement.max_completion_tokens or DEFAULT_COMPLETION_TOKENS) >= context_tokens:
         yield FieldViolation(
             "reinforcement.max_completion_tokens",
-            f"{spec.reinforcement.max_completion_tokens} leaves no room for a prompt in a context of {context_tokens}",
+            f"{answer_tokens} leaves no room for a prompt in a context of {context_tokens}",
         )
     for field, given in (
         ("validation_dataset", spec.validation_dataset),
@@ -244,8 +256,19 @@ def _check_sampling(spec: JobSpec, base: BaseModel | None, settings: Settings) -
 def _check_tuning(spec: JobSpec, base: BaseModel | None, settings: Settings) -> Iterator[FieldViolation]:
     if spec.tuning is Tuning.LORA:
         yield from _check_lora(spec.lora, base, settings)
-    elif spec.tuning is Tuning.LAST_LAYERS and spec.last_layers.blocks < 0:
-        yield FieldViolation("last_layers.blocks", "must not be negative; leave it out for 2")
+    elif spec.tuning is Tuning.LAST_LAYERS:
+        yield from _check_last_layers(spec.last_layers, base)
+
+
+def _check_last_layers(asked: LastLayers, base: BaseModel | None) -> Iterator[FieldViolation]:
+    if asked.blocks < 0:
+        yield FieldViolation("last_layers.blocks", f"must not be negative; leave it out for {DEFAULT_BLOCKS}")
+    elif base and base.shape and (blocks := asked.blocks or DEFAULT_BLOCKS) > base.shape.blocks:
+        yield FieldViolation(
+            "last_layers.blocks",
+            f"{blocks} are asked for, and {base.id} has {base.shape.blocks}; use 1 to {base.shape.blocks}, or tune "
+            "full, which changes the embeddings as well",
+        )
 
 
 def _check_served_as(spec: JobSpec, base: BaseModel | None, settings: Settings) -> Iterator[FieldViolation]:

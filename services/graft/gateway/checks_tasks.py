@@ -1,19 +1,22 @@
 """What the task of a job must satisfy, and the definition that is stored with the job.
 
-Reads the first row of the training data for the task's fields, and every row, one at a time, for the labels of a task
-that takes them from its data. Every row is rendered when the job is validated.
+Reads the first row of the training data for the task's fields. The labels of a task that takes them from its data were
+counted when the data was uploaded. Every row is rendered when the job is validated.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from graft.data.labels import MAX_FIELDS
 from graft.data.reading import read_rows
 from graft.data.tasks import catalog
-from graft.data.tasks.definition import TaskDefinition, load
+from graft.data.tasks.definition import MAX_DEFINITION_CHARACTERS, TaskDefinition, load
+from graft.data.tasks.reading import MAX_LABELS
 from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labels_of
 from graft.domain.errors import FieldViolation, InvalidArgument, NotFound
 from graft.domain.jobs import JobSpec, Method
@@ -96,7 +99,7 @@ def _with_data(
 
     Raises InvalidArgument when the data does not fit it.
     """
-    paths = []
+    given: list[tuple[Dataset, Mapping[str, Any]]] = []
     for dataset, field in ((training, "training_dataset"), (shown, "shots_dataset")):
         if dataset is None or dataset.format in CONVERSATIONS or not (path := Path(dataset.uri)).is_file():
             continue  # a file that is gone is told when the job is validated
@@ -108,14 +111,35 @@ def _with_data(
                 f"has no {' and no '.join(map(repr, missing))}, which the task {task.name!r} needs; it has: "
                 f"{', '.join(first)[:200]}. Rename columns, or write the task for them (`graft tasks new`)",
             )
-        paths.append(path)
-    if not task.labels_from_data or not paths:
+        given.append((dataset, first))
+    if not task.labels_from_data or not given:
         return task
     try:
-        known = [{task.completion.field: label} for label in _labels_learned(task, learned)]
-        return task.with_labels(labels_of(task, chain(known, *map(read_rows, paths))))
+        known = chain(_labels_learned(task, learned), *(_counted(task, dataset, first) for dataset, first in given))
+        return task.with_labels(labels_of(task, ({task.completion.field: label} for label in known)))
     except InvalidArgument as error:
         raise _refused("task", error.message) from None
+
+
+def _counted(task: TaskDefinition, dataset: Dataset, first: Mapping[str, Any]) -> tuple[str, ...]:
+    """The values of the task's answers as counted when the data was uploaded. Raises InvalidArgument where they were
+    not, or are too many. `first` is the data's first row."""
+    field = task.completion.field
+    told = f"takes its labels from the data, and the values of {field!r} in {dataset.id}"
+    write = "write the labels into the task (`graft tasks new --label`)"
+    if dataset.labels is None:
+        raise _refused(
+            "task", f"{told} were not counted by the older Graft that stored it; upload it again, or {write}"
+        )
+    if field not in dataset.labels and field in first:
+        raise _refused("task", f"{told} were not counted, since its rows have more than {MAX_FIELDS} fields; {write}")
+    if not (found := dataset.labels.get(field, ("",))):
+        raise _refused(
+            "task",
+            f"{told} are no labels: there are more than {MAX_LABELS} different values, or they have more than "
+            f"{MAX_DEFINITION_CHARACTERS} characters together",
+        )
+    return found
 
 
 def _labels_learned(task: TaskDefinition, learned: Sequence[str]) -> Iterator[str]:

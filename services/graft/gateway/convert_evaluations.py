@@ -78,6 +78,7 @@ def _result(found: ContestantResult) -> evaluation_pb2.ContestantResult:
         parameter_count=found.parameter_count,
         size_bytes=found.size_bytes,
         memory_bytes=found.memory_bytes,
+        unanswered_count=found.unanswered_count,
         confusion=evaluation_pb2.ConfusionMatrix(labels=found.confusion.labels, counts=found.confusion.counts)
         if found.confusion
         else None,

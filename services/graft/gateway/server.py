@@ -30,6 +30,8 @@ from graft.api.v1 import (
     fine_tuning_service_pb2_grpc,
     generation_service_pb2,
     generation_service_pb2_grpc,
+    task_service_pb2,
+    task_service_pb2_grpc,
 )
 from graft.domain.errors import FailedPrecondition
 from graft.gateway.auth import Authenticator
@@ -41,6 +43,7 @@ from graft.gateway.services.datasets import DatasetService
 from graft.gateway.services.evaluations import EvaluationService
 from graft.gateway.services.fine_tuning import FineTuningService
 from graft.gateway.services.generation import GenerationService
+from graft.gateway.services.tasks import TaskService
 from graft.settings import GatewaySettings
 
 SERVICES = tuple(
@@ -52,6 +55,7 @@ SERVICES = tuple(
         (evaluation_service_pb2, "EvaluationService"),
         (fine_tuning_service_pb2, "FineTuningService"),
         (generation_service_pb2, "GenerationService"),
+        (task_service_pb2, "TaskService"),
     )
 )
 
@@ -78,6 +82,7 @@ def grpc_server(
     evaluation_service_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(core), server)
     fine_tuning_service_pb2_grpc.add_FineTuningServiceServicer_to_server(FineTuningService(core), server)
     generation_service_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(core), server)
+    task_service_pb2_grpc.add_TaskServiceServicer_to_server(TaskService(core), server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -155,6 +155,7 @@ class Upload:
                 digest=report.digest,
                 uri=uri,
                 create_time=await self._rows.now(),
+                labels=dict(report.labels),
             )
             stored = await self._rows.create_dataset(dataset, self._request_id)
         except BaseException:

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from graft.domain.errors import InvalidArgument
+from graft.domain.grading import TESTS_FIELD
 from graft.grading.fences import first_fence
 from graft.grading.items import Grade, GradeItem, text_of, verdict
 from graft.grading.sandbox import Limits, Outcome, check_sandbox, run_python
@@ -37,7 +38,7 @@ class PythonTests:
 
     def __init__(
         self,
-        field: str = "tests",
+        field: str = TESTS_FIELD,
         prompt_field: str | None = None,
         entry_point_field: str | None = None,
         extract: str = "auto",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graft.domain.errors import InvalidArgument
+from graft.domain.grading import REFERENCE_FIELD
 from graft.grading.items import Grade, GradeItem, text_of, value_of, verdict
 from graft.grading.packages import needed
 
@@ -26,7 +27,7 @@ SEARCH_TIMEOUT_SECONDS = 1.0
 class ExactMatch:
     """The completion is the row's reference."""
 
-    def __init__(self, field: str = "answer", ignore_case: bool = False, strip: bool = True) -> None:
+    def __init__(self, field: str = REFERENCE_FIELD, ignore_case: bool = False, strip: bool = True) -> None:
         self._field = field
         self._ignore_case = ignore_case
         self._strip = strip
@@ -75,7 +76,7 @@ class Numeric:
 
     def __init__(
         self,
-        field: str = "answer",
+        field: str = REFERENCE_FIELD,
         absolute_tolerance: float = 0.0,
         relative_tolerance: float = 1e-9,
         extract: str = "last_number",

@@ -8,6 +8,7 @@ vLLM: to it the service is an address and the metadata key by which Serve's gRPC
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -15,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
-from graft.domain.errors import GraftError, Internal, ResourceExhausted, Unavailable
+from graft.domain.errors import GraftError, Internal, InvalidArgument, ResourceExhausted, Unavailable
 from graft.domain.resources import BaseModel
 from graft.internal.status import from_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -25,6 +26,10 @@ APPLICATION: Final = "graft-engine"
 DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 """Answers with `logprobs` over a whole context are some MiB of JSON; gRPC's own 4 MiB is too small for them."""
 RETRY_SECONDS: Final = 2.0
+_TOO_LARGE: Final = re.compile(
+    r"(?P<side>CLIENT|SERVER): (?P<way>Sent|Received) message larger than max \((?P<size>\d+) vs\. (?P<limit>\d+)\)"
+)
+"""What gRPC itself says; its code is the one of a full queue, which empties, where this stays."""
 STARTING: Final = "The inference service is starting or restarting. Try again shortly."
 PULSE_SECONDS: Final = 5.0
 """A call that waits for its answer, or for the next piece of it, sends nothing by which a cut link would be noticed."""
@@ -68,8 +73,10 @@ def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
             retry_after_seconds=RETRY_SECONDS,
         )
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if found := _TOO_LARGE.search(error.details() or ""):
+            return _too_large(**found.groupdict())
         return ResourceExhausted(
-            "The message is too large for the inference service, or its queue is full.",
+            "The inference service's queue is full. Try again shortly, or with fewer requests at a time.",
             reason="ENGINE_LIMIT",
             retry_after_seconds=RETRY_SECONDS,
         )
@@ -84,6 +91,24 @@ def _lost() -> GraftError:
         "The inference service ended while it answered, or the link to it was cut. Try again shortly.",
         reason="ENGINE_LOST",
         retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+def _too_large(side: str, way: str, size: str, limit: str) -> InvalidArgument:
+    """Which of the two was too large follows from who refused to send or to take it."""
+    metadata = {"message_bytes": size, "max_message_bytes": limit}
+    if (side == "CLIENT") is (way == "Sent"):
+        return InvalidArgument(
+            f"The request has {size} bytes, and the inference service takes {limit}. Shorten it: the prompt, the "
+            "messages, or what is passed beside them.",
+            reason="ENGINE_REQUEST_TOO_LARGE",
+            metadata=metadata,
+        )
+    return InvalidArgument(
+        f"The answer has {size} bytes, and {limit} are taken from the inference service. Ask for less: fewer answers "
+        "(n), fewer log-probabilities (logprobs, prompt_logprobs), or fewer tokens.",
+        reason="ENGINE_ANSWER_TOO_LARGE",
+        metadata=metadata,
     )
 
 

@@ -148,8 +148,8 @@ class _Work:
         spec, store = self.evaluation.spec, self.parts.store
         dataset = await store.get_dataset(self.evaluation.project, spec.dataset)
         task = load_task(spec.task_definition) if spec.task_definition else None
-        storage = self.parts.storage
-        questions = await call(_read, await call(located, storage, dataset), task, spec.max_rows)
+        storage, graded = self.parts.storage, spec.grader is not None
+        questions = await call(_read, await call(located, storage, dataset), task, spec.max_rows, graded=graded)
         shown: Questions | None = None
         if spec.shots_dataset is not None:
             others = await store.get_dataset(self.evaluation.project, spec.shots_dataset)
@@ -159,7 +159,6 @@ class _Work:
         await call(self._recall, files)
         answers = [Answers(file) for file in files]
         self.answered = sum(len(each.found) for each in answers)
-        graded = spec.grader is not None
         self.total = len(questions.items) * sum(1 + one.samples * graded for one in asked)
         measured = []
         for contestant, one, kept, file in zip(spec.contestants, asked, answers, files, strict=True):
@@ -305,8 +304,8 @@ class _Work:
         return run_id
 
 
-def _read(dataset: Dataset, task: TaskDefinition | None, max_rows: int) -> Questions:
-    return read_questions(Path(dataset.uri), dataset.format, task, max_rows=max_rows)
+def _read(dataset: Dataset, task: TaskDefinition | None, max_rows: int, *, graded: bool = False) -> Questions:
+    return read_questions(Path(dataset.uri), dataset.format, task, max_rows=max_rows, graded=graded)
 
 
 async def _stopped(task: "asyncio.Task[None]") -> None:
@@ -318,7 +317,7 @@ def _remark(label: str, context_tokens: int, answers: Answers) -> str:
     count = sum(bool(answer.unanswered) for answer in answers.found.values())
     return (
         f"{label} has no answer to {count} of {len(answers.found)} questions, which do not fit into its context of "
-        f"{context_tokens} tokens; they count as wrong, pairs as undecided."
+        f"{context_tokens} tokens; they count as wrong, pairs as undecided, and in no latency."
     )
 
 

@@ -1,7 +1,8 @@
 """Gives an evaluation's answers to its grader, a chunk at a time. Does not know graders, nor who answered."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 
 from graft.data.questions import Grade, Questions
 from graft.domain.grading import GraderSpec
@@ -25,20 +26,21 @@ async def passes(
     `graft.grading.items.Grader.grade`, and Unavailable when the limit has passed.
     """
     grader = await call(build_grader, spec)
-    items: list[tuple[int, GradeItem]] = []
-    for row, item in enumerate(questions.items):
-        assert isinstance(item, Grade)
-        answer = answers.found[row]
-        if answer.unanswered:
-            on_graded(len(answer.texts))
-        else:
-            items += [(row, GradeItem(item.row, text)) for text in answer.texts]
     passed = [0] * len(questions.items)
-    for start in range(0, len(items), CHUNK):
-        chunk = items[start : start + CHUNK]
+    on_graded(sum(len(answer.texts) for answer in answers.found.values() if answer.unanswered))
+    items = _items(questions, answers)
+    while chunk := list(islice(items, CHUNK)):
         given = [item for _, item in chunk]
         grades = await patiently("The grader", partial(call, grader.grade, given), limits)
         for (row, _), grade in zip(chunk, grades, strict=True):
             passed[row] += int(grade.passed)
         on_graded(len(chunk))
     return passed
+
+
+def _items(questions: Questions, answers: Answers) -> Iterator[tuple[int, GradeItem]]:
+    """Every answer that there is, with its row."""
+    for row, item in enumerate(questions.items):
+        assert isinstance(item, Grade)
+        if not answers.found[row].unanswered:
+            yield from ((row, GradeItem(item.row, text)) for text in answers.found[row].texts)

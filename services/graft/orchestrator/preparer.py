@@ -10,13 +10,13 @@ from graft.data.prepare import DataStats, prepare
 from graft.data.split import Split
 from graft.data.tasks.definition import load
 from graft.data.tokenizers import import_tokenizers, load_tokenizer
-from graft.domain.jobs import Job, Memory, Method
+from graft.domain.jobs import DEFAULT_COMPLETION_TOKENS, Job, Memory, Method
 from graft.domain.memory import memory_bytes
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.files import dataset_path
 from graft.orchestrator.ports import PreparedData
 from graft.storage import LOCAL, Storage
-from graft.training.derive import DEFAULT_COMPLETION_TOKENS, derive
+from graft.training.derive import derive
 from graft.training.memory import check_blocks, read_shape
 from graft.training.spec import RunSpec, StartFrom, run_spec, settled
 

@@ -98,6 +98,8 @@ def job(row: Row) -> Job:
 def dataset(row: Row) -> Dataset:
     """A row of `datasets`."""
     values = {field.name: row[field.name] for field in fields(Dataset)}
+    if row["labels"] is not None:
+        values["labels"] = {name: tuple(found) for name, found in row["labels"].items()}
     return Dataset(**{**values, "format": DatasetFormat(row["format"])})
 
 

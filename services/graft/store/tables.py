@@ -65,6 +65,7 @@ datasets = Table(
     Column("digest", String(80), nullable=False),
     Column("uri", String, nullable=False),
     Column("create_time", UtcTime, nullable=False),
+    Column("labels", JSON(none_as_null=True)),
     Column("request_id", String),
     UniqueConstraint("project", "request_id"),
     Index(None, "project", "create_time", "id"),

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 from graft.data.prepare import DataStats
-from graft.domain.jobs import DEFAULT_BLOCKS, DEFAULT_RANK, JobSpec, Method, Resolved, ServedAs, Tuning
+from graft.domain.jobs import (
+    DEFAULT_BLOCKS,
+    DEFAULT_COMPLETION_TOKENS,
+    DEFAULT_RANK,
+    JobSpec,
+    Method,
+    Resolved,
+    ServedAs,
+    Tuning,
+)
 from graft.domain.resources import BaseModel
 from graft.training.sweep import settle_sweep
 
@@ -22,7 +31,6 @@ DEFAULT_BETA = 0.1
 """Rafailov et al. 2023 (arXiv:2305.18290), section 6."""
 DEFAULT_GROUP_SIZE = 8
 """Enough answers that a reward of one in eight tells; Shao et al. use 64, which a CPU does not sample."""
-DEFAULT_COMPLETION_TOKENS = 64
 PROMPTS_A_STEP = 4
 """Times the group size: 32 answers a step."""
 LEAST_STEPS = 100

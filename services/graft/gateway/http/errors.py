@@ -21,7 +21,12 @@ STATUSES = {
     "UNAVAILABLE": 503,
     "INTERNAL": 500,
 }
-_STATUSES_BY_REASON = {"BODY_TOO_LARGE": 413, "UPLOAD_TOO_LARGE": 413, "DISK_FULL": 507}
+_STATUSES_BY_REASON = {
+    "BODY_TOO_LARGE": 413,
+    "UPLOAD_TOO_LARGE": 413,
+    "ENGINE_REQUEST_TOO_LARGE": 413,
+    "DISK_FULL": 507,
+}
 """Limits that trying again does not lift, unlike a rate."""
 
 _TYPES = {403: "permission_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
