@@ -95,6 +95,9 @@ class ServingSettings(_Section):
 
     address: str = ""
     """`host:port` of an inference service that runs elsewhere. Empty: the stack's own, on `host` and `grpc_port`."""
+    token_file: Path | None = None
+    """Holds the token that the internal gRPC asks for, the same on every host that serves, trains, or runs gateway or
+    orchestrator. None: the stack's own service has one that `graft up` makes, and any other asks for none."""
     host: str = "127.0.0.1"
     grpc_port: int = 9000
     base_model: str = "smollm2-135m"

@@ -3,8 +3,8 @@
 Owns the channel and the mapping of failures to domain errors. Does not know OpenAI's bodies, Ray Serve's classes or
 vLLM: to it the service is an address and the metadata key by which Serve's gRPC proxy picks the application.
 
-    client = EngineClient(address, "smollm2-135m")   # the application that the stack starts with
-    client.of("other")                               # the one that `graft models deploy other` added
+    client = EngineClient(address, "smollm2-135m", token=…)   # the application that the stack starts with
+    client.of("other")                                        # the one that `graft models deploy other` added
 """
 
 from collections.abc import AsyncIterator
@@ -12,9 +12,11 @@ from copy import copy
 from typing import Any, Final, TypeVar
 
 import grpc
+from google.rpc import status_pb2
 
-from graft.domain.errors import GraftError, Internal, ResourceExhausted, Unavailable
+from graft.domain.errors import GraftError, Internal, ResourceExhausted, Unauthenticated, Unavailable
 from graft.domain.resources import BaseModel
+from graft.internal import token as engine_token
 from graft.internal.status import from_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
 
@@ -24,6 +26,8 @@ DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 """Answers with `logprobs` over a whole context are some MiB of JSON; gRPC's own 4 MiB is too small for them."""
 RETRY_SECONDS: Final = 2.0
 STARTING: Final = "The inference service is starting or restarting. Try again shortly."
+TOKEN_REFUSED: Final = "ENGINE_TOKEN_REFUSED"
+"""Reason of an error that only who runs Graft can mend."""
 
 
 ResponseT = TypeVar(
@@ -47,6 +51,8 @@ def application_name(base: str, first: str) -> str:
 def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
     """What a failed call means. Serve's own text may hold traces and addresses, so it is not passed on."""
     code = error.code()
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return _token_refused()
     # NOT_FOUND is Serve's proxy before the application is deployed; the engine itself never answers with it.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
         return Unavailable(STARTING, reason="ENGINE_STARTING", retry_after_seconds=RETRY_SECONDS)
@@ -70,6 +76,22 @@ def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
             retry_after_seconds=RETRY_SECONDS,
         )
     return Internal(f"The inference service failed with {code.name}.", reason="ENGINE_FAILED")
+
+
+def _token_refused() -> GraftError:
+    """Not the fault of who asked, and worth patience: either side may be restarted with the right one."""
+    return Unavailable(
+        "The inference service does not take Graft's own token. Whoever runs it has to set serving.token_file "
+        f"({engine_token.VARIABLE}) to the same token everywhere.",
+        reason=TOKEN_REFUSED,
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
+def _told(status: status_pb2.Status) -> GraftError:
+    """What a response says instead of an answer."""
+    error = from_status(status)
+    return _token_refused() if isinstance(error, Unauthenticated) else error
 
 
 class _Door:
@@ -103,12 +125,18 @@ class _Door:
 class EngineClient:
     """Calls the engine. Every method raises domain errors only."""
 
-    def __init__(self, address: str, first: str = "", max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
-        """`first` is the base model that the service starts with. Without it, whichever is there answers."""
+    def __init__(
+        self, address: str, first: str = "", *, token: str = "", max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    ) -> None:
+        """`first` is the base model that the service starts with. Without it, whichever is there answers.
+
+        `token` is the service's, empty where it asks for none.
+        """
         self.address = address
         self.first = first
         self.base = first
         """The base model that answers."""
+        self._token = engine_token.metadata(token)
         self._door = _Door(address, max_message_bytes)
 
     def of(self, base: str) -> "EngineClient":
@@ -138,7 +166,7 @@ class EngineClient:
         try:
             async for response in call:
                 if response.HasField("error"):
-                    raise from_status(response.error)
+                    raise _told(response.error)
                 yield response
         except grpc.aio.AioRpcError as error:
             raise from_transport(error) from error
@@ -199,7 +227,7 @@ class EngineClient:
         return list(response.applications)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("application", application_name(self.base, self.first)),)
+        return (("application", application_name(self.base, self.first)), *self._token)
 
     def _stub(self) -> Any:
         # grpc.aio needs the async stub; the generated annotations know only the synchronous one.
@@ -211,5 +239,5 @@ class EngineClient:
         except grpc.aio.AioRpcError as error:
             raise from_transport(error) from error
         if response.HasField("error"):
-            raise from_status(response.error)
+            raise _told(response.error)
         return response
