@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from graft.internal.token import VARIABLE
 from tests.support.chart import EXAMPLES, LAPTOP, ROOT, Object, Pod, helm, helm_path, of_kind, pods, render
 
 __all__ = ["helm"]
@@ -119,7 +120,8 @@ def test_secrets_come_by_reference_only(helm: Path, values: Path) -> None:
     for pod in pods(objects):
         for container in pod.containers:
             for variable in container.get("env", []):
-                secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "SECRET", "API_KEY", "STORE_U"))
+                name = variable["name"].removesuffix("TOKEN_FILE")  # where it lies may be known
+                secret = any(word in name for word in ("TOKEN", "PASSWORD", "SECRET", "API_KEY", "STORE_U"))
                 assert not (secret and "value" in variable), f"{pod.name}: {variable['name']}"
 
 
@@ -136,6 +138,37 @@ def test_ray_asks_everybody_for_a_token(helm: Path) -> None:
         "name": "r-graft-ray-token",
         "key": "auth_token",
     }
+
+
+@pytest.mark.parametrize("named", [None, "engine-door"])
+def test_the_internal_grpc_asks_everybody_for_a_token(helm: Path, named: str | None) -> None:
+    values: Object = {"baseModel": "smollm2-135m", "inference": {"existingTokenSecret": named or ""}}
+    objects = render(helm, values)
+    secret, file = named or "r-graft-engine-token", "/etc/graft-engine/token"
+    assert ("r-graft-engine-token" in of_kind(objects, "Secret")) is (named is None)
+    holders = set()
+    for pod in pods(objects):
+        volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+        if "engine-token" not in volumes:
+            continue
+        assert volumes["engine-token"]["secret"] == {
+            "secretName": secret,
+            "items": [{"key": "token", "path": "token"}],
+        }
+        mount = {"name": "engine-token", "mountPath": "/etc/graft-engine", "readOnly": True}
+        assert mount in pod.containers[-1]["volumeMounts"], pod.name
+        holders.add(pod.component)
+    assert holders == {"gateway", "orchestrator", "training", "inference"}
+    for part in ("gateway", "orchestrator"):
+        settings = yaml.safe_load(of_kind(objects, "ConfigMap")[f"r-graft-{part}"]["data"]["graft.yaml"])
+        assert settings["serving"]["token_file"] == file
+    service = of_kind(objects, "RayService")["r-graft-inference"]["spec"]
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    assert application["args"]["serving"]["token_file"] == file
+    for pod in pods(objects):
+        if pod.component == "training":  # whose workers read no settings
+            variables = {variable["name"]: variable.get("value") for variable in pod.containers[-1]["env"]}
+            assert variables[VARIABLE] == file, pod.name
 
 
 def test_mlflow_answers_to_its_own_names_and_to_its_user_alone(helm: Path) -> None:
