@@ -40,7 +40,7 @@ def test_gateways_find_the_application_and_no_library_in_it_calls_home(document:
     assert document["grpc_options"]["port"] == ServingSettings().grpc_port
 
 
-def test_the_token_that_it_tells_of_is_an_argument(tmp_path: Path) -> None:
+def test_the_token_that_it_tells_of_is_an_argument() -> None:
     text = (ROOT / "deploy" / "serve.yaml").read_text()
     (application,) = yaml.safe_load(text.replace("# token_file:", "token_file:"))["applications"]
     assert Arguments.model_validate(application["args"]).serving.token_file == Path("/etc/graft-engine/token")
