@@ -141,6 +141,9 @@ class OrchestratorSettings(_Section):
     """0: as many as the cluster's CPUs hold."""
     registry_poll_seconds: float = 1.0
     """An alias moved in MLflow is honoured within five seconds."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    """Where Prometheus reads what the orchestrator measures, by HTTP and without a key. 0: nowhere."""
 
 
 class TrainingSettings(_Section):

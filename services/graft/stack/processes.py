@@ -208,6 +208,7 @@ def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process
             argv=_python("graft.orchestrator.main"),
             environment=ray_variables,
             probe=pid_file_probe(settings.orchestrator_pid_file),
+            ports=_metrics_port(settings),
             after=("ray", "mlflow", "gateway"),
             ready_timeout_seconds=600.0,
         ),
@@ -215,6 +216,12 @@ def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process
     elsewhere = given_by_address(settings)
     here = [process for process in own if process.name not in elsewhere]
     return [replace(one, after=tuple(name for name in one.after if name not in elsewhere)) for one in here]
+
+
+def _metrics_port(settings: Settings) -> tuple[Port, ...]:
+    orchestrator = settings.orchestrator
+    port = Port(orchestrator.metrics_host, orchestrator.metrics_port, "GRAFT_ORCHESTRATOR_METRICS_PORT")
+    return (port,) if port.number else ()
 
 
 def given_by_address(settings: Settings) -> dict[str, str]:
