@@ -225,6 +225,31 @@ def test_network_policies_allow_the_arrows_of_the_design_and_no_others(helm: Pat
     assert anybody == ["r-graft-gateway"]
 
 
+def test_prometheus_knows_its_targets_by_the_names_of_the_rules_and_is_let_in(helm: Path) -> None:
+    objects = render(helm, LAPTOP)
+    monitors = {**of_kind(objects, "ServiceMonitor"), **of_kind(objects, "PodMonitor")}
+    endpoints = {
+        name: endpoint
+        for name, one in monitors.items()
+        for endpoint in one["spec"].get("endpoints", one["spec"].get("podMetricsEndpoints", []))
+    }
+    jobs = {rule["replacement"] for one in endpoints.values() for rule in one["relabelings"] if "replacement" in rule}
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yaml").read_text())
+    assert jobs == {scrape["job_name"] for scrape in config["scrape_configs"]}
+    (orchestrator,) = [pod for pod in pods(objects) if pod.component == "orchestrator"]
+    (port,) = orchestrator.containers[-1]["ports"]
+    assert port["name"] == endpoints["r-graft-orchestrator"]["port"]
+    settings = yaml.safe_load(of_kind(objects, "ConfigMap")["r-graft-orchestrator"]["data"]["graft.yaml"])
+    assert settings["orchestrator"]["metrics_port"] == port["containerPort"]
+    policies = of_kind(objects, "NetworkPolicy")
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    for part in ("gateway", "orchestrator", "training", "inference"):
+        opened = [rule for rule in policies[f"r-graft-{part}"]["spec"]["ingress"] if monitoring in rule.get("from", [])]
+        assert [rule["ports"] for rule in opened] == [[{"port": 8080, "protocol": "TCP"}]], part
+    closed = render(helm, {"baseModel": "smollm2-135m", "networkPolicy": {"monitoringNamespace": None}})
+    assert "ingress" not in of_kind(closed, "NetworkPolicy")["r-graft-orchestrator"]["spec"]
+
+
 def test_the_bundled_database_is_reached_by_those_that_store(helm: Path) -> None:
     policies = of_kind(render(helm, LAPTOP), "NetworkPolicy")
     (rule,) = policies["r-graft-postgresql"]["spec"]["ingress"]
