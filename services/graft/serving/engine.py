@@ -88,7 +88,7 @@ def engine_args(settings: ServingSettings, base: BaseModel) -> AsyncEngineArgs:
     )
 
 
-class _Metrics(RayPrometheusStatLogger):
+class _Metrics(RayPrometheusStatLogger):  # type: ignore[misc]  # vLLM has no types
     """vLLM's own metrics, which leave by the endpoint of the Ray node, as `ray_vllm_…`."""
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
