@@ -35,6 +35,7 @@ from benchmarks.load import Ask, Load, body, drive, fresh_seed, http_ask, questi
 from benchmarks.stacks import Stack, graft_stack
 from graft.client import AsyncGraft
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.internal.v1 import engine_pb2
 
 WAYS = {
@@ -174,7 +175,7 @@ async def ask_graft(plan: Plan, table: Table, stack: Stack) -> None:
     async with AsyncExitStack() as exits:
         graft = await exits.enter_async_context(AsyncGraft(stack.connection))
         session = await exits.enter_async_context(aiohttp.ClientSession())
-        engine = EngineClient(stack.settings.engine_address)
+        engine = EngineClient(stack.settings.engine_address, token=engine_token(stack.settings))
         exits.push_async_callback(engine.close)
 
         async def grpc_ask(question: str) -> AsyncIterator[str]:

@@ -37,7 +37,9 @@ from benchmarks.load import fresh_seed
 from benchmarks.stacks import graft_stack
 from graft.data.samples import reviews, zero_shot
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.internal.v1 import engine_pb2
+from graft.settings import Settings
 
 WAYS = {
     "graft-mixed": "Graft's served engine, all requests at once",
@@ -108,7 +110,7 @@ def main() -> int:
             graft_stack(settings) as stack,
             Contestant("benchmarks.mixed_adapters", "peft", folder / "peft.log", variables) as peft,
         ):
-            graft = functools.partial(ask_graft, stack.settings.engine_address, folders)
+            graft = functools.partial(ask_graft, stack.settings, folders)
             for way in WAYS:  # once for nothing: adapters are loaded, threads started
                 play(way, graft, peft, Asked({(name, 0): [1, 2, 3] for name in SPEAKERS}, 2))
             report.notes.append(
@@ -158,7 +160,9 @@ def play(
     return played["seconds"], dict(zip(chain(*groups), played["answers"], strict=True))
 
 
-def ask_graft(address: str, folders: dict[str, Path], groups: Sequence[Any], asked: Asked) -> tuple[float, Answers]:
+def ask_graft(
+    settings: Settings, folders: dict[str, Path], groups: Sequence[Any], asked: Asked
+) -> tuple[float, Answers]:
     """Every group at once, groups one after the other, over the replica's own gRPC."""
     references = {name: adapter_ref(name, folder) for name, folder in folders.items()}
     salt = fresh_seed()  # an answer must not find another way's prompt in the prefix cache
@@ -187,7 +191,7 @@ def ask_graft(address: str, folders: dict[str, Path], groups: Sequence[Any], ask
         return list(json.loads(response.body)["choices"][0]["token_ids"])
 
     async def answer_all() -> tuple[float, Answers]:
-        client = EngineClient(address)
+        client = EngineClient(settings.engine_address, token=engine_token(settings))
         told: Answers = {}
         try:
             await client.residency()  # the connection is open before the clock starts

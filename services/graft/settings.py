@@ -95,6 +95,9 @@ class ServingSettings(_Section):
 
     address: str = ""
     """`host:port` of an inference service that runs elsewhere. Empty: the stack's own, on `host` and `grpc_port`."""
+    token_file: Path | None = None
+    """Holds the token that the internal gRPC asks for, the same on every host that serves, trains, or runs gateway or
+    orchestrator. None: the stack's own service has one that `graft up` makes, and any other asks for none."""
     host: str = "127.0.0.1"
     grpc_port: int = 9000
     base_model: str = "smollm2-135m"
@@ -141,6 +144,9 @@ class OrchestratorSettings(_Section):
     """0: as many as the cluster's CPUs hold."""
     registry_poll_seconds: float = 1.0
     """An alias moved in MLflow is honoured within five seconds."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    """Where Prometheus reads what the orchestrator measures, by HTTP and without a key. 0: nowhere."""
 
 
 class TrainingSettings(_Section):

@@ -139,7 +139,10 @@ def test_a_release_is_installed_upgraded_rolled_back_and_leaves_nothing(helm: Pa
     assert "for trials only" in told.stdout
     assert namespace == []  # a trial's database is made by the install, so that nothing is migrated before it
     assert available("graft-gateway") == available("graft-orchestrator") == available("graft-mlflow") == 1
-    secrets = {name: held(name) for name in ("graft-api-key", "graft-ray-token", "graft-mlflow", "graft-database")}
+    secrets = {
+        name: held(name)
+        for name in ("graft-api-key", "graft-ray-token", "graft-engine-token", "graft-mlflow", "graft-database")
+    }
 
     helm_does(helm, "upgrade", "graft", str(CHART), *values, "--set", "orchestrator.replicas=2", *WAIT)
     assert namespace == ["graft-migrate"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from graft.internal.token import VARIABLE
 from tests.support.chart import EXAMPLES, LAPTOP, ROOT, Object, Pod, helm, helm_path, of_kind, pods, render
 
 __all__ = ["helm"]
@@ -119,7 +120,8 @@ def test_secrets_come_by_reference_only(helm: Path, values: Path) -> None:
     for pod in pods(objects):
         for container in pod.containers:
             for variable in container.get("env", []):
-                secret = any(word in variable["name"] for word in ("TOKEN", "PASSWORD", "SECRET", "API_KEY", "STORE_U"))
+                name = variable["name"].removesuffix("TOKEN_FILE")  # where it lies may be known
+                secret = any(word in name for word in ("TOKEN", "PASSWORD", "SECRET", "API_KEY", "STORE_U"))
                 assert not (secret and "value" in variable), f"{pod.name}: {variable['name']}"
 
 
@@ -136,6 +138,37 @@ def test_ray_asks_everybody_for_a_token(helm: Path) -> None:
         "name": "r-graft-ray-token",
         "key": "auth_token",
     }
+
+
+@pytest.mark.parametrize("named", [None, "engine-door"])
+def test_the_internal_grpc_asks_everybody_for_a_token(helm: Path, named: str | None) -> None:
+    values: Object = {"baseModel": "smollm2-135m", "inference": {"existingTokenSecret": named or ""}}
+    objects = render(helm, values)
+    secret, file = named or "r-graft-engine-token", "/etc/graft-engine/token"
+    assert ("r-graft-engine-token" in of_kind(objects, "Secret")) is (named is None)
+    holders = set()
+    for pod in pods(objects):
+        volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+        if "engine-token" not in volumes:
+            continue
+        assert volumes["engine-token"]["secret"] == {
+            "secretName": secret,
+            "items": [{"key": "token", "path": "token"}],
+        }
+        mount = {"name": "engine-token", "mountPath": "/etc/graft-engine", "readOnly": True}
+        assert mount in pod.containers[-1]["volumeMounts"], pod.name
+        holders.add(pod.component)
+    assert holders == {"gateway", "orchestrator", "training", "inference"}
+    for part in ("gateway", "orchestrator"):
+        settings = yaml.safe_load(of_kind(objects, "ConfigMap")[f"r-graft-{part}"]["data"]["graft.yaml"])
+        assert settings["serving"]["token_file"] == file
+    service = of_kind(objects, "RayService")["r-graft-inference"]["spec"]
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    assert application["args"]["serving"]["token_file"] == file
+    for pod in pods(objects):
+        if pod.component == "training":  # whose workers read no settings
+            variables = {variable["name"]: variable.get("value") for variable in pod.containers[-1]["env"]}
+            assert variables[VARIABLE] == file, pod.name
 
 
 def test_mlflow_answers_to_its_own_names_and_to_its_user_alone(helm: Path) -> None:
@@ -190,6 +223,31 @@ def test_network_policies_allow_the_arrows_of_the_design_and_no_others(helm: Pat
         name for name, one in policies.items() for rule in one["spec"].get("ingress", []) if not rule.get("from")
     ]
     assert anybody == ["r-graft-gateway"]
+
+
+def test_prometheus_knows_its_targets_by_the_names_of_the_rules_and_is_let_in(helm: Path) -> None:
+    objects = render(helm, LAPTOP)
+    monitors = {**of_kind(objects, "ServiceMonitor"), **of_kind(objects, "PodMonitor")}
+    endpoints = {
+        name: endpoint
+        for name, one in monitors.items()
+        for endpoint in one["spec"].get("endpoints", one["spec"].get("podMetricsEndpoints", []))
+    }
+    jobs = {rule["replacement"] for one in endpoints.values() for rule in one["relabelings"] if "replacement" in rule}
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yaml").read_text())
+    assert jobs == {scrape["job_name"] for scrape in config["scrape_configs"]}
+    (orchestrator,) = [pod for pod in pods(objects) if pod.component == "orchestrator"]
+    (port,) = orchestrator.containers[-1]["ports"]
+    assert port["name"] == endpoints["r-graft-orchestrator"]["port"]
+    settings = yaml.safe_load(of_kind(objects, "ConfigMap")["r-graft-orchestrator"]["data"]["graft.yaml"])
+    assert settings["orchestrator"]["metrics_port"] == port["containerPort"]
+    policies = of_kind(objects, "NetworkPolicy")
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    for part in ("gateway", "orchestrator", "training", "inference"):
+        opened = [rule for rule in policies[f"r-graft-{part}"]["spec"]["ingress"] if monitoring in rule.get("from", [])]
+        assert [rule["ports"] for rule in opened] == [[{"port": 8080, "protocol": "TCP"}]], part
+    closed = render(helm, {"baseModel": "smollm2-135m", "networkPolicy": {"monitoringNamespace": None}})
+    assert "ingress" not in of_kind(closed, "NetworkPolicy")["r-graft-orchestrator"]["spec"]
 
 
 def test_the_bundled_database_is_reached_by_those_that_store(helm: Path) -> None:

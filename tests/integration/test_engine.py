@@ -8,6 +8,7 @@ import json
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, Unavailable
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.evaluating import Probe, score
 from graft.serving.main import check_port
@@ -30,6 +32,7 @@ from ..support.serving_stack import (
     serving_stack,
     titles,
 )
+from ..support.token_contract import refuses_all_without
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -42,7 +45,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[EngineClient]:
-    client = EngineClient(stack.settings.engine_address)
+    client = stack.client()
     yield client
     await client.close()
 
@@ -71,9 +74,35 @@ async def eventually_ready(client: EngineClient, restarts: int) -> engine_pb2.Re
     raise AssertionError("the engine was not replaced")
 
 
+async def test_whoever_has_no_token_is_refused_by_every_method(stack: Stack) -> None:
+    await refuses_all_without(stack.settings.engine_address, engine_token(stack.settings))
+
+
+async def test_a_client_without_the_token_is_told_that_the_service_does_not_take_it(stack: Stack) -> None:
+    stranger = EngineClient(stack.settings.engine_address, token="0" * 64)
+    wanted = request(None, "hi")
+    try:
+        with pytest.raises(Unavailable, match="GRAFT_SERVING_TOKEN_FILE") as caught:
+            await stranger.generate(wanted, timeout_seconds=60)
+        assert caught.value.reason == "ENGINE_TOKEN_REFUSED"
+        with pytest.raises(Unavailable, match="GRAFT_SERVING_TOKEN_FILE"):
+            _ = [piece async for piece in stranger.stream(engine_pb2.StreamRequest(request=wanted))]
+    finally:
+        await stranger.close()
+
+
+def test_no_process_has_the_token_in_its_arguments_or_variables_and_no_log_tells_it(stack: Stack) -> None:
+    token = engine_token(stack.settings)
+    assert token
+    for process in descendants(stack.folder):
+        with suppress(psutil.NoSuchProcess):
+            assert token not in " ".join([*process.cmdline(), *process.environ().values()]), process
+    assert token not in (stack.folder / "serving.log").read_text()
+
+
 async def test_no_application_answers_in_the_name_of_one_that_is_not_there(stack: Stack) -> None:
     # While there is only one, Ray Serve's proxy gives it every request, whichever application it names.
-    connected = EngineClient(stack.settings.engine_address, "tiny")
+    connected = stack.client("tiny")
     other = connected.of("other")
     try:
         for asked in (

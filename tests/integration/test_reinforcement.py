@@ -13,7 +13,6 @@ from graft.domain.errors import InvalidArgument
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import Lora, Method, OverLengthPolicy, Reinforcement
 from graft.domain.resources import DatasetFormat
-from graft.internal.engine_client import EngineClient
 from graft.training.batching import batches
 from graft.training.objectives.objective import ALONE
 from graft.training.spec import Clock, RunSpec
@@ -84,7 +83,7 @@ def policies(stack: Stack) -> list[str]:
     """Names of the ephemeral adapters that the engine holds."""
 
     async def ask() -> list[str]:
-        client = EngineClient(stack.settings.engine_address)
+        client = stack.client()
         try:
             (replica,) = (await client.residency()).replicas
             return [resident.model for resident in replica.adapters if "ft-7" in resident.model]

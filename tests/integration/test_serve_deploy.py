@@ -20,11 +20,13 @@ import pytest
 import yaml
 
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.settings import Settings, load
 from graft.stack.processes import ray_environment
 from tests.support.dashboards import metric_names
 from tests.support.serving_stack import free_ports, ray_cluster, request
 from tests.support.tiny_llama import make_tiny_llama
+from tests.support.token_contract import refuses_all_without
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
@@ -36,6 +38,9 @@ class Cluster:
     settings: Settings
     environment: dict[str, str]
     folder: Path
+
+    def client(self) -> EngineClient:
+        return EngineClient(self.settings.engine_address, "tiny", token=engine_token(self.settings))
 
     @property
     def dashboard(self) -> str:
@@ -77,9 +82,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "GRAFT_RAY_DASHBOARD_PORT": str(dashboard_port),
         "GRAFT_SERVING_GRPC_PORT": str(grpc_port),
         "GRAFT_SERVING_BASE_MODEL": "tiny",
+        "GRAFT_SERVING_TOKEN_FILE": str(folder / "token"),
         "GRAFT_RAY_NUM_CPUS": "2",
         "GRAFT_RAY_OBJECT_STORE_MIB": "80",
     }
+    (folder / "token").write_text("ab" * 32)
     settings = load(variables)
     environment = {**os.environ, "GRAFT_TEST_STACK": str(folder), **ray_environment(settings)}
     with ray_cluster(settings, environment, folder, dashboard=True):
@@ -99,7 +106,13 @@ def declared(cluster: Cluster) -> dict[str, Any]:
     document["applications"][0]["args"].update(
         home=str(home),
         tracking_uri="http://127.0.0.1:9",
-        serving={"base_model": "tiny", "max_lora_rank": 16, "context_tokens": 256, "dtype": "float32"},
+        serving={
+            "base_model": "tiny",
+            "max_lora_rank": 16,
+            "context_tokens": 256,
+            "dtype": "float32",
+            "token_file": str(cluster.settings.serving.token_file),
+        },
     )
     return document
 
@@ -123,7 +136,7 @@ def test_the_shipped_file_deploys_an_application_that_answers(cluster: Cluster) 
     cluster.serve("deploy", str(file))
 
     async def ask() -> None:
-        client = EngineClient(cluster.settings.engine_address, "tiny")
+        client = cluster.client()
         try:
             await ready(client, cluster)
             response = await client.generate(request(None, "hi"), timeout_seconds=60)
@@ -135,6 +148,11 @@ def test_the_shipped_file_deploys_an_application_that_answers(cluster: Cluster) 
     asyncio.run(ask())
     status = yaml.safe_load(cluster.serve("status"))
     assert status["applications"]["graft-engine"]["status"] == "RUNNING"
+
+
+def test_the_declared_application_asks_for_the_token_of_the_file_that_is_named(cluster: Cluster) -> None:
+    asyncio.run(refuses_all_without(cluster.settings.engine_address, engine_token(cluster.settings)))
+    assert engine_token(cluster.settings) not in cluster.serve("config")
 
 
 def test_an_argument_that_does_not_exist_is_refused_by_name(cluster: Cluster) -> None:
@@ -156,7 +174,7 @@ def test_an_argument_that_does_not_exist_is_refused_by_name(cluster: Cluster) ->
 
 
 async def _answers(cluster: Cluster) -> int:
-    client = EngineClient(cluster.settings.engine_address, "tiny")
+    client = cluster.client()
     try:
         return (await client.generate(request(None, "hi"), timeout_seconds=60)).http_status
     finally:
@@ -168,7 +186,10 @@ def test_ray_exports_each_metric_that_rules_and_dashboards_ask_of_it(cluster: Cl
     assert wanted
     deadline = time.monotonic() + 120
     while True:
-        missing = wanted - exported(cluster)
+        try:
+            missing = wanted - exported(cluster)
+        except OSError:  # Ray names endpoints that do not listen yet
+            missing = wanted
         if not missing:
             return
         assert time.monotonic() < deadline, f"never exported: {sorted(missing)}"

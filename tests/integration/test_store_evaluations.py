@@ -55,6 +55,14 @@ async def test_a_retried_create_returns_the_first_evaluation(store: SqlStore) ->
         await store.get_evaluation("default", "ev-9")
 
 
+async def test_evaluations_are_counted_by_state_whatever_their_project(store: SqlStore) -> None:
+    assert await store.count_evaluations() == {}
+    for number, project in enumerate(("default", "team", "team")):
+        await store.create_evaluation(project, f"ev-{number}", SPEC, None)
+    await store.claim_evaluation("me", LEASE)
+    assert await store.count_evaluations() == {EvaluationState.QUEUED: 2, EvaluationState.RUNNING: 1}
+
+
 async def test_an_id_that_is_taken_is_no_repeated_request(store: SqlStore) -> None:
     for number in (1, 2):
         await store.create_evaluation("default", f"ev-{number}", SPEC, None)

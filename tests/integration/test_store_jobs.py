@@ -59,6 +59,14 @@ async def test_a_retried_create_returns_the_first_job(store: SqlStore) -> None:
     assert (await store.create_job("other", "ft-9", SPEC, "request")).id == "ft-9"
 
 
+async def test_jobs_are_counted_by_state_whatever_their_project(store: SqlStore) -> None:
+    assert await store.count_jobs() == {}
+    job = await _claimed(store)
+    await store.create_job("team", "job-of-a-team", job.spec, None)
+    await store.transition(job, "me", JobState.QUEUED, message="It waits.")
+    assert await store.count_jobs() == {JobState.QUEUED: 1, JobState.VALIDATING: 1}
+
+
 async def test_two_claimers_never_get_the_same_job(store: SqlStore) -> None:
     for number in range(20):
         await store.create_job("default", f"ft-{number}", SPEC, None)

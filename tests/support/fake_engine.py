@@ -6,18 +6,21 @@
 `engine.requests` keeps every body it was sent; `engine.error` makes every call fail with that domain error;
 `engine.refuse` makes generation answer with OpenAI's error object and that HTTP status; `engine.delay_seconds` comes
 before every answer and every piece; `engine.abandoned` counts the streams that their reader left; `engine.others` are
-the replicas of applications beside the first, by base model.
+the replicas of applications beside the first, by base model. `fake_engine(token=…)` asks for that token, as the real
+one does.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from grpc_status import rpc_status
 
-from graft.domain.errors import GraftError
+from graft.domain.errors import GraftError, Unauthenticated
+from graft.internal import token as engine_token
 from graft.internal.status import to_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
 
@@ -150,11 +153,32 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         return engine_pb2.ResidencyResponse(replicas=[self._replica(context)])
 
 
+class _AsksForToken(grpc.aio.ServerInterceptor):
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        try:
+            engine_token.check(self._token, details.invocation_metadata or ())
+        except Unauthenticated as error:
+            status = rpc_status.to_status(to_status(error))
+
+            async def refuse(_request: Any, context: Any) -> None:
+                await context.abort(status.code, status.details, status.trailing_metadata)
+
+            streams = details.method.endswith("/Stream")
+            make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+            return make(refuse)
+        return await continuation(details)
+
+
 @asynccontextmanager
-async def fake_engine(base_model: str = "smollm2-135m") -> AsyncIterator[FakeEngine]:
+async def fake_engine(base_model: str = "smollm2-135m", token: str = "") -> AsyncIterator[FakeEngine]:
     """A FakeEngine that listens on a free port of loopback until the block ends."""
     engine = FakeEngine(base_model)
-    server = grpc.aio.server()
+    server = grpc.aio.server(interceptors=[_AsksForToken(token)] if token else [])
     engine_pb2_grpc.add_EngineServicer_to_server(engine, server)
     engine.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

@@ -19,10 +19,11 @@ import psutil
 
 from graft.domain.errors import GraftError
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.internal.v1 import engine_pb2
 from graft.registry.digest import adapter_digest
 from graft.settings import Settings, load
-from graft.stack.processes import ray_environment, ray_head
+from graft.stack.processes import engine_environment, ray_environment, ray_head
 
 from .adapters import make_adapter, tiny_base
 from .tiny_llama import make_tiny_llama
@@ -61,6 +62,10 @@ class Stack:
     folder: Path
     ready_seconds: float
     refused_before_ready: list[GraftError]
+
+    def client(self, first: str = "") -> EngineClient:
+        """Of the service, with its token."""
+        return EngineClient(self.settings.engine_address, first, token=engine_token(self.settings))
 
     def engine_core(self) -> psutil.Process:
         """The process that runs the model: the only child of a fork server."""
@@ -147,9 +152,8 @@ def completion(adapter: engine_pb2.AdapterRef | None, prompt: Any, **fields: Any
     return made
 
 
-async def wait_until_ready(address: str, process: "subprocess.Popen[bytes]", log: Path) -> list[GraftError]:
+async def wait_until_ready(client: EngineClient, process: "subprocess.Popen[bytes]", log: Path) -> list[GraftError]:
     """Waits for the engine; returns what a request was refused with in the meantime."""
-    client = EngineClient(address)
     refused: list[GraftError] = []
     deadline = time.monotonic() + 180
     try:
@@ -198,7 +202,8 @@ def serving_stack(
         **more,
     }
     settings = load(variables)
-    environment = {**os.environ, **variables, "GRAFT_TEST_STACK": str(folder), **ray_environment(settings)}
+    environment = {**os.environ, **variables, "GRAFT_TEST_STACK": str(folder)}
+    environment |= ray_environment(settings) | engine_environment(settings)
     with ray_cluster(settings, environment, folder, dashboard=dashboard):
         started = time.perf_counter()
         described = json.dumps(base.__dict__)
@@ -207,8 +212,10 @@ def serving_stack(
                 [sys.executable, "-c", RUN, described], env=environment, stdout=log, stderr=subprocess.STDOUT
             )
         try:
-            refused = asyncio.run(wait_until_ready(settings.engine_address, process, folder / "serving.log"))
-            yield Stack(settings, environment, process, adapters, folder, time.perf_counter() - started, refused)
+            stack = Stack(settings, environment, process, adapters, folder, 0.0, [])
+            stack.refused_before_ready = asyncio.run(wait_until_ready(stack.client(), process, folder / "serving.log"))
+            stack.ready_seconds = time.perf_counter() - started
+            yield stack
         finally:
             process.terminate()
             process.wait(30)

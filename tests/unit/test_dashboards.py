@@ -1,4 +1,4 @@
-"""Rules and dashboard ask only for what is there: metrics of a gateway, and of Ray by `test_serve_deploy`."""
+"""Rules and dashboard ask only for what is there: metrics of a gateway here, of an orchestrator and Ray elsewhere."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from graft.gateway.metrics import REQUEST_SECONDS, REQUESTS
+from graft.orchestrator.metrics import EVALUATIONS, JOB_MOVES, JOBS
 from tests.support.dashboards import DASHBOARD, ROOT, RULES, expressions, metric_names, names_in, panels, rules
 from tests.support.http_gateways import http_gateway
 
@@ -27,13 +28,15 @@ async def test_a_gateway_exports_each_metric_that_is_asked_of_it(tmp_path: Path)
         await it.raw.get("/v1/models")
         page = (await it.raw.get("/metrics")).text
     exported = {line.split("{")[0].split(" ")[0] for line in page.splitlines() if not line.startswith("#")}
-    wanted = {name for name in metric_names() if not name.startswith("ray_")}
+    # An orchestrator's and Ray's are asked of them: test_orchestrator_metrics.py, test_serve_deploy.py.
+    wanted = {name for name in metric_names() if not name.startswith(("ray_", "graft_orchestrator_"))}
     assert "graft_gateway_requests_total" in wanted
     assert wanted - exported == set()
 
 
-def test_rules_and_dashboard_group_the_gateways_metrics_by_labels_that_they_have() -> None:
-    known = {*REQUESTS._labelnames, *REQUEST_SECONDS._labelnames, "le"}
+def test_rules_and_dashboard_group_grafts_metrics_by_labels_that_they_have() -> None:
+    measured = [REQUESTS, REQUEST_SECONDS, JOBS, EVALUATIONS, JOB_MOVES]
+    known = {"le", *(label for metric in measured for label in metric._labelnames)}
     asked = set()
     for expression in expressions():
         if "graft" in expression:
@@ -90,7 +93,7 @@ def test_prometheus_reads_the_rules_of_the_chart_under_the_jobs_that_they_name()
     assert [(PROMETHEUS / file).resolve() for file in config["rule_files"]] == [RULES]
     jobs = {scrape["job_name"] for scrape in config["scrape_configs"]}
     asked = {job for expression in expressions() for job in re.findall(r'job="([^"]*)"', expression)}
-    assert asked <= jobs == {"graft-gateway", "graft-ray"}
+    assert asked <= jobs == {"graft-gateway", "graft-orchestrator", "graft-ray"}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")

@@ -127,6 +127,14 @@ def test_an_unknown_setting_is_refused_with_a_hint(tmp_path: Path) -> None:
     assert "Did you mean GRAFT_GATEWAY_GRPC_PORT?" in told
 
 
+def test_a_token_of_the_engine_that_cannot_be_read_is_refused_with_its_setting(tmp_path: Path) -> None:
+    process = start(tmp_path, GRAFT_SERVING_TOKEN_FILE=tmp_path / "nowhere")
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "GRAFT_SERVING_TOKEN_FILE" in told
+    assert len(told.strip().splitlines()) == 1
+
+
 def self_signed(folder: Path) -> tuple[Path, Path]:
     """A certificate for localhost and its key, as PEM files."""
     key = ec.generate_private_key(ec.SECP256R1())

@@ -40,6 +40,12 @@ def test_gateways_find_the_application_and_no_library_in_it_calls_home(document:
     assert document["grpc_options"]["port"] == ServingSettings().grpc_port
 
 
+def test_the_token_that_it_tells_of_is_an_argument() -> None:
+    text = (ROOT / "deploy" / "serve.yaml").read_text()
+    (application,) = yaml.safe_load(text.replace("# token_file:", "token_file:"))["applications"]
+    assert Arguments.model_validate(application["args"]).serving.token_file == Path("/etc/graft-engine/token")
+
+
 def test_its_arguments_are_typed_and_a_wrong_one_is_named(document: dict[str, Any]) -> None:
     arguments = document["applications"][0]["args"]
     assert Arguments.model_validate(arguments).serving.base_model == "smollm2-135m"

@@ -52,6 +52,10 @@ helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Versio
 {{- .Values.gateway.existingApiKeySecret | default (printf "%s-api-key" (include "graft.fullname" .)) }}
 {{- end }}
 
+{{- define "graft.engineSecret" -}}
+{{- .Values.inference.existingTokenSecret | default (printf "%s-engine-token" (include "graft.fullname" .)) }}
+{{- end }}
+
 {{- define "graft.mlflowUri" -}}
 http://{{ include "graft.fullname" . }}-mlflow:5000
 {{- end }}
@@ -174,8 +178,19 @@ topologySpreadConstraints:
 {{- toYaml $settings }}
 {{- end }}
 
+{{/* The internal gRPC's token: of those that ask it and of those that answer. */}}
+{{- define "graft.engineTokenMount" -}}
+- {name: engine-token, mountPath: /etc/graft-engine, readOnly: true}
+{{- end }}
+
+{{- define "graft.engineTokenVolume" -}}
+- name: engine-token
+  secret: {secretName: {{ include "graft.engineSecret" . | quote }}, items: [{key: token, path: token}]}
+{{- end }}
+
 {{- define "graft.serving" -}}
 address: {{ include "graft.fullname" . }}-inference:9000
+token_file: /etc/graft-engine/token
 base_model: {{ include "graft.baseModel" . | quote }}
 max_loras: {{ .Values.inference.maxLoras }}
 max_cpu_loras: {{ .Values.inference.maxCpuLoras }}

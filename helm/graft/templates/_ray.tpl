@@ -5,12 +5,15 @@ image: {{ index . 1 }}
 imagePullPolicy: {{ $.Values.images.pullPolicy }}
 env: {{- include "graft.env" $ | nindent 2 }}
   {{- include "graft.mlflowEnv" $ | nindent 2 }}
+  # Where reinforcement, which reads no settings, finds it.
+  - {name: GRAFT_SERVING_TOKEN_FILE, value: /etc/graft-engine/token}
   {{- range $key, $value := dict "DO_NOT_TRACK" "1" "MLFLOW_DISABLE_TELEMETRY" "true" "RAY_USAGE_STATS_ENABLED" "0" "VLLM_NO_USAGE_STATS" "1" "HF_HUB_OFFLINE" "1" }}
   - {name: {{ $key }}, value: {{ $value | quote }}}
   {{- end }}
 securityContext: {{- include "graft.containerSecurity" $ | nindent 2 }}
 volumeMounts: {{- include "graft.stateMounts" $ | nindent 2 }}
   - {name: settings, mountPath: /etc/graft, readOnly: true}
+  {{- include "graft.engineTokenMount" $ | nindent 2 }}
 {{- end }}
 
 {{- define "graft.rayPod" }}
@@ -23,4 +26,5 @@ securityContext: {{- include "graft.podSecurity" $ | nindent 2 }}
 volumes: {{- include "graft.stateVolumes" $ | nindent 2 }}
   - name: settings
     configMap: {name: {{ include "graft.fullname" $ }}-ray}
+  {{- include "graft.engineTokenVolume" $ | nindent 2 }}
 {{- end }}

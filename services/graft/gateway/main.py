@@ -27,6 +27,7 @@ from graft.gateway.core import Core
 from graft.gateway.http.app import build_app
 from graft.gateway.uploads import remove_abandoned
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.settings import Settings, load
 from graft.store.protocol import Store
 from graft.store.sql import migrate, open_store
@@ -84,9 +85,10 @@ async def run(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    token = engine_token(settings)
     await asyncio.to_thread(_migrate, settings.store_url)
     store = open_store(settings.store_url)
-    engine = EngineClient(settings.engine_address, settings.serving.base_model)
+    engine = EngineClient(settings.engine_address, settings.serving.base_model, token=token)
     try:
         if settings.gateway.initial_key_file is not None:
             await add_initial_key(store, settings.gateway.initial_key_file)

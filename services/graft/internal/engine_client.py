@@ -3,8 +3,8 @@
 Owns the channel and the mapping of failures to domain errors. Does not know OpenAI's bodies, Ray Serve's classes or
 vLLM: to it the service is an address and the metadata key by which Serve's gRPC proxy picks the application.
 
-    client = EngineClient(address, "smollm2-135m")   # the application that the stack starts with
-    client.of("other")                               # the one that `graft models deploy other` added
+    client = EngineClient(address, "smollm2-135m", token=…)   # the application that the stack starts with
+    client.of("other")                                        # the one that `graft models deploy other` added
 """
 
 import asyncio
@@ -15,9 +15,18 @@ from copy import copy
 from typing import Any, Final, TypeVar
 
 import grpc
+from google.rpc import status_pb2
 
-from graft.domain.errors import GraftError, Internal, InvalidArgument, ResourceExhausted, Unavailable
+from graft.domain.errors import (
+    GraftError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
 from graft.domain.resources import BaseModel
+from graft.internal import token as engine_token
 from graft.internal.status import from_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
 
@@ -40,6 +49,8 @@ CONNECT_SECONDS: Final = 5.0
 """A machine that is there accepts in milliseconds; gRPC's 20 s would be added to the time that a cut link takes."""
 PULSE: Final = "/grpc.health.v1.Health/Check"
 """Answered by Serve's proxy itself, as a method that it does not have: any answer will do."""
+TOKEN_REFUSED: Final = "ENGINE_TOKEN_REFUSED"
+"""Reason of an error that only who runs Graft can mend."""
 
 
 ResponseT = TypeVar(
@@ -63,6 +74,8 @@ def application_name(base: str, first: str) -> str:
 def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
     """What a failed call means. Serve's own text may hold traces and addresses, so it is not passed on."""
     code = error.code()
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return _token_refused()
     # NOT_FOUND is Serve's proxy before the application is deployed; the engine itself never answers with it.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
         return Unavailable(STARTING, reason="ENGINE_STARTING", retry_after_seconds=RETRY_SECONDS)
@@ -94,6 +107,16 @@ def _lost() -> GraftError:
     )
 
 
+def _token_refused() -> GraftError:
+    """Not the fault of who asked, and worth patience: either side may be restarted with the right one."""
+    return Unavailable(
+        "The inference service does not take Graft's own token. Whoever runs it has to set serving.token_file "
+        f"({engine_token.VARIABLE}) to the same token everywhere.",
+        reason=TOKEN_REFUSED,
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
 def _too_large(side: str, way: str, size: str, limit: str) -> InvalidArgument:
     """Which of the two was too large follows from who refused to send or to take it."""
     metadata = {"message_bytes": size, "max_message_bytes": limit}
@@ -110,6 +133,12 @@ def _too_large(side: str, way: str, size: str, limit: str) -> InvalidArgument:
         reason="ENGINE_ANSWER_TOO_LARGE",
         metadata=metadata,
     )
+
+
+def _told(status: status_pb2.Status) -> GraftError:
+    """What a response says instead of an answer."""
+    error = from_status(status)
+    return _token_refused() if isinstance(error, Unauthenticated) else error
 
 
 class _Door:
@@ -180,12 +209,18 @@ class _Door:
 class EngineClient:
     """Calls the engine. Every method raises domain errors only."""
 
-    def __init__(self, address: str, first: str = "", max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
-        """`first` is the base model that the service starts with. Without it, whichever is there answers."""
+    def __init__(
+        self, address: str, first: str = "", *, token: str = "", max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    ) -> None:
+        """`first` is the base model that the service starts with. Without it, whichever is there answers.
+
+        `token` is the service's, empty where it asks for none.
+        """
         self.address = address
         self.first = first
         self.base = first
         """The base model that answers."""
+        self._token = engine_token.metadata(token)
         self._door = _Door(address, max_message_bytes)
 
     def of(self, base: str) -> "EngineClient":
@@ -217,7 +252,7 @@ class EngineClient:
             with self._door.in_flight():
                 async for response in call:
                     if response.HasField("error"):
-                        raise from_status(response.error)
+                        raise _told(response.error)
                     begun = True
                     yield response
         except grpc.aio.AioRpcError as error:
@@ -281,7 +316,7 @@ class EngineClient:
         return list(response.applications)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("application", application_name(self.base, self.first)),)
+        return (("application", application_name(self.base, self.first)), *self._token)
 
     def _stub(self) -> Any:
         # grpc.aio needs the async stub; the generated annotations know only the synchronous one.
@@ -294,5 +329,5 @@ class EngineClient:
         except grpc.aio.AioRpcError as error:
             raise from_transport(error) from error
         if response.HasField("error"):
-            raise from_status(response.error)
+            raise _told(response.error)
         return response

@@ -17,6 +17,7 @@ from graft.domain.errors import Aborted, GraftError, Unavailable
 from graft.domain.jobs import Checkpoint, Event, EventLevel, Job, JobError, JobState, Progress, Resolved
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.files import fetch_results
+from graft.orchestrator.metrics import ATTEMPTS_LOST, JOB_MOVES
 from graft.orchestrator.mirror import Mirror
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.room import Room
@@ -127,8 +128,10 @@ class Context:
                     fine_tuned_model=fine_tuned_model,
                     next_attempt=next_attempt,
                 )
+            JOB_MOVES.labels(state.value, error.reason if error else "").inc()
             if next_attempt:
                 self.cursor = 0
+                ATTEMPTS_LOST.inc()
             log.info(
                 "job_state",
                 job=self.job.id,

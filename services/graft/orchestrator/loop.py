@@ -20,6 +20,7 @@ from graft.orchestrator.checking import Checker
 from graft.orchestrator.context import Context, job_error
 from graft.orchestrator.evaluations import Evaluations
 from graft.orchestrator.following import stop_run
+from graft.orchestrator.metrics import JOBS_CLAIMED, JOBS_HELD, LAST_PASS, PASS_SECONDS, measure, metrics_door
 from graft.orchestrator.mirror import Mirror
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.room import Room
@@ -65,14 +66,24 @@ class Orchestrator:
         self._store_down = False
 
     async def run(self) -> None:
-        """Until cancelled; then leaves every job where it is and frees its leases."""
+        """Until cancelled; then leaves every job where it is and frees its leases.
+
+        Raises FailedPrecondition when metrics are to be shown where they cannot.
+        """
+        with metrics_door(self.parts.settings.orchestrator):
+            await self._run()
+
+    async def _run(self) -> None:
+        measures = asyncio.create_task(measure(self.parts.store, self.parts.engine, self.parts.settings.orchestrator))
         mirror = asyncio.create_task(self.mirror.run())
         evaluations = asyncio.create_task(Evaluations(self.parts, self.owner).run())
         checks = asyncio.create_task(self._checker.run())
         try:
             while True:
                 try:
-                    await self._turn()
+                    with PASS_SECONDS.time():
+                        await self._turn()
+                    LAST_PASS.set_to_current_time()
                     self._store_down = False
                 except Unavailable as error:
                     if not self._store_down:
@@ -83,9 +94,10 @@ class Orchestrator:
             mirror.cancel()
             evaluations.cancel()
             checks.cancel()
+            measures.cancel()
             await self._leave()
             # Evaluations free their lease, and whoever ends after this would find a store that is being closed.
-            await asyncio.wait({mirror, evaluations, checks}, timeout=self.parts.limits.stop_seconds)
+            await asyncio.wait({mirror, evaluations, checks, measures}, timeout=self.parts.limits.stop_seconds)
 
     async def _turn(self) -> None:
         store = self.parts.store
@@ -93,8 +105,9 @@ class Orchestrator:
             # A third of the lease: two renewals may fail before another owner takes over.
             self._renew_due = time.monotonic() + self._lease.total_seconds() / 3
             await store.renew_leases(self.owner, self._lease)
-        await store.claim_jobs(self.owner, self._lease, CLAIM_LIMIT)
+        JOBS_CLAIMED.inc(len(await store.claim_jobs(self.owner, self._lease, CLAIM_LIMIT)))
         held = {job.id: job for job in await store.leased_jobs(self.owner)}
+        JOBS_HELD.set(len(held))
         for job_id, driven in list(self._driven.items()):
             if driven.task.done():
                 self._let_go(job_id)

@@ -18,6 +18,7 @@ import structlog
 from graft import settings as graft_settings
 from graft.domain.errors import GraftError
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.orchestrator.catalogue import Catalogue
 from graft.orchestrator.deployments import Deployments
 from graft.orchestrator.loop import Orchestrator
@@ -53,11 +54,12 @@ def configure_logging() -> None:
 async def serve(settings: Settings, runs: RayRuns) -> None:
     """Until SIGTERM or SIGINT."""
     stop = asyncio.Event()
+    token = engine_token(settings)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     store = open_store(settings.store_url)
-    engine = EngineClient(settings.engine_address, settings.serving.base_model)
+    engine = EngineClient(settings.engine_address, settings.serving.base_model, token=token)
     try:
         await call(ensure_base_model, settings, settings.serving.base_model)
         catalogue = Catalogue(store, settings)

@@ -13,6 +13,7 @@ from graft.domain.errors import GraftError, Unavailable
 from graft.domain.jobs import JobError
 from graft.domain.names import CHAMPION
 from graft.domain.resources import AdapterVersion, RegistrySnapshot
+from graft.orchestrator.metrics import LAST_MIRROR
 from graft.orchestrator.ports import RegistryPort
 from graft.orchestrator.threads import call, to_the_end
 from graft.store.protocol import AliasWish, Store
@@ -98,6 +99,7 @@ class Mirror:
             self._written = None  # unknown if the write fails halfway
             await to_the_end(self._store.replace_registry(snapshot))
             self._written = snapshot
+        LAST_MIRROR.set_to_current_time()
         return snapshot
 
 

@@ -9,7 +9,7 @@ import asyncio
 import importlib.util
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +23,11 @@ from graft.domain.errors import GraftError, Internal, InvalidArgument, Unavailab
 from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, RETRY_SECONDS, STARTING
 from graft.internal.status import to_status
+from graft.internal.token import read_token, token_file
 from graft.internal.v1 import engine_pb2
 from graft.process_memory import tree_bytes
 from graft.serving.applications import Applications
+from graft.serving.guard import guarded, guarded_stream
 from graft.serving.keeper import Keeper
 from graft.serving.processes import prepare_environment, start_fork_server
 from graft.serving.pulling import ProvingPuller, Registry
@@ -61,6 +63,7 @@ class EngineReplica:
         self, settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage
     ) -> None:
         self._settings = settings
+        self.token = read_token(settings.token_file)
         base = replace(base, path=str(await asyncio.to_thread(fetch_base_model, storage, base.path, base.digest)))
         self._base = base
         self._tracking_uri = tracking_uri
@@ -115,6 +118,7 @@ class EngineReplica:
 
         return MlflowRegistry(self._tracking_uri, self._cache)
 
+    @guarded
     async def Generate(self, request: engine_pb2.GenerateRequest) -> engine_pb2.GenerateResponse:
         """Answers an OpenAI body at once."""
         try:
@@ -128,7 +132,8 @@ class EngineReplica:
             return engine_pb2.GenerateResponse(error=to_status(_known(error, request.request_id)))
         return engine_pb2.GenerateResponse(http_status=answer.http_status, body=answer.json())
 
-    async def Stream(self, request: engine_pb2.StreamRequest) -> AsyncIterator[engine_pb2.StreamResponse]:
+    @guarded_stream
+    async def Stream(self, request: engine_pb2.StreamRequest) -> AsyncGenerator[engine_pb2.StreamResponse, None]:
         """Answers an OpenAI body piece by piece."""
         inner = request.request
         try:
@@ -140,6 +145,7 @@ class EngineReplica:
         except Exception as error:  # noqa: BLE001  # the boundary, as above
             yield engine_pb2.StreamResponse(error=to_status(_known(error, inner.request_id)))
 
+    @guarded
     async def Load(self, request: engine_pb2.LoadRequest) -> engine_pb2.LoadResponse:
         """Pulls, proves and loads an adapter version on every replica."""
         started = time.perf_counter()
@@ -149,6 +155,7 @@ class EngineReplica:
         response.load_seconds = time.perf_counter() - started
         return response
 
+    @guarded
     async def Unload(self, request: engine_pb2.UnloadRequest) -> engine_pb2.UnloadResponse:
         """Takes an adapter version out of every replica."""
         response = engine_pb2.UnloadResponse()
@@ -156,6 +163,7 @@ class EngineReplica:
             response.MergeFrom(engine_pb2.UnloadResponse.FromString(answer))
         return response
 
+    @guarded
     async def Residency(self, _request: engine_pb2.ResidencyRequest) -> engine_pb2.ResidencyResponse:
         """Tells what every replica holds that answers; this one alone when another does not."""
         response = engine_pb2.ResidencyResponse()
@@ -163,6 +171,7 @@ class EngineReplica:
             response.MergeFrom(engine_pb2.ResidencyResponse.FromString(answer))
         return response
 
+    @guarded
     async def Deploy(self, request: engine_pb2.DeployRequest) -> engine_pb2.DeployResponse:
         """Starts an application for another base model."""
         try:
@@ -171,6 +180,7 @@ class EngineReplica:
             return engine_pb2.DeployResponse(error=to_status(_known(error, request.model.id)))
         return engine_pb2.DeployResponse()
 
+    @guarded
     async def Undeploy(self, request: engine_pb2.UndeployRequest) -> engine_pb2.UndeployResponse:
         """Ends the application of another base model."""
         try:
@@ -179,6 +189,7 @@ class EngineReplica:
             return engine_pb2.UndeployResponse(error=to_status(_known(error, request.base_model)))
         return engine_pb2.UndeployResponse()
 
+    @guarded
     async def ListApplications(
         self, _request: engine_pb2.ListApplicationsRequest
     ) -> engine_pb2.ListApplicationsResponse:
@@ -333,7 +344,8 @@ def _model(served: engine_pb2.ServedModel, settings: ServingSettings) -> BaseMod
 
 def build_app(settings: Settings, base: BaseModel) -> Any:
     """The application, for `serve.run` under the name `engine_client.application_name`."""
-    return _bind(settings.serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings))
+    serving = settings.serving.model_copy(update={"token_file": token_file(settings)})
+    return _bind(serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings))
 
 
 def _bind(settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage) -> Any:

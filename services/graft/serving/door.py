@@ -1,8 +1,8 @@
 """Makes Serve's gRPC servers listen on the configured address instead of on every interface.
 
-Ray Serve 2.60 has no such option: its proxy and its replicas bind `[::]`, and neither the internal `Engine` service nor
-Serve's own between deployments has authentication. The hook runs in each worker process of our Ray job before anything
-else (`worker_process_setup_hook`).
+Ray Serve 2.60 has no such option: its proxy and its replicas bind `[::]`. Who may ask is decided behind the door: by
+`graft.serving.guard` for the `Engine` service, by Ray's token for Serve's own between deployments. The hook runs in
+each worker process of our Ray job before anything else (`worker_process_setup_hook`).
 """
 
 import os

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -27,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from graft.domain.errors import FailedPrecondition, Unavailable
 from graft.domain.resources import BaseModel
@@ -81,9 +83,19 @@ def engine_args(settings: ServingSettings, base: BaseModel) -> AsyncEngineArgs:
         max_loras=settings.max_loras,
         max_cpu_loras=max(settings.max_cpu_loras, settings.max_loras),
         max_lora_rank=settings.max_lora_rank,
-        disable_log_stats=True,
+        disable_log_stats=True,  # to the log; `_Metrics` counts
         use_tqdm_on_load=False,
     )
+
+
+class _Metrics(RayPrometheusStatLogger):  # type: ignore[misc]  # vLLM has no types
+    """vLLM's own metrics, which leave by the endpoint of the Ray node, as `ray_vllm_…`."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        super().__init__(vllm_config, engine_indexes)
+        # A series for each set of adapters that ever ran at once: with hundreds of adapters they would fill the node's
+        # memory and Prometheus. Residency tells what is held.
+        self.gauge_lora_info = None
 
 
 class Engine:
@@ -107,7 +119,7 @@ class Engine:
             if architecture in ModelRegistry.models:
                 # Loaded here in 0.1 s. Unloaded, vLLM starts a whole Python process (8 s) to ask the class what it is.
                 ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
-        return cls(AsyncLLM.from_engine_args(engine_args(settings, base)), base)
+        return cls(AsyncLLM.from_engine_args(engine_args(settings, base), stat_loggers=[_Metrics]), base)
 
     @property
     def dead(self) -> bool:

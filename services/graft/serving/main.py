@@ -24,7 +24,8 @@ from ray.serve.config import ProxyLocation, gRPCOptions
 
 from graft.domain.errors import FailedPrecondition, GraftError, InvalidArgument, Unavailable
 from graft.domain.resources import BaseModel
-from graft.internal.engine_client import APPLICATION, EngineClient
+from graft.internal.engine_client import APPLICATION, TOKEN_REFUSED, EngineClient
+from graft.internal.token import engine_token
 from graft.serving.app import QUIET, build_app
 from graft.serving.door import HOST_VARIABLE
 from graft.settings import Settings, load
@@ -95,17 +96,18 @@ def end_on_signals(stop: threading.Event) -> None:
         signal.signal(number, lambda *_: stop.set())
 
 
-async def wait_until_ready(address: str, stop: threading.Event) -> None:
-    """Returns when every replica is ready, or when `stop` is set."""
-    client = EngineClient(address)
+async def wait_until_ready(address: str, token: str, stop: threading.Event) -> None:
+    """Returns when every replica is ready, or when `stop` is set. Raises Unavailable when one has another token."""
+    client = EngineClient(address, token=token)
     try:
         while not stop.is_set():
             try:
                 replicas = (await client.residency()).replicas
                 if replicas and all(replica.ready for replica in replicas):
                     return
-            except Unavailable:
-                pass  # the door opens before the application is there
+            except Unavailable as error:  # the door opens before the application is there
+                if error.reason == TOKEN_REFUSED:
+                    raise
             await asyncio.sleep(0.2)
     finally:
         await client.close()
@@ -116,11 +118,12 @@ def run(settings: Settings, base: BaseModel) -> int:
     started = time.perf_counter()
     stop = threading.Event()
     end_on_signals(stop)
+    token = engine_token(settings)
     try:
         start(settings, base)
         # Again: to connect, Ray puts its own handler of SIGTERM in place, which aborts the process.
         end_on_signals(stop)
-        asyncio.run(wait_until_ready(settings.engine_address, stop))
+        asyncio.run(wait_until_ready(settings.engine_address, token, stop))
         if not stop.is_set():
             _log.info("serving", address=settings.engine_address, seconds=round(time.perf_counter() - started, 1))
         while not stop.wait(WATCH_SECONDS):

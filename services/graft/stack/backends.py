@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from graft.domain.errors import GraftError
+from graft.internal import token as engine_token
 from graft.settings import Settings
 from graft.stack.machine import Check, State
 
@@ -163,16 +164,26 @@ def check_ray(settings: Settings) -> Check:
 
 
 def check_engine(settings: Settings) -> Check:
-    """The inference service answers its gRPC."""
+    """The inference service answers its gRPC, and takes this host's token."""
     from graft.internal.v1 import engine_pb2, engine_pb2_grpc
 
     address, name = settings.serving.address, "inference"
+    token_fix = f"Set serving.token_file ({engine_token.VARIABLE}) to a file with the token of that service."
+    try:
+        token = engine_token.engine_token(settings)
+    except GraftError as error:
+        return Check(name, State.FAIL, error.message, token_fix)
     with grpc.insecure_channel(address) as channel:
         try:
             answer = engine_pb2_grpc.EngineStub(channel).Residency(
-                engine_pb2.ResidencyRequest(), timeout=ANSWER_SECONDS, metadata=(("application", "graft-engine"),)
+                engine_pb2.ResidencyRequest(),
+                timeout=ANSWER_SECONDS,
+                metadata=(("application", "graft-engine"), *engine_token.metadata(token)),
             )
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                told = "takes another token than this host's" if token else "asks for a token, and this host has none"
+                return Check(name, State.FAIL, f"The inference service at {address} {told}.", token_fix)
             fix = "Check GRAFT_SERVING_ADDRESS (Ray Serve's gRPC port), and that the service runs."
             return Check(name, State.FAIL, f"No inference service answers at {address} ({error.code().name}).", fix)
     if not answer.replicas or not all(replica.ready for replica in answer.replicas):

@@ -18,6 +18,8 @@ import grpc
 import psutil
 
 from graft import offline
+from graft.domain.errors import GraftError
+from graft.internal import token as engine_token
 from graft.settings import Settings, is_loopback
 
 Probe = Callable[[], bool]
@@ -136,11 +138,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
 
     Ray would otherwise take the token in the user's home, where another cluster may have left one.
     """
-    token = settings.home.path / "run" / "ray-token"
-    if not token.is_file():
-        token.parent.mkdir(parents=True, exist_ok=True)
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+    token = _made_once(settings.home.path / "run" / "ray-token")
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **offline.ENVIRONMENT}
     if is_loopback(settings.ray.host):
         # `--node-ip-address=127.0.0.1` alone is resolved to the host's own address. On macOS and Windows Ray knows
@@ -149,11 +147,31 @@ def ray_environment(settings: Settings) -> dict[str, str]:
     return variables
 
 
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """What training workers need to ask the engine: a token of this home's own, unless the settings name one.
+
+    Without one everybody on this machine could ask it, load into it and unload from it.
+    """
+    if engine_token.makes_own_token(settings):
+        _made_once(engine_token.own_token_file(settings))
+    file = engine_token.token_file(settings)
+    return {engine_token.VARIABLE: str(file)} if file else {}
+
+
+def _made_once(token: Path) -> Path:
+    """A file with a random token, which its user alone may read."""
+    if not token.is_file():
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+    return token
+
+
 def local_stack(settings: Settings) -> list[Process]:
     """Every process that runs here, in the order in which they are listed and, in reverse, ended."""
     if settings.orchestrator.ray_address:  # that cluster's token is in our own environment, if it has one
         return described(settings, dict(offline.ENVIRONMENT))
-    return described(settings, ray_environment(settings))
+    return described(settings, ray_environment(settings) | engine_environment(settings))
 
 
 def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process]:
@@ -190,6 +208,7 @@ def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process
             argv=_python("graft.orchestrator.main"),
             environment=ray_variables,
             probe=pid_file_probe(settings.orchestrator_pid_file),
+            ports=_metrics_port(settings),
             after=("ray", "mlflow", "gateway"),
             ready_timeout_seconds=600.0,
         ),
@@ -197,6 +216,12 @@ def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process
     elsewhere = given_by_address(settings)
     here = [process for process in own if process.name not in elsewhere]
     return [replace(one, after=tuple(name for name in one.after if name not in elsewhere)) for one in here]
+
+
+def _metrics_port(settings: Settings) -> tuple[Port, ...]:
+    orchestrator = settings.orchestrator
+    port = Port(orchestrator.metrics_host, orchestrator.metrics_port, "GRAFT_ORCHESTRATOR_METRICS_PORT")
+    return (port,) if port.number else ()
 
 
 def given_by_address(settings: Settings) -> dict[str, str]:
@@ -217,10 +242,11 @@ def _engine_probe(settings: Settings) -> Probe:
 
         with grpc.insecure_channel(settings.engine_address) as channel:
             try:
+                brought = (("application", "graft-engine"), *engine_token.metadata(engine_token.engine_token(settings)))
                 answer = engine_pb2_grpc.EngineStub(channel).Residency(
-                    engine_pb2.ResidencyRequest(), timeout=2.0, metadata=(("application", "graft-engine"),)
+                    engine_pb2.ResidencyRequest(), timeout=2.0, metadata=brought
                 )
-            except grpc.RpcError:
+            except (grpc.RpcError, GraftError):
                 return False
         return bool(answer.replicas) and all(replica.ready for replica in answer.replicas)
 

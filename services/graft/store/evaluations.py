@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import RowMapping, Select, insert, or_, select, update
+from sqlalchemy import RowMapping, Select, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -96,6 +96,12 @@ class EvaluationStore:
             values = {"cancel_requested": True, "update_time": now}
             await connection.execute(update(evaluations).where(evaluations.c.id == evaluation_id).values(values))
             return await _fetch(connection, project, evaluation_id)
+
+    async def count_evaluations(self) -> dict[EvaluationState, int]:
+        """Of every project, by state; states without any are missing."""
+        query = select(evaluations.c.state, func.count()).group_by(evaluations.c.state)
+        async with self._database.read() as connection:
+            return {EvaluationState(state): count for state, count in await connection.execute(query)}
 
     async def end_cancelled_evaluations(self) -> tuple[str, ...]:
         """Ends those that are to be cancelled and whose lease is free or has run out. Returns their ids."""

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import insert, or_, select, update
+from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from graft.domain.errors import Aborted
@@ -74,6 +74,12 @@ class LeaseStore:
         query = select(jobs).where(jobs.c.lease_owner == owner).order_by(jobs.c.create_time, jobs.c.id)
         async with self._database.read() as connection:
             return tuple(convert.job(row) for row in (await connection.execute(query)).mappings())
+
+    async def count_jobs(self) -> dict[JobState, int]:
+        """Of every project, by state; states without any are missing."""
+        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        async with self._database.read() as connection:
+            return {JobState(state): count for state, count in await connection.execute(query)}
 
     async def transition(
         self,

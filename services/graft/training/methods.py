@@ -17,6 +17,7 @@ from graft.domain.jobs import Method
 from graft.domain.resources import DatasetFormat
 from graft.grading.build import build_grader
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import host_token
 from graft.training.batching import batches
 from graft.training.objectives.objective import Group, Objective
 from graft.training.objectives.preference import Preference, reference_log_probs
@@ -113,7 +114,8 @@ def _reinforced(
         )
     grader = build_grader(asked.grader)
     patience = Patience(tell if group.rank == 0 else _silent)
-    client = EngineClient(spec.engine_address, spec.engine_base).of(spec.base_model)
+    # The token is the node's and no part of what a run is told, which is kept and shown.
+    client = EngineClient(spec.engine_address, spec.engine_base, token=host_token()).of(spec.base_model)
     sampler = EngineSampler(client, spec.base_model, asked, patience)
     policies = Policies(spec, model, sampler, group)
     return Reinforced(data.prompts, asked, spec.seed, sampler, policies, grader, patience, device)

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
 from graft.client import Graft
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.internal.v1 import engine_pb2
 from tests.support.tiny_jobs import BASE, write_rows
 from tests.support.whole_stack import WholeStack, eventually
@@ -30,7 +31,7 @@ def policies(stack: WholeStack, job: str) -> list[engine_pb2.Resident]:
     """What the engine holds of a job that is in no registry."""
 
     async def ask() -> list[engine_pb2.Resident]:
-        client = EngineClient(stack.settings.engine_address)
+        client = EngineClient(stack.settings.engine_address, token=engine_token(stack.settings))
         try:
             found = (await client.residency()).replicas
         finally:
