@@ -28,8 +28,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def postgres_server() -> Iterator[str]:
-    """Yields the SQLAlchemy URL of an empty server. Skips aloud where PostgreSQL is missing, and fails there in CI."""
+def postgres_server(*, durable: bool = False) -> Iterator[str]:
+    """Yields the SQLAlchemy URL of an empty server. Skips aloud where PostgreSQL is missing, and fails there in CI.
+
+    Its commits wait for the disk only when `durable`.
+    """
     initdb, server = _binary("initdb"), _binary("postgres")
     if initdb is None or server is None:
         reason = "PostgreSQL's server is missing (Debian: apt-get install postgresql)"
@@ -42,6 +45,7 @@ def postgres_server() -> Iterator[str]:
     if user:
         os.chown(folder, user["user"], user["group"])
     data, port = folder / "data", free_port()
+    fsync = f"fsync={'on' if durable else 'off'}"
     process = None
     try:
         subprocess.run(
@@ -53,7 +57,7 @@ def postgres_server() -> Iterator[str]:
         )
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(
-                [server, "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-c", "fsync=off"],
+                [server, "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-c", fsync],
                 stdout=log,
                 stderr=log,
                 cwd=folder,

@@ -1,10 +1,10 @@
 """The read model of the registry, the base models, and the wishes to point an alias."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import JSON, Select, and_, bindparam, delete, insert, select, update
+from sqlalchemy import JSON, Select, Table, and_, bindparam, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from graft.domain.errors import NotFound, unknown
@@ -60,15 +60,11 @@ class MirrorStore:
             return tuple(convert.base_model(row) for row in rows)
 
     async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
-        """Makes the read model equal to the snapshot, in one transaction."""
+        """Makes the read model equal to the snapshot, in one transaction; what is so already is not written."""
         async with self._database.write() as connection:
             await self._database.lock(connection, adapters)
-            await connection.execute(delete(adapter_versions))
-            await connection.execute(delete(adapters))
-            if snapshot.adapters:
-                await connection.execute(insert(adapters), [asdict(item) for item in snapshot.adapters])
-            if snapshot.versions:
-                await connection.execute(insert(adapter_versions), [asdict(item) for item in snapshot.versions])
+            await _make_equal(connection, adapter_versions, convert.adapter_version, snapshot.versions)
+            await _make_equal(connection, adapters, convert.adapter, snapshot.adapters)
 
     async def get_adapter(self, project: str, base: str, adapter: str) -> Adapter:
         """Raises NotFound naming it and what exists (also when the base model does not exist)."""
@@ -147,6 +143,21 @@ class MirrorStore:
         values = {"done": True, "error": None if error is None else asdict(error)}
         async with self._database.write() as connection:
             await connection.execute(update(alias_wishes).where(alias_wishes.c.id == wish_id).values(values))
+
+
+async def _make_equal(
+    connection: AsyncConnection, table: Table, read: Callable[[convert.Row], Any], items: Sequence[Any]
+) -> None:
+    """One alias moves among thousands: the table is compared, and only what differs is written."""
+    keys = [key.name for key in table.primary_key]
+    wanted = {tuple(getattr(item, key) for key in keys): item for item in items}
+    rows = (await connection.execute(select(table))).mappings()
+    stored = {tuple(row[key] for key in keys): read(row) for row in rows}
+    same = {key for key, item in wanted.items() if stored.get(key) == item}
+    if leaving := [dict(zip(keys, values, strict=True)) for values in stored.keys() - same]:
+        await connection.execute(delete(table).where(*(table.c[key] == bindparam(key) for key in keys)), leaving)
+    if fresh := [asdict(item) for key, item in wanted.items() if key not in same]:
+        await connection.execute(insert(table), fresh)
 
 
 def _json_ready(values: dict[str, object]) -> dict[str, object]:

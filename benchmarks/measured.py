@@ -1,0 +1,30 @@
+"""One figure of a benchmark before it stands in a report, and stop-watches for coroutines."""
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value a round."""
+
+    figure: str
+    unit: str
+    values: list[float]
+
+
+async def seconds_of(call: Callable[[], Awaitable[Any]]) -> float:
+    """Of one call."""
+    started = time.perf_counter()
+    await call()
+    return time.perf_counter() - started
+
+
+async def median_milliseconds(call: Callable[[T], Awaitable[Any]], given: Sequence[T]) -> float:
+    """Of a call each, one after the other."""
+    return statistics.median([await seconds_of(lambda item=item: call(item)) for item in given]) * 1000  # type: ignore[misc]
