@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.common import ROOT, console
 
-ALL = ("training", "jobs", "mixed_adapters", "gateway", "cpu_lora")
+ALL = ("training", "jobs", "mixed_adapters", "gateway", "cpu_lora", "scale", "scale_serving")
 """In this order: what matters most first, should the time run out."""
 
 

@@ -8,8 +8,10 @@ with anybody: each figure is one of a size, and the page says what follows from 
 """
 
 import asyncio
+import logging
 from pathlib import Path
 
+import structlog
 from tests.support.adapters import make_adapter
 
 from benchmarks import scale_loop, scale_registry, scale_store
@@ -38,6 +40,7 @@ def main() -> int:
     """Returns 0."""
     quick = arguments(__doc__).quick
     rounds = 1 if quick else ROUNDS
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))  # a line a job
     base = base_model()
     report = Report(
         name="scale",
@@ -64,7 +67,7 @@ def add(report: Report, contestant: str, size: int, one: Measured) -> None:
 
 
 def measure_files(report: Report, base: BaseModel, folder: Path, rounds: int) -> Path:
-    """Sizes on disk, and how long it takes to prove one before the engine sees it. Returns the one of the first rank."""
+    """Sizes on disk, and how long it takes to prove an adapter. Returns that of the first rank."""
     shapes, folders = base_shapes(base), {}
     for rank in RANKS:
         folders[rank] = made = make_adapter(Path(base.path), folder / f"rank-{rank}", rank=rank, scale=0.03)

@@ -4,9 +4,12 @@ A few versions are published as the orchestrator does it. Their rows in MLflow's
 names, since to publish thousands takes an hour; the server that answers does not know the difference.
 """
 
+import asyncio
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ from sqlalchemy import MetaData, Table, create_engine, func, insert, make_url, s
 from tests.support.mlflow_server import mlflow_server
 
 from benchmarks.measured import Measured
+from benchmarks.scale_store import stored_bytes
 from benchmarks.stacks import publish
 from graft.domain.names import registered_model
 from graft.domain.resources import BaseModel
 from graft.registry.mlflow_registry import Registry
+from graft.store.database import Database
 
 PROJECT = "default"
 PUBLISHED = 8
@@ -54,7 +59,7 @@ def measure(
         Measured(
             "publish a version",
             "s",
-            [seconds(lambda: publish(registry, base.id, base.digest, f"a{n}", adapter)) for n in range(PUBLISHED)],
+            [seconds(partial(publish, registry, base.id, base.digest, f"a{n}", adapter)) for n in range(PUBLISHED)],
         ),
     )
     registry.set_alias(PROJECT, base.id, "first", "champion", 1)
@@ -66,17 +71,27 @@ def measure(
             "pull a version into an empty cache",
             "s",
             [
-                seconds(lambda: Registry(uri, folder / f"cache-{n}").pull(name, 1, first.digest))
+                seconds(partial(Registry(uri, folder / f"cache-{n}").pull, name, 1, first.digest))
                 for n in range(PUBLISHED)
             ],
         ),
     )
+    run_id = registry.start_run(PROJECT, "metrics", 1, {}, {})
+    steps = [
+        seconds(partial(registry.log_metrics, run_id, {"loss": 0.5, "learning_rate": 5e-4, "epoch": 0.1}, step))
+        for step in range(CALLS)
+    ]
+    yield 0, Measured("log the metrics of a step", "ms", [statistics.median(steps) * 1000])
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     taken = 0.0
     for before, size in zip((0, *sizes), sizes, strict=False):
         if taken * size / max(before, 1) > WORTH_WAITING_SECONDS:
             break
-        _fill(database_url, name, size)
+        empty = asyncio.run(_stored_bytes(database_url))
+        made = _fill(database_url, name, size)
+        if made >= COPIES_AT_ONCE:
+            grown = asyncio.run(_stored_bytes(database_url)) - empty
+            yield size, Measured("bytes of a model and its version in MLflow's database", "bytes", [grown / made])
         yield (
             size,
             Measured(
@@ -101,8 +116,16 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _fill(url: str, like: str, size: int) -> None:
-    """Copies the rows of the registered model `like` until there are `size` models."""
+async def _stored_bytes(url: str) -> int:
+    database = Database(url)
+    try:
+        return await stored_bytes(database)
+    finally:
+        await database.close()
+
+
+def _fill(url: str, like: str, size: int) -> int:
+    """Copies the rows of the registered model `like` until there are `size` models. Returns how many it made."""
     engine = create_engine(url)
     metadata = MetaData()
     tables = [Table(name, metadata, autoload_with=engine) for name in TABLES]
@@ -119,5 +142,6 @@ def _fill(url: str, like: str, size: int) -> None:
                 for table in tables:
                     copies = [{**row, "name": name} for name in names for row in rows[table]]
                     connection.execute(insert(table), copies)
+            return max(size - int(there), 0)
     finally:
         engine.dispose()

@@ -297,4 +297,4 @@ async def stored_bytes(database: Database) -> int:
         return int((await connection.execute(text(query))).scalar_one())
 
 
-__all__ = ["databases", "insert_jobs", "measure", "registry_of"]
+__all__ = ["databases", "insert_jobs", "measure", "registry_of", "stored_bytes"]
