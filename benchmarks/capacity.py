@@ -29,11 +29,12 @@ RAY_NODES, RAY_PLACEMENT_GROUPS = 3_000, 1_000
 EVENTS_A_SECOND = 1 / Limits().event_interval_seconds
 CAPACITY = max(ServingSettings().max_cpu_loras, ServingSettings().max_loras)
 POLL_SECONDS = OrchestratorSettings().registry_poll_seconds
+WISH_SECONDS = OrchestratorSettings().poll_seconds
 
 
 @dataclass(frozen=True)
 class Line:
-    """`a + b * n`: growth between the two largest sizes that were measured, where it is told best; `a` is not below 0."""
+    """`a + b * n`: growth between the two largest sizes that were measured, where it shows best; `a` is 0 at least."""
 
     a: float
     b: float
@@ -129,8 +130,9 @@ class Capacity:
         return self.figures.line(PASS, self.database).at(adapters)
 
     def alias_seconds(self, adapters: float) -> float:
-        """From an alias moved in MLflow to the gateway, at worst: the pass that has just missed it, a poll, the next."""
-        return 2 * self.pass_seconds(adapters) + POLL_SECONDS + self.moved_seconds(adapters)
+        """From an alias moved in MLflow to the gateway, at worst: just after a pass has begun, and seen by the next."""
+        read = self.pass_seconds(adapters)
+        return max(read, POLL_SECONDS) + WISH_SECONDS + read + self.moved_seconds(adapters)
 
     def moved_seconds(self, adapters: float) -> float:
         """One alias of the read model, compared and written."""
@@ -223,14 +225,13 @@ class Wall:
 def walls(capacity: Capacity) -> list[Wall]:
     """All of them, the nearest of each unit first."""
     figures = capacity.figures
-    aliases = Line(capacity.alias_seconds(0), capacity.alias_seconds(1e6) / 1e6 - capacity.alias_seconds(0) / 1e6)
     chats = capacity.chats_a_second / 1000
     proxy, gateway = (figures.get("scale_serving", CHAT, part) * chats for part in ("proxy", "gateway"))
     found = [
         Wall(
             "registry",
             "an alias moved in MLflow is seen after five seconds",
-            aliases.reaches(ALIAS_SECONDS),
+            late_at(capacity),
             "adapters",
         ),
         Wall("engine", f"an engine holds {CAPACITY} adapters, more come and go", CAPACITY, "adapters"),
@@ -257,6 +258,15 @@ def walls(capacity: Capacity) -> list[Wall]:
     ]
     units = ("adapters", "replicas", "jobs")
     return sorted(found, key=lambda wall: (units.index(wall.unit), wall.stands_at))
+
+
+def late_at(capacity: Capacity) -> float:
+    """Adapters with which an alias is as late as it may be, by bisection: the formula only grows."""
+    low, high = 1.0, 1e9
+    while high - low > 0.5:
+        middle = (low + high) / 2
+        low, high = (low, middle) if capacity.alias_seconds(middle) > ALIAS_SECONDS else (middle, high)
+    return high
 
 
 def _tracked(capacity: Capacity) -> float:

@@ -37,15 +37,11 @@ STORE_FIGURES = {
     "resolve names, 16 at a time": "names/s",
     "refuse an unknown name": "ms",
     "list a page of 50 adapters": "ms",
-    "the read model, written whole": "s",
     MOVED: "s",
-    "bytes of an adapter and its version": "bytes",
     "claim 64 jobs of those that wait": "ms",
     "claim when all are taken": "ms",
     "read the jobs that one holds": "ms",
-    "append events of one job": "events/s",
     "append events of 8 jobs at once": "events/s",
-    "bytes of an event": "bytes",
 }
 
 
@@ -92,8 +88,10 @@ def measured_rest(figures: Figures) -> str:
         ("publish a version: MLflow on SQLite, on PostgreSQL", _both(figures, "publish a version", " s")),
         ("pull a version into an empty cache", _both(figures, "pull a version into an empty cache", " s")),
         ("log the metrics of a step", _both(figures, "log the metrics of a step", " ms")),
-        ("prove an adapter that is on disk", f"{_number(scale('prove an adapter that is on disk') * 1000)} ms"),
-        ("prove and load it into the engine", f"{_number(serving('prove and load an adapter from disk') * 1000)} ms"),
+        (
+            "prove an adapter that is on disk; prove it and load it into the engine",
+            f"{_number(scale('prove an adapter that is on disk') * 1000)}, {_number(capacity.load_seconds * 1000)} ms",
+        ),
         ("a replica without adapters, PSS", _size(serving("memory without adapters"))),
         (
             "each of the first four adapters, which fill the batch's slots",
@@ -115,9 +113,8 @@ def by_adapters(figures: Figures) -> str:
     """Store, registry, object storage, disks and engine."""
     capacity = Capacity(figures)
     rows: list[tuple[str, Callable[[float], str]]] = [
-        ("store: the read model", lambda n: _size(capacity.store_bytes(n))),
+        ("store and MLflow: databases", lambda n: _size(capacity.store_bytes(n) + capacity.mlflow_bytes(n))),
         ("store: one moved alias is written in", lambda n: _seconds(capacity.moved_seconds(n))),
-        ("registry: MLflow's database", lambda n: _size(capacity.mlflow_bytes(n))),
         ("registry: the mirror's pass", lambda n: _seconds(capacity.pass_seconds(n))),
         (
             f"registry: an alias is seen within ({ALIAS_SECONDS:.0f} s promised)",
@@ -163,8 +160,6 @@ def by_jobs(figures: Figures) -> str:
         ("orchestrator: cores, all training", lambda n: _number(capacity.loop_cores(n))),
         ("store: events a second at most", lambda n: _number(n * EVENTS_A_SECOND)),
         ("store: share of what PostgreSQL took", lambda n: f"{n * EVENTS_A_SECOND / capacity.events_a_second:.1%}"),
-        ("object spill", lambda _: "0"),
-        ("cores that train, one worker each", lambda n: _number(n)),
     ]
     return _table("jobs", COUNTS, rows)
 

@@ -253,6 +253,28 @@ async def test_a_data_set_is_checked_once_and_again_after_a_failure(store: SqlSt
         await store.get_dataset_check("dc-2")
 
 
+async def test_a_refusal_names_twenty_adapters_and_counts_the_others_in_the_database(store: SqlStore, url: str) -> None:
+    names = [f"a{number:02d}" for number in range(25)]
+    await store.replace_base_models([_base("base")])
+    await store.replace_registry(
+        RegistrySnapshot(tuple(Adapter("default", "base", name, {}, 1, NOW) for name in names), ())
+    )
+    database, statements = Database(url), list[str]()
+
+    @event.listens_for(database.engine.sync_engine, "before_cursor_execute")
+    def before(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    try:
+        with pytest.raises(NotFound, match=r"base:a19 and 5 more\.$") as refused:
+            await MirrorStore(database).get_adapter("default", "base", "nope")
+    finally:
+        await database.close()
+    assert "base:a20" not in str(refused.value)
+    (listed,) = [statement for statement in statements if "ORDER BY adapters.adapter" in statement]
+    assert "LIMIT" in listed
+
+
 async def test_only_what_differs_from_a_snapshot_is_written(store: SqlStore, url: str) -> None:
     def snapshot(champion_of_b: int, *names: str) -> RegistrySnapshot:
         aliases = {"b": champion_of_b}

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import JSON, Select, Table, and_, bindparam, delete, insert, select, update
+from sqlalchemy import JSON, Select, Table, and_, bindparam, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from graft.domain.errors import NotFound, unknown
+from graft.domain.errors import SHOWN, NotFound, unknown
 from graft.domain.jobs import JobError
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, RegistrySnapshot
 from graft.store import convert
@@ -193,7 +193,8 @@ async def _adapter(connection: AsyncConnection, project: str, base: str, adapter
     if row is not None:
         return convert.adapter(row)
     await _base_model(connection, base, project)
-    existing = (
-        await connection.execute(mine.with_only_columns(adapters.c.adapter).order_by(adapters.c.adapter))
-    ).scalars()
-    raise unknown("adapter", f"{base}:{adapter}", [f"{base}:{name}" for name in existing])
+    # Anybody can ask for a name that does not exist, and there may be a hundred thousand that do.
+    first = mine.with_only_columns(adapters.c.adapter).order_by(adapters.c.adapter).limit(SHOWN)
+    existing = [f"{base}:{name}" for name in (await connection.execute(first)).scalars()]
+    total = (await connection.execute(mine.with_only_columns(func.count()))).scalar_one()
+    raise unknown("adapter", f"{base}:{adapter}", existing, total)
