@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -27,4 +28,4 @@ async def seconds_of(call: Callable[[], Awaitable[Any]]) -> float:
 
 async def median_milliseconds(call: Callable[[T], Awaitable[Any]], given: Sequence[T]) -> float:
     """Of a call each, one after the other."""
-    return statistics.median([await seconds_of(lambda item=item: call(item)) for item in given]) * 1000  # type: ignore[misc]
+    return statistics.median([await seconds_of(partial(call, item)) for item in given]) * 1000

@@ -110,7 +110,7 @@ def measure_loop(report: Report, folder: Path, *, quick: bool) -> None:
             home = folder / f"loop-{state}-{size}"
             home.mkdir()
             with console.status(f"The orchestrator with {size:,} jobs {state}"):
-                one = asyncio.run(scale_loop.measure(home, state, size, 1 if quick else ROUNDS, 1 if quick else 4))
+                one = asyncio.run(scale_loop.measure(home, state, size, 1 if quick else ROUNDS, 1 if quick else 3))
             add(report, "loop", size, one)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ async def _adapters(store: SqlStore, database: Database, count: int, rounds: int
         changed = replace(snapshot.adapters[count // 2], aliases=aliases)
         others = snapshot.adapters[: count // 2], snapshot.adapters[count // 2 + 1 :]
         again = RegistrySnapshot((*others[0], changed, *others[1]), snapshot.versions)
-        moved.append(await seconds_of(lambda again=again: store.replace_registry(again)))  # type: ignore[misc]
+        moved.append(await seconds_of(partial(store.replace_registry, again)))
 
     names = [snapshot.adapters[number * 7919 % count].adapter for number in range(CALLS)]
 

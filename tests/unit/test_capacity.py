@@ -83,8 +83,8 @@ def test_a_changed_result_changes_the_page() -> None:
     }
     changed = capacity_page.filled(text, Figures(doubled))
     for name in capacity_page.SECTIONS:
-        section = f"<!-- scale:{name} -->"
-        assert text.partition(section)[2].partition("<!-- /")[0] != changed.partition(section)[2].partition("<!-- /")[0]
+        before, after = (page.partition(f"<!-- scale:{name} -->")[2].partition("\n\n")[0] for page in (text, changed))
+        assert before != after, name
 
 
 def test_a_page_that_lacks_a_section_is_refused() -> None:
