@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.common import ROOT, console
 
-ALL = ("training", "jobs", "mixed_adapters", "gateway", "cpu_lora", "scale", "scale_serving")
+ALL = ("training", "jobs", "mixed_adapters", "gateway", "cpu_lora", "scale_state", "scale", "scale_serving")
 """In this order: what matters most first, should the time run out."""
 
 

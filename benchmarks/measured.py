@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from benchmarks.common import Report, console
+
 T = TypeVar("T")
 
 
@@ -17,6 +19,13 @@ class Measured:
     figure: str
     unit: str
     values: list[float]
+
+
+def add(report: Report, contestant: str, one: Measured, size: int = 0) -> None:
+    """Into the report, with the size in the figure's name unless it is 0, and on the screen at once."""
+    figure = one.figure + (f" @ {size:,}" if size else "")
+    report.figure(figure, one.unit, contestant, one.values)
+    console.print(f"{contestant}: {figure}: {statistics.median(one.values):.4g} {one.unit}", markup=False)
 
 
 async def seconds_of(call: Callable[[], Awaitable[Any]]) -> float:

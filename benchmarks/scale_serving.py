@@ -31,7 +31,7 @@ from benchmarks.common import (
     temporary_folder,
 )
 from benchmarks.load import drive, fresh_seed, http_ask, questions
-from benchmarks.measured import Measured
+from benchmarks.measured import Measured, add
 from benchmarks.stacks import Stack, graft_stack
 from graft.internal.engine_client import EngineClient
 from graft.process_memory import pss_bytes, tree_bytes
@@ -187,12 +187,6 @@ def cores(process: psutil.Process, seconds: float) -> float:
     started = time.perf_counter()
     time.sleep(seconds)
     return (cpu_seconds([process]) - before) / (time.perf_counter() - started)
-
-
-def add(report: Report, contestant: str, one: Measured) -> None:
-    """Into the report, and on the screen at once."""
-    report.figure(one.figure, one.unit, contestant, one.values)
-    console.print(f"{contestant}: {one.figure}: {min(one.values):.4g} {one.unit}", markup=False)
 
 
 if __name__ == "__main__":
