@@ -61,7 +61,7 @@ class Figures:
                 return float(one["median"])
         raise KeyError(f"{benchmark}.json has no {figure!r} of {contestant}")
 
-    def sized(self, figure: str, contestant: str, benchmark: str = "scale") -> dict[int, float]:
+    def sized(self, figure: str, contestant: str, benchmark: str = "scale_state") -> dict[int, float]:
         """Medians by size, of figures named `figure @ size`."""
         return {
             int(one["figure"].rpartition("@ ")[2].replace(",", "")): float(one["median"])
@@ -69,7 +69,7 @@ class Figures:
             if one["contestant"] == contestant and one["figure"].startswith(f"{figure} @ ")
         }
 
-    def line(self, figure: str, contestant: str, benchmark: str = "scale") -> Line:
+    def line(self, figure: str, contestant: str, benchmark: str = "scale_state") -> Line:
         """Through the two largest sizes. Raises ValueError with fewer."""
         *_, (n, low), (m, high) = sorted(self.sized(figure, contestant, benchmark).items())
         b = max((high - low) / (m - n), 1e-12)  # noise may let the larger one be quicker
@@ -78,7 +78,7 @@ class Figures:
 
 def load(root: Path = ROOT) -> Figures:
     """The committed results."""
-    names = ("scale", "scale_serving", "gateway", "jobs")
+    names = ("scale", "scale_state", "scale_serving", "gateway")
     results = {name: json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text()) for name in names}
     results["sentiment"] = json.loads((root / "docs" / "showcase" / "sentiment.json").read_text())
     return Figures(results)
@@ -127,7 +127,7 @@ class Capacity:
 
     def pass_seconds(self, adapters: float) -> float:
         """Everything read from MLflow once."""
-        return self.figures.line(PASS, self.database).at(adapters)
+        return self.figures.line(PASS, self.database, "scale").at(adapters)
 
     def alias_seconds(self, adapters: float) -> float:
         """From an alias moved in MLflow to the gateway, at worst: just after a pass has begun, and seen by the next."""
@@ -150,7 +150,7 @@ class Capacity:
 
     def mlflow_bytes(self, adapters: float) -> float:
         """MLflow's database."""
-        sizes = self.figures.sized("bytes of a model and its version in MLflow's database", self.database)
+        sizes = self.figures.sized("bytes of a model and its version in MLflow's database", self.database, "scale")
         return adapters * sizes[max(sizes)]
 
     @property

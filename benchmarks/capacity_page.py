@@ -58,9 +58,9 @@ def measured_registry(figures: Figures) -> str:
     """The mirror's pass by size, and how far the line that is extrapolated is from what was measured."""
     lines = [_row("adapters", "SQLite, s", "the line says", "PostgreSQL, s", "the line says"), _rule(5)]
     kinds = ("sqlite", "postgresql")
-    sizes = {kind: figures.sized(PASS, kind) for kind in kinds}
+    sizes = {kind: figures.sized(PASS, kind, "scale") for kind in kinds}
     for n in sorted({*sizes["sqlite"], *sizes["postgresql"]}):
-        cells = [(_number(sizes[kind].get(n)), _number(figures.line(PASS, kind).at(n))) for kind in kinds]
+        cells = [(_number(sizes[kind].get(n)), _number(figures.line(PASS, kind, "scale").at(n))) for kind in kinds]
         lines.append(_row(f"{n:,}", *(cell for pair in cells for cell in pair)))
     return "\n".join(lines)
 

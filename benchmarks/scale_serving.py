@@ -49,10 +49,10 @@ CONTROLLER = "ray::ServeController"
 IDLE = "ray::ServeReplica:idle"
 MAX_LORAS = 4
 ADAPTERS = 32
-IDLE_REPLICAS = (1, 8, 24)
+IDLE_REPLICAS = (1, 8, 16)
 ROUNDS = 3
 REQUESTS, IN_FLIGHT, MAX_TOKENS = 32, 8, 16
-WINDOW_SECONDS = 10.0
+WINDOW_SECONDS = 8.0
 
 
 def main() -> int:

@@ -23,19 +23,21 @@ def made_up() -> Capacity:
             (f"{PASS} @ 10", "postgresql", 1.0),
             (f"{PASS} @ 1,000", "postgresql", 0.6),
             (f"{PASS} @ 3,000", "postgresql", 1.6),
+            ("an adapter of rank 8 on disk", "files", 10e6),
+            ("pull a version into an empty cache", "postgresql", 0.5),
+        ],
+        scale_state=[
             (f"{MOVED} @ 1,000", "postgresql", 0.1),
             (f"{MOVED} @ 100,000", "postgresql", 9.9 + 0.1),
             (f"{TRAINING} @ 10", "loop", 0.1),
             (f"{TRAINING} @ 100", "loop", 1.0),
-            ("an adapter of rank 8 on disk", "files", 10e6),
-            ("pull a version into an empty cache", "postgresql", 0.5),
         ],
     )
     return Capacity(found)
 
 
 def test_growth_is_a_line_through_the_two_largest_sizes(made_up: Capacity) -> None:
-    line = made_up.figures.line(PASS, "postgresql")
+    line = made_up.figures.line(PASS, "postgresql", "scale")
     assert (line.a, line.b) == pytest.approx((0.1, 0.0005))
     assert made_up.pass_seconds(100_000) == pytest.approx(50.1)
     assert line.reaches(50.1) == pytest.approx(100_000)
