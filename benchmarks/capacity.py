@@ -252,7 +252,12 @@ def walls(capacity: Capacity) -> list[Wall]:
         ),
         Wall("Ray", "nodes in Ray's tested envelope", RAY_NODES, "replicas"),
         Wall("store", "jobs that all write four events a second", capacity.events_a_second / EVENTS_A_SECOND, "jobs"),
-        Wall("orchestrator", "its loop uses one core", figures.line(TRAINING, "loop").reaches(1.0), "jobs"),
+        Wall(
+            "orchestrator",
+            "its loop uses one core for jobs in silence",
+            figures.line(TRAINING, "loop").reaches(1.0),
+            "jobs",
+        ),
         Wall("tracking", "MLflow's one worker takes a step's metrics of each", _tracked(capacity), "jobs"),
         Wall("Ray", "placement groups in Ray's tested envelope", RAY_PLACEMENT_GROUPS, "jobs"),
     ]

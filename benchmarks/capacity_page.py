@@ -94,7 +94,7 @@ def measured_rest(figures: Figures) -> str:
         ),
         ("a replica without adapters, PSS", _size(serving("memory without adapters"))),
         (
-            "each of the first four adapters, which fill the batch's slots",
+            "each of the first four adapters, which take the batch's slots",
             _size(serving("memory of an adapter that fills a slot of the batch")),
         ),
         ("each further adapter", _size(capacity.resident_bytes)),

@@ -37,7 +37,7 @@ MOST_HELD = 1_000
 """An orchestrator holds what it has claimed; beyond this one call alone takes seconds."""
 METRICS = {"train_loss": 0.18456169962882996, "trained_tokens": 52186.0, "adapter_bytes": 9824423.0}
 PROGRESS = Progress(step=50, total_steps=100, epoch=0.5, loss=0.18456169962882996)
-EVENT = {
+EVENT: dict[str, object] = {
     "step": 50,
     "total_steps": 100,
     "epoch": 0.5,
