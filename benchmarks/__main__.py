@@ -6,7 +6,10 @@ import sys
 
 from benchmarks.common import ROOT, console
 
-ALL = ("training", "jobs", "mixed_adapters", "gateway", "cpu_lora", "data_memory")
+ALL = (
+    *("training", "jobs", "mixed_adapters", "gateway", "cpu_lora", "data_memory"),
+    *("scale_state", "scale", "scale_serving"),
+)
 """In this order: what matters most first, should the time run out."""
 
 

@@ -253,6 +253,62 @@ async def test_a_data_set_is_checked_once_and_again_after_a_failure(store: SqlSt
         await store.get_dataset_check("dc-2")
 
 
+async def test_a_refusal_names_twenty_adapters_and_counts_the_others_in_the_database(store: SqlStore, url: str) -> None:
+    names = [f"a{number:02d}" for number in range(25)]
+    await store.replace_base_models([_base("base")])
+    await store.replace_registry(
+        RegistrySnapshot(tuple(Adapter("default", "base", name, {}, 1, NOW) for name in names), ())
+    )
+    database, statements = Database(url), list[str]()
+
+    @event.listens_for(database.engine.sync_engine, "before_cursor_execute")
+    def before(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    try:
+        with pytest.raises(NotFound, match=r"base:a19 and 5 more\.$") as refused:
+            await MirrorStore(database).get_adapter("default", "base", "nope")
+    finally:
+        await database.close()
+    assert "base:a20" not in str(refused.value)
+    (listed,) = [statement for statement in statements if "ORDER BY adapters.adapter" in statement]
+    assert "LIMIT" in listed
+
+
+async def test_only_what_differs_from_a_snapshot_is_written(store: SqlStore, url: str) -> None:
+    def snapshot(champion_of_b: int, *names: str) -> RegistrySnapshot:
+        aliases = {"b": champion_of_b}
+        adapters = (Adapter("default", "base", name, {"champion": aliases.get(name, 1)}, 2, NOW) for name in names)
+        return RegistrySnapshot(tuple(adapters), tuple(_version(name, number) for name in names for number in (1, 2)))
+
+    database, written = Database(url), list[tuple[str, int]]()
+
+    @event.listens_for(database.engine.sync_engine, "before_cursor_execute")
+    def before(
+        _connection: object, _cursor: object, statement: str, given: object, _context: object, many: bool
+    ) -> None:
+        if statement.startswith(("INSERT", "UPDATE", "DELETE")):
+            written.append((" ".join(statement.split()[:3]), len(given) if many else 1))  # type: ignore[arg-type]
+
+    mirror = MirrorStore(database)
+    try:
+        await mirror.replace_registry(snapshot(1, "a", "b", "c"))
+        written.clear()
+        await mirror.replace_registry(snapshot(1, "a", "b", "c"))
+        assert written == []
+        await mirror.replace_registry(snapshot(2, "a", "b", "c"))
+        assert written == [("DELETE FROM adapters", 1), ("INSERT INTO adapters", 1)]
+        assert (await store.resolve_version("default", "base", "b", version=None, alias="champion")).version == 2
+        await mirror.replace_registry(snapshot(2, "b", "c", "d"))
+        page = await store.list_adapters("default", None, 10, "")
+        assert page.items == snapshot(2, "b", "c", "d").adapters
+        with pytest.raises(NotFound):
+            await store.resolve_version("default", "base", "a", version=1, alias=None)
+        assert (await store.resolve_version("default", "base", "d", version=2, alias=None)) == _version("d", 2)
+    finally:
+        await database.close()
+
+
 async def test_an_alias_wish_waits_until_it_is_carried_out(store: SqlStore) -> None:
     wish = AliasWish("w-1", "default", "base", "a", "champion", 2)
     await store.request_alias(wish)

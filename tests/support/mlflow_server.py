@@ -17,10 +17,13 @@ from tests.support.postgres import free_port
 
 
 @contextmanager
-def mlflow_server(home: Path) -> Iterator[str]:
-    """Yields the tracking URI of a fresh server below `home`; ends it, and its workers, afterwards."""
+def mlflow_server(home: Path, **settings: str) -> Iterator[str]:
+    """Yields the tracking URI of a fresh server below `home`; ends it, and its workers, afterwards.
+
+    `settings` are further GRAFT_* variables.
+    """
     port = free_port()
-    environment = {**os.environ, "GRAFT_HOME": str(home), "GRAFT_REGISTRY_PORT": str(port)}
+    environment = {**os.environ, "GRAFT_HOME": str(home), "GRAFT_REGISTRY_PORT": str(port), **settings}
     home.mkdir(parents=True, exist_ok=True)
     with open(home / "mlflow.log", "wb") as log:
         server = subprocess.Popen(

@@ -35,8 +35,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def postgres_server() -> Iterator[str]:
-    """Yields the SQLAlchemy URL of an empty server."""
+def postgres_server(*, durable: bool = False) -> Iterator[str]:
+    """Yields the SQLAlchemy URL of an empty server. Its commits wait for the disk only when `durable`."""
     initdb, server = postgres_binary("initdb"), postgres_binary("postgres")
     folder = Path(tempfile.mkdtemp(prefix="graft-postgres-"))
     # PostgreSQL refuses to run as root.
@@ -44,6 +44,7 @@ def postgres_server() -> Iterator[str]:
     if user:
         os.chown(folder, user["user"], user["group"])
     data, port = folder / "data", free_port()
+    fsync = f"fsync={'on' if durable else 'off'}"
     process = None
     try:
         subprocess.run(
@@ -55,7 +56,7 @@ def postgres_server() -> Iterator[str]:
         )
         with open(folder / "log", "wb") as log:
             process = subprocess.Popen(
-                [server, "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-c", "fsync=off"],
+                [server, "-D", str(data), "-p", str(port), "-k", str(folder), "-h", "127.0.0.1", "-c", fsync],
                 stdout=log,
                 stderr=log,
                 cwd=folder,

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -255,6 +255,44 @@ async def test_an_older_job_that_lines_up_while_the_cluster_answers_goes_first(t
             await asyncio.sleep(0)
             answer.set()
         assert entered == ["job-1", "job-1", "job-2", "job-2"]
+
+
+async def test_a_waiting_job_does_not_look_at_all_others_at_every_poll(tmp_path: Path) -> None:
+    looks = 0
+
+    class Age(datetime):
+        def __lt__(self, other: object) -> bool:
+            nonlocal looks
+            looks += 1
+            return super().__lt__(other)  # type: ignore[operator]
+
+    polls, waiting = 0, 64
+    async with world(tmp_path) as it:
+
+        def capacity() -> float:
+            nonlocal polls
+            polls += 1
+            return 0.0
+
+        room = Room(replace(it.parts, capacity=capacity))
+        job = await it.create_job("job-0")
+        jobs = [replace(job, id=f"job-{n}", create_time=Age(2026, 1, 1, 0, n // 60, n % 60)) for n in range(waiting)]
+
+        async def enter(job: Job) -> None:
+            async with room.turn(job):
+                raise AssertionError("the cluster has no CPUs")
+
+        tasks = [asyncio.create_task(enter(job)) for job in jobs]
+        while polls < 2:  # noqa: ASYNC110 - the first job's polls are what is counted
+            await asyncio.sleep(0.01)
+        lined_up = looks
+        before = polls
+        while polls < before + 10:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.01)
+        assert looks - lined_up < waiting
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def test_the_limit_of_concurrent_jobs_is_kept(tmp_path: Path) -> None:

@@ -137,10 +137,18 @@ KINDS: dict[str, type[GraftError]] = {
 }
 
 
-def unknown(kind: str, name: str, existing: list[str]) -> NotFound:
-    """NOT_FOUND that names what was asked for and what exists (20 at most)."""
-    shown = ", ".join(existing[:20]) or "none"
-    more = f" and {len(existing) - 20} more" if len(existing) > 20 else ""
+SHOWN = 20
+"""Names of what exists that a refusal tells: as many as a person reads."""
+
+
+def unknown(kind: str, name: str, existing: list[str], total: int = 0) -> NotFound:
+    """NOT_FOUND that names what was asked for and what exists (SHOWN at most).
+
+    `total`: how many exist, where `existing` is only the first of them.
+    """
+    shown = ", ".join(existing[:SHOWN]) or "none"
+    others = max(total, len(existing)) - SHOWN
+    more = f" and {others} more" if others > 0 else ""
     return NotFound(
         f"{kind} {name!r} does not exist. Existing: {shown}{more}.",
         reason=f"{kind.upper().replace(' ', '_')}_NOT_FOUND",

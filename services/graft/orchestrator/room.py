@@ -6,6 +6,7 @@ ever by narrow ones behind it.
 """
 
 import asyncio
+import bisect
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -55,6 +56,8 @@ class Room:
     parts: Parts
     _held: dict[str, int] = field(default_factory=dict)
     _waiting: dict[str, datetime] = field(default_factory=dict)
+    _line: list[tuple[datetime, str]] = field(default_factory=list)
+    """The same jobs, oldest first. Each asks at every poll whether it is first, and must not look at all for that."""
 
     def hold(self, job: Job) -> None:
         """Counts an adopted job that trains already."""
@@ -63,7 +66,7 @@ class Room:
     def free(self, job_id: str) -> None:
         """Gives back what a job holds, CPUs or a place in the line, if it holds anything."""
         self._held.pop(job_id, None)
-        self._waiting.pop(job_id, None)
+        self._step_out(job_id)
 
     def line_up(self, job: Job) -> None:
         """Gives the job the place of its age among those that wait, before it asks; what it held is free.
@@ -72,10 +75,11 @@ class Room:
         """
         self.free(job.id)
         self._waiting[job.id] = job.create_time
+        bisect.insort(self._line, (job.create_time, job.id))
 
     def step_aside(self, job_id: str) -> None:
         """Takes a job in trouble out of the line, so that nobody waits behind it. It lines up anew when it recovers."""
-        self._waiting.pop(job_id, None)
+        self._step_out(job_id)
 
     @asynccontextmanager
     async def turn(self, job: Job) -> AsyncIterator[int]:
@@ -110,10 +114,15 @@ class Room:
             await asyncio.sleep(self.parts.settings.orchestrator.poll_seconds)
         self._held[job.id] = granted = max(workers, min(most, int(cpus) - sum(self._held.values())))
         yield granted
-        self._waiting.pop(job.id, None)
+        self._step_out(job.id)
 
     def _first(self) -> str:
-        return min(self._waiting, key=lambda job_id: (self._waiting[job_id], job_id))
+        return self._line[0][1]
+
+    def _step_out(self, job_id: str) -> None:
+        created = self._waiting.pop(job_id, None)
+        if created is not None:
+            del self._line[bisect.bisect_left(self._line, (created, job_id))]
 
     def _fits(self, workers: int, cpus: float) -> bool:
         most = self.parts.settings.orchestrator.max_concurrent_jobs

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,13 +184,15 @@ class Registry:
         with self._translated("registry"):
             versions = tuple(_version(entry) for entry in self._versions("") if _is_ours(entry))
             models = list(self._pages(self._client.search_registered_models))
+        numbers_of: dict[tuple[str, str, str], set[int]] = defaultdict(set)
+        for version in versions:
+            numbers_of[version.project, version.base_model, version.adapter].add(version.version)
         adapters: list[Adapter] = []
         for model in models:
             names = parse_registered_model(model.name)
-            mine = [v for v in versions if (v.project, v.base_model, v.adapter) == names]
-            if names is None or not mine:
+            if names is None or names not in numbers_of:
                 continue
-            numbers = {version.version for version in mine}
+            numbers = numbers_of[names]
             aliases = {alias: int(n) for alias, n in sorted(model.aliases.items()) if int(n) in numbers}
             created = _time(model.creation_timestamp)
             adapters.append(Adapter(*names, aliases, max(numbers), created))

@@ -1,13 +1,13 @@
 """The read model of the registry, the base models, and the wishes to point an alias."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import JSON, Select, and_, bindparam, delete, insert, select, update
+from sqlalchemy import JSON, Select, Table, and_, bindparam, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from graft.domain.errors import NotFound, unknown
+from graft.domain.errors import SHOWN, NotFound, unknown
 from graft.domain.jobs import JobError
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, RegistrySnapshot
 from graft.store import convert
@@ -60,15 +60,11 @@ class MirrorStore:
             return tuple(convert.base_model(row) for row in rows)
 
     async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
-        """Makes the read model equal to the snapshot, in one transaction."""
+        """Makes the read model equal to the snapshot, in one transaction; what is so already is not written."""
         async with self._database.write() as connection:
             await self._database.lock(connection, adapters)
-            await connection.execute(delete(adapter_versions))
-            await connection.execute(delete(adapters))
-            if snapshot.adapters:
-                await connection.execute(insert(adapters), [asdict(item) for item in snapshot.adapters])
-            if snapshot.versions:
-                await connection.execute(insert(adapter_versions), [asdict(item) for item in snapshot.versions])
+            await _make_equal(connection, adapter_versions, convert.adapter_version, snapshot.versions)
+            await _make_equal(connection, adapters, convert.adapter, snapshot.adapters)
 
     async def get_adapter(self, project: str, base: str, adapter: str) -> Adapter:
         """Raises NotFound naming it and what exists (also when the base model does not exist)."""
@@ -149,6 +145,21 @@ class MirrorStore:
             await connection.execute(update(alias_wishes).where(alias_wishes.c.id == wish_id).values(values))
 
 
+async def _make_equal(
+    connection: AsyncConnection, table: Table, read: Callable[[convert.Row], Any], items: Sequence[Any]
+) -> None:
+    """One alias moves among thousands: the table is compared, and only what differs is written."""
+    keys = [key.name for key in table.primary_key]
+    wanted = {tuple(getattr(item, key) for key in keys): item for item in items}
+    rows = (await connection.execute(select(table))).mappings()
+    stored = {tuple(row[key] for key in keys): read(row) for row in rows}
+    same = {key for key, item in wanted.items() if stored.get(key) == item}
+    if leaving := [dict(zip(keys, values, strict=True)) for values in stored.keys() - same]:
+        await connection.execute(delete(table).where(*(table.c[key] == bindparam(key) for key in keys)), leaving)
+    if fresh := [asdict(item) for key, item in wanted.items() if key not in same]:
+        await connection.execute(insert(table), fresh)
+
+
 def _json_ready(values: dict[str, object]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -182,7 +193,8 @@ async def _adapter(connection: AsyncConnection, project: str, base: str, adapter
     if row is not None:
         return convert.adapter(row)
     await _base_model(connection, base, project)
-    existing = (
-        await connection.execute(mine.with_only_columns(adapters.c.adapter).order_by(adapters.c.adapter))
-    ).scalars()
-    raise unknown("adapter", f"{base}:{adapter}", [f"{base}:{name}" for name in existing])
+    # Anybody can ask for a name that does not exist, and there may be a hundred thousand that do.
+    first = mine.with_only_columns(adapters.c.adapter).order_by(adapters.c.adapter).limit(SHOWN)
+    existing = [f"{base}:{name}" for name in (await connection.execute(first)).scalars()]
+    total = (await connection.execute(mine.with_only_columns(func.count()))).scalar_one()
+    raise unknown("adapter", f"{base}:{adapter}", existing, total)
