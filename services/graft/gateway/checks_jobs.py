@@ -15,6 +15,7 @@ from graft.domain.grading import check_grader
 from graft.domain.jobs import Hyperparameters, JobSpec, Lora, Method, ServedAs, Tuning
 from graft.domain.names import check_id, parse_model
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
+from graft.domain.sharding import check_sharding
 from graft.gateway.checks_sweep import check_sweep
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.uploads import on_this_host
@@ -95,6 +96,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         *_check_tuning(spec, base, settings),
         *_check_served_as(spec, base, settings),
         *_check_hyperparameters(spec.hyperparameters, base, validation),
+        *check_sharding(spec),
         *_check_data(training, validation),
         *check_sweep(spec, _highest_rank(base, settings), loads_as_it_is(spec)),
         *_check_metadata(spec.metadata),

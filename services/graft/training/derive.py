@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from graft.data.prepare import DataStats
-from graft.domain.jobs import DEFAULT_BLOCKS, DEFAULT_RANK, JobSpec, Method, Resolved, ServedAs, Tuning
+from graft.domain.jobs import DEFAULT_BLOCKS, DEFAULT_RANK, JobSpec, Method, Resolved, ServedAs, Sharding, Tuning
 from graft.domain.resources import BaseModel
 from graft.training.sweep import settle_sweep
 
@@ -130,6 +130,8 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
             + (" and cut into pieces: it does not apply." if spec.method is Method.SELF_SUPERVISED else "."),
         )
     )
+    if asked.sharding is not Sharding.AUTO:
+        settle("sharding", asked.sharding.value, None, "")
     settle("validation_fraction", asked.validation_fraction, 0.0, "0: no training row is held out.")
     settle("early_stopping_patience", asked.early_stopping_patience, 0, "0: every step is done.")
     settle("eval_steps", asked.eval_steps, 0, "0: the held-out loss is measured after each epoch and the last step.")
