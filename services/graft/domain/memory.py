@@ -36,9 +36,13 @@ def asked_memory(spec: JobSpec, shape: Shape, target_modules: Sequence[str], sta
         lora = replace(asked, rank=rank, target_modules=asked.target_modules or tuple(target_modules))
     elif spec.tuning is Tuning.LAST_LAYERS:
         last_layers = replace(spec.last_layers, blocks=spec.last_layers.blocks or DEFAULT_BLOCKS)
-    sharded = spec.hyperparameters.sharding is Sharding.ALWAYS
-    workers = (spec.hyperparameters.num_workers or 1) if sharded else 1
-    return memory_bytes(shape, spec.tuning, lora, last_layers, workers)
+    return memory_bytes(shape, spec.tuning, lora, last_layers, sharing_workers(spec))
+
+
+def sharing_workers(spec: JobSpec) -> int:
+    """Over how many workers the job has its base spread; 1 where they find that out themselves."""
+    asked = spec.hyperparameters
+    return (asked.num_workers or 1) if asked.sharding is Sharding.ALWAYS else 1
 
 
 def trained_parameters(shape: Shape, tuning: Tuning, lora: Lora, last_layers: LastLayers) -> int:

@@ -89,7 +89,9 @@ class HeldOut:
         ValueError when there is no held-out data."""
         if self._objective is None:
             raise ValueError("There is no held-out data.")
-        return self._measure(model, self._objective, self._last_step, self._group if self._group.sharded else ALONE)["loss"]
+        return self._measure(model, self._objective, self._last_step, self._group if self._group.sharded else ALONE)[
+            "loss"
+        ]
 
     @staticmethod
     def _measure(model: Any, objective: Objective[Any, Any], step: int, group: Group) -> dict[str, float]:

@@ -85,7 +85,9 @@ def train(
         batch = objective.gather(step, indices, group)
         # The loss, then the metrics.
         sums = torch.zeros(1 + len(objective.metric_names))
-        for part, counts in in_step(objective.parts(batch.items), partial(spare_part, objective, step, indices[0]), group):
+        for part, counts in in_step(
+            objective.parts(batch.items), partial(spare_part, objective, step, indices[0]), group
+        ):
             loss, metrics = objective.loss(model, part)
             (loss / batch.scale if counts else loss * 0).backward()
             if counts:
@@ -127,8 +129,8 @@ def rate(step: int, settings: LoopSettings) -> float:
 
 
 def _sum_gradients(parameters: Sequence[torch.nn.Parameter], sums: torch.Tensor, group: Group) -> None:
-    """Makes every worker's gradients and `sums` the sum of all, with one message a step. The gradients of what is spread
-    over the workers are that already (`graft.training.sharding`)."""
+    """Makes every worker's gradients and `sums` the sum of all, with one message a step. The gradients of what is
+    spread over the workers are that already (`graft.training.sharding`)."""
     for parameter in parameters:
         if parameter.grad is None:  # a worker without a share of a small batch
             parameter.grad = torch.zeros_like(parameter)

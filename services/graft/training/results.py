@@ -46,9 +46,7 @@ class Yardstick:
         return f"the {'validation' if self.held_out else 'training'} data's first {len(self.examples)} examples"
 
 
-def save_result(
-    spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell, group: Group = ALONE
-) -> dict[str, float]:
+def save_result(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell, group: Group = ALONE) -> dict[str, float]:
     """Writes the run's folders below `spec.output_dir` and returns the numbers that its last report adds.
 
     `model` is used up: it may end as what is served, or as nothing that may be used. Called by all workers of a sharded
@@ -92,9 +90,7 @@ def _save_as_adapter(spec: RunSpec, model: Any, probes: Sequence[Example], group
         save_adapter(model, folder, describe(spec, model, probes), spec.task_definition, group)
 
 
-def _save_as_delta(
-    spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell, group: Group
-) -> dict[str, float]:
+def _save_as_delta(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell, group: Group) -> dict[str, float]:
     folder = Path(spec.output_dir) / ADAPTER
     trained_loss = yardstick.loss(model)
     base = BaseWeights(Path(spec.base_model_path), model)

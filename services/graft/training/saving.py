@@ -75,10 +75,11 @@ def save_adapter(model: Any, folder: Path, about: About | None = None, task: str
 def save_model(
     model: Any, base_model: Path, folder: Path, about: About | None = None, task: str = "", group: Group = ALONE
 ) -> None:
-    """Called by all workers of a sharded group; rank 0, which then holds all weights on its CPU, writes a folder that plain transformers loads: sharded weights in the model's own type, and the base's tokenizer files.
+    """A folder that plain transformers loads: sharded weights in the model's own type, and the base's tokenizer files.
 
     They are copied byte for byte, so that tokens and chat template are the base's. float32, where it was trained in it,
-    is kept: rounded to 16 bits, a weight forgets most of a small change.
+    is kept: rounded to 16 bits, a weight forgets most of a small change. Called by all workers of a sharded group; rank
+    0, which gathers all weights on its CPU, writes.
     """
     weights = gathered(model, group, trained_only=False)
 

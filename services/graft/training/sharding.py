@@ -17,17 +17,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from graft.training.objectives.objective import Group
 
 
-def shard(model: Any, group: Group, device: torch.device) -> None:
+def shard(model: Any, device: torch.device) -> None:
     """Spreads the blocks of a model on the CPU over the workers' devices, and moves the rest to this one's.
 
     Every worker calls it with the same weights. One block at a time is whole on the device. Gradients of the blocks
     are from then on summed over the workers by each backward pass, into each worker's part.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed import new_group
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
     decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
-    mesh = init_device_mesh(device.type, (group.world_size,))
+    # The workers' own group is gloo's, which gathers nothing on a GPU.
+    mesh = DeviceMesh.from_group(new_group(backend="nccl" if device.type == "cuda" else "gloo"), device.type)
     for block in decoder.layers:
         fully_shard(block, mesh=mesh)
         # A loss is divided by the whole batch's scale already: a mean over workers would divide it twice. Not by a

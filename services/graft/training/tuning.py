@@ -45,15 +45,26 @@ def compute_dtype(base_model: Path) -> torch.dtype:
 
 def wants_sharding(spec: RunSpec, device: torch.device, group: Group) -> bool:
     """Whether the base is to be spread over the workers; the same on each. `auto` spreads it where what a worker needs
-    does not fit into the GPU of one of them: on a CPU, where workers may share their memory, it copies."""
-    if spec.sharding is not Sharding.AUTO or group.world_size == 1:
-        return spec.sharding is Sharding.ALWAYS and group.world_size > 1
-    if any(unshardable(spec.method, spec.lora)):
+    does not fit into the GPU of one of them: on a CPU, where workers may share their memory, it copies.
+
+    Raises FailedPrecondition when it is to be spread over workers with a GPU and others without.
+    """
+    if spec.sharding is Sharding.NEVER or group.world_size == 1 or any(unshardable(spec.method, spec.lora)):
         return False
     needed = memory_bytes(read_shape(Path(spec.base_model_path)), spec.tuning, spec.lora, spec.last_layers)
-    lacking = torch.tensor([float(device.type == "cuda" and needed.total_bytes > node_memory_bytes(device))])
-    group.reduce(lacking)
-    return bool(lacking)
+    on_gpu = device.type == "cuda"
+    votes = torch.tensor([on_gpu, on_gpu and needed.total_bytes > node_memory_bytes(device)], dtype=torch.float64)
+    group.reduce(votes)
+    with_gpu, lacking = (int(count) for count in votes)
+    if spec.sharding is Sharding.AUTO and not lacking:
+        return False
+    if 0 < with_gpu < group.world_size:
+        raise FailedPrecondition(
+            f"The base cannot be spread over {group.world_size} workers of which {with_gpu} have a GPU. Train on nodes "
+            "that are alike, or with sharding: never.",
+            reason="WORKERS_DIFFER",
+        )
+    return True
 
 
 def load_base(spec: RunSpec, device: torch.device, group: Group = ALONE) -> Any:

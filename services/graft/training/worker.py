@@ -91,7 +91,7 @@ def run_worker(
     dtype = base.dtype
     model = tune(spec, base)
     if group.sharded:
-        shard(model, group, device)
+        shard(model, device)
     torch.manual_seed(spec.seed + group.rank)  # dropout, if any, must differ
     shortest = heapq.nsmallest(2, data.sequences, key=lambda item: len(item.token_ids))
     check_packing(
