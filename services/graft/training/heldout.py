@@ -10,7 +10,7 @@ import torch
 
 from graft.domain.jobs import Method
 from graft.training.loop import StepReport
-from graft.training.objectives.objective import ALONE, Group, Objective, measure
+from graft.training.objectives.objective import Group, Objective, measure
 from graft.training.sharding import local
 from graft.training.spec import RunSpec
 
@@ -89,9 +89,7 @@ class HeldOut:
         ValueError when there is no held-out data."""
         if self._objective is None:
             raise ValueError("There is no held-out data.")
-        return self._measure(model, self._objective, self._last_step, self._group if self._group.sharded else ALONE)[
-            "loss"
-        ]
+        return self._measure(model, self._objective, self._last_step, self._group.closing)["loss"]
 
     @staticmethod
     def _measure(model: Any, objective: Objective[Any, Any], step: int, group: Group) -> dict[str, float]:

@@ -96,7 +96,6 @@ def save_model(
 def save_checkpoint(model: Any, base_model: Path, folder: Path, group: Group = ALONE) -> None:
     """The adapter, or the whole model; of whole models only the newest KEPT_MODELS stay in `folder`'s parent. Called by
     all workers of a sharded group; rank 0 writes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         save_adapter(model, folder, group=group)
         return

@@ -28,7 +28,7 @@ from graft.training.methods import (
     probe_candidates,
     read_data,
 )
-from graft.training.objectives.objective import ALONE, Group
+from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import check_packing
 from graft.training.places import patiently, put, remove, with_files
@@ -133,7 +133,7 @@ def run_worker(
         if held_out_data is not None:
             return Yardstick(held_out_data.sequences, True, held_out.loss)
         first = probe_candidates(objective, data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS))
-        return Yardstick(first, False, lambda final: mean_loss(final, first, group if group.sharded else ALONE))
+        return Yardstick(first, False, lambda final: mean_loss(final, first, group.closing))
 
     def save(folder: Path) -> dict[str, float]:
         mine = tell if group.rank == 0 else _silent

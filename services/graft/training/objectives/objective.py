@@ -25,6 +25,11 @@ class Group:
     sharded: bool = False
     """Whether the base's weights are spread over them, so that each pass through the model takes them all."""
 
+    @property
+    def closing(self) -> "Group":
+        """Who passes through the model when training has ended: all, where it is spread over them, else rank 0."""
+        return self if self.sharded else ALONE
+
 
 ALONE = Group()
 
