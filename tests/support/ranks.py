@@ -12,8 +12,10 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from graft.training.spec import RunSpec
 
@@ -46,25 +48,26 @@ def trained(cases: Mapping[str, RunSpec], folder: Path) -> dict[str, Found]:
 def _work(spec: RunSpec, rank: int, folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], int, int]:
     import torch.distributed
 
-    from graft.training import worker
+    from graft.training import loop, worker
     from graft.training.objectives.objective import Group
     from graft.training.sharding import local
     from graft.training.spec import Clock
 
     store = torch.distributed.FileStore(str(folder / "store"), spec.num_workers)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=spec.num_workers)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=spec.num_workers, timeout=timedelta(minutes=5)
+    )
     told: list[tuple[str, dict[str, Any]]] = []
     held = {True: 0, False: 0}
-    train = worker.train
 
     def observed(model: Any, *arguments: Any) -> None:
-        train(model, *arguments)
+        loop.train(model, *arguments)
         for name, parameter in model.named_parameters():
             held[".layers." in name] += local(parameter.detach()).untyped_storage().nbytes()
 
-    worker.train = observed
     group = Group(rank, spec.num_workers, torch.distributed.all_reduce)
-    worker.run_worker(spec, lambda kind, data: told.append((kind, data)), group, lambda: 1, Clock())
+    with mock.patch.object(worker, "train", observed):
+        worker.run_worker(spec, lambda kind, data: told.append((kind, data)), group, lambda: 1, Clock())
     torch.distributed.destroy_process_group()
     return told, held[True], held[False]
 
