@@ -9,12 +9,17 @@ and backward pass is made by all workers, or by none. Does not know what is lear
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from graft.training.objectives.objective import Group
+
+PATIENCE = timedelta(minutes=30)
+"""How long workers wait for each other, as in the group that Ray Train makes. NCCL's own 10 minutes may pass while rank
+0 writes a whole model and puts it into a bucket."""
 
 
 def shard(model: Any, device: torch.device) -> None:
@@ -29,7 +34,8 @@ def shard(model: Any, device: torch.device) -> None:
 
     decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
     # The workers' own group is gloo's, which gathers nothing on a GPU.
-    mesh = DeviceMesh.from_group(new_group(backend="nccl" if device.type == "cuda" else "gloo"), device.type)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    mesh = DeviceMesh.from_group(new_group(backend=backend, timeout=PATIENCE), device.type)
     for block in decoder.layers:
         fully_shard(block, mesh=mesh)
         # A loss is divided by the whole batch's scale already: a mean over workers would divide it twice. Not by a
