@@ -5,6 +5,7 @@ Ranks are processes on CPUs, joined by gloo; what differs on GPUs is the backend
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ def _cases(folder: Path) -> dict[str, RunSpec]:
         ):
             mine = {**given, **changes, "num_workers": workers, "sharding": sharding}
             cases[f"{choice}-{name}"] = tiny_run(base, folder / data, folder / f"{choice}-{name}", **mine)
+    for name in ("copied", "2"):
+        sixteen = f"bfloat16-{name}"
+        cases[sixteen] = replace(cases[f"lora-{name}"], output_dir=str(folder / sixteen), total_steps=3)
     return cases
 
 
@@ -81,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Mapping[str, Found]:
-    return trained(_cases(folder), folder)
+    return trained(_cases(folder), folder, ("bfloat16-copied", "bfloat16-2"))
 
 
 def _files(folder: Path) -> set[str]:
@@ -180,3 +184,11 @@ def test_the_weights_of_the_lowest_held_out_loss_are_kept_by_all_ranks(found: Ma
         losses = found[f"preference-{name}"].told("validation_loss")
         # Held out is the contrary of what is learned, so the best weights are left behind soon.
         assert losses.index(min(losses)) == end["best_step"] - 1 < len(losses) - 4 < 26
+
+
+def test_adapters_in_float32_train_over_a_spread_base_in_bfloat16(found: Mapping[str, Found]) -> None:
+    copied, spread = found["bfloat16-copied"], found["bfloat16-2"]
+    assert "in bfloat16, the base's blocks spread" in spread.reports[0][1]["message"]
+    assert spread.told("loss") == pytest.approx(copied.told("loss"), rel=1e-4)
+    assert spread.told("grad_norm") == pytest.approx(copied.told("grad_norm"), rel=1e-4)
+    assert spread.block_bytes[0] < 0.55 * copied.block_bytes[0] < 0.55 * 0.6 * found["lora-copied"].block_bytes[0]

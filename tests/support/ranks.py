@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,10 +34,13 @@ class Found:
         return [data[name] for kind, data in self.reports if kind == "metrics" and name in data]
 
 
-def trained(cases: Mapping[str, RunSpec], folder: Path) -> dict[str, Found]:
-    """Trains each case with as many ranks as it has workers. `folder` is for what passes between processes."""
+def trained(cases: Mapping[str, RunSpec], folder: Path, in_bfloat16: Container[str] = ()) -> dict[str, Found]:
+    """Trains each case with as many ranks as it has workers. `folder` is for what passes between processes.
+
+    `in_bfloat16` names cases whose base is loaded as on a GPU; a tiny one is float32 otherwise.
+    """
     given, results = folder / "cases.pickle", folder / "found.pickle"
-    given.write_bytes(pickle.dumps(dict(cases)))
+    given.write_bytes(pickle.dumps({name: (spec, name in in_bfloat16) for name, spec in cases.items()}))
     command = [sys.executable, "-m", "tests.support.ranks", str(given), str(results)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=540)
     assert ended.returncode == 0, ended.stderr[-6000:]
@@ -45,10 +48,12 @@ def trained(cases: Mapping[str, RunSpec], folder: Path) -> dict[str, Found]:
     return found
 
 
-def _work(spec: RunSpec, rank: int, folder: Path) -> tuple[list[tuple[str, dict[str, Any]]], int, int]:
+def _work(
+    spec: RunSpec, in_bfloat16: bool, rank: int, folder: Path
+) -> tuple[list[tuple[str, dict[str, Any]]], int, int]:
     import torch.distributed
 
-    from graft.training import loop, worker
+    from graft.training import loop, tuning, worker
     from graft.training.objectives.objective import Group
     from graft.training.sharding import local
     from graft.training.spec import Clock
@@ -66,20 +71,21 @@ def _work(spec: RunSpec, rank: int, folder: Path) -> tuple[list[tuple[str, dict[
             held[".layers." in name] += local(parameter.detach()).untyped_storage().nbytes()
 
     group = Group(rank, spec.num_workers, torch.distributed.all_reduce)
-    with mock.patch.object(worker, "train", observed):
+    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    with mock.patch.object(worker, "train", observed), mock.patch.object(tuning, "compute_dtype", return_value=dtype):
         worker.run_worker(spec, lambda kind, data: told.append((kind, data)), group, lambda: 1, Clock())
     torch.distributed.destroy_process_group()
     return told, held[True], held[False]
 
 
-def _forked(spec: RunSpec, rank: int, folder: Path) -> int:
+def _forked(spec: RunSpec, in_bfloat16: bool, rank: int, folder: Path) -> int:
     """Starts the rank and returns its process id."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(_work(spec, rank, folder)))
+        (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(_work(spec, in_bfloat16, rank, folder)))
         status = 0
     except Exception:  # noqa: BLE001 - told here, or nobody would see why the rank failed
         traceback.print_exc()
@@ -87,10 +93,10 @@ def _forked(spec: RunSpec, rank: int, folder: Path) -> int:
         os._exit(status)
 
 
-def _run(name: str, spec: RunSpec, root: Path) -> Found:
+def _run(name: str, spec: RunSpec, in_bfloat16: bool, root: Path) -> Found:
     folder = root / f"ranks-{name}"
     folder.mkdir()
-    children = [_forked(spec, rank, folder) for rank in range(spec.num_workers)]
+    children = [_forked(spec, in_bfloat16, rank, folder) for rank in range(spec.num_workers)]
     failed = [child for child in children if os.waitpid(child, 0)[1]]
     if failed:
         raise SystemExit(f"{len(failed)} ranks of {name} failed.")
@@ -109,6 +115,6 @@ if __name__ == "__main__":
     # By its name as others import it, or its results could not be read there.
     from tests.support import ranks
 
-    asked: dict[str, RunSpec] = pickle.loads(Path(sys.argv[1]).read_bytes())
-    found = {name: ranks._run(name, spec, Path(sys.argv[2]).parent) for name, spec in asked.items()}
+    asked: dict[str, tuple[RunSpec, bool]] = pickle.loads(Path(sys.argv[1]).read_bytes())
+    found = {name: ranks._run(name, *case, Path(sys.argv[2]).parent) for name, case in asked.items()}
     Path(sys.argv[2]).write_bytes(pickle.dumps(found))

@@ -130,8 +130,12 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
             + (" and cut into pieces: it does not apply." if spec.method is Method.SELF_SUPERVISED else "."),
         )
     )
-    if asked.sharding is not Sharding.AUTO:
-        settle("sharding", asked.sharding.value, None, "")
+    settle(
+        "sharding",
+        None if asked.sharding is Sharding.AUTO else asked.sharding.value,
+        Sharding.AUTO.value,
+        "auto: a base of which a GPU does not hold a copy is spread over the workers, if there are 2 or more.",
+    )
     settle("validation_fraction", asked.validation_fraction, 0.0, "0: no training row is held out.")
     settle("early_stopping_patience", asked.early_stopping_patience, 0, "0: every step is done.")
     settle("eval_steps", asked.eval_steps, 0, "0: the held-out loss is measured after each epoch and the last step.")

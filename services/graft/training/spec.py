@@ -212,7 +212,7 @@ def run_spec(
         validation_fraction=float(value.get("validation_fraction", 0)),
         early_stopping_patience=int(value.get("early_stopping_patience", 0)),
         eval_steps=int(value.get("eval_steps", 0)),
-        sharding=asked.hyperparameters.sharding,
+        sharding=Sharding(value.get("sharding", Sharding.AUTO)),
         task_definition=asked.task_definition,
         start_from=start_from,
         engine_address=engine_address,
