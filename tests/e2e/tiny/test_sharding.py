@@ -1,4 +1,4 @@
-"""A base spread over two workers, asked for through the public door: its adapter is proven in the engine and answers."""
+"""A base spread over two workers, asked for at the public door: its adapter is proven in the engine and answers."""
 
 from pathlib import Path
 
