@@ -2,7 +2,8 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 BIN := .venv/bin
-SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code dpo grpo jargon small-vs-large)
+PARALLEL := --numprocesses=logical --dist=loadfile
+SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code dpo grpo grpo-number jargon small-vs-large)
 .PHONY: help setup demo test test-unit test-k8s bench showcase $(SHOWCASES) lint stubs lock
 
 help: ## Lists the targets
@@ -15,15 +16,15 @@ setup: ## Makes .venv with locked dependencies and generated stubs
 demo: setup ## Trains two adapters on real data, serves them and compares them with their base (under ten minutes)
 	@$(BIN)/graft demo
 
-# A run each: a process that has been a Ray driver is no place for the gRPC servers of the unit tests, and the whole
-# stack shares two cores with nothing else.
+# A run each, of which only the unit tests use every core: a process that has been a Ray driver is no place for their
+# gRPC servers, and the whole stack shares two cores with nothing else.
 test: setup ## Runs every test
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit $(PARALLEL)
 	$(BIN)/pytest tests/integration
 	$(BIN)/pytest tests/e2e
 
 test-unit: setup ## Runs the tests that need no server
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit $(PARALLEL)
 
 test-k8s: setup ## Tests the Helm chart on a real Kubernetes control plane (root; the first time builds it, six minutes)
 	@helm/test-k8s

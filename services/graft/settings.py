@@ -109,6 +109,9 @@ class ServingSettings(_Section):
     """Of each engine: every base model that is deployed beside the first has one."""
     max_num_seqs: int = 32
     num_replicas: int = Field(default=1, ge=1)
+    max_replicas_per_node: int = Field(default=0, ge=0, le=100)
+    """1: each replica on a host of its own, so that a host that is lost takes one of them; a replica too many waits for
+    a host. 0: as Ray places them, which may be all on one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: float32 on a CPU without AMX, where it is the faster one, else bfloat16."""
 

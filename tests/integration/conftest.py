@@ -9,7 +9,10 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from graft.store.sql import SqlStore, migrate, open_store
+from tests.support.healing import note, pytest_terminal_summary
 from tests.support.postgres import postgres_server
+
+__all__ = ["note", "pytest_terminal_summary"]
 
 
 @pytest.fixture(scope="session")

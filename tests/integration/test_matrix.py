@@ -1,9 +1,10 @@
-"""Every method with every choice of what changes, by the worker that trains them, one after another in one process.
+"""Every method with every choice of what changes, one after another in one warm group of two of Ray Train's workers.
 
 Combinations that the end-to-end tests run through the public doors (`tests/support/method_jobs.py`) are left out.
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 
 from graft.domain.jobs import LastLayers, Lora, Method, OverLengthPolicy, Preference, ServedAs, Tuning
 from graft.domain.resources import DatasetFormat
-from graft.training.objectives.objective import ALONE
-from graft.training.spec import Clock, RunSpec
-from graft.training.worker import run_worker
+from graft.training.spec import RunSpec
+from tests.support.matrix_workers import TOLD, work_through
 from tests.support.tiny_llama import make_tiny_llama
 
-pytestmark = pytest.mark.integration
+# The first test waits for all of them.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+WORKERS = 2
 
 PAIRS = [{"prompt": f"{n} is ", "completion": "even" if n % 2 == 0 else "odd"} for n in range(24)]
 ROWS: dict[Method, tuple[DatasetFormat, list[dict[str, Any]]]] = {
@@ -55,19 +57,46 @@ MATRIX = [(method, choice) for method in ROWS for choice in CHOICES if (method, 
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
 
 
-@pytest.mark.parametrize(("method", "choice"), MATRIX)
-def test_the_loss_falls_and_what_is_left_loads_in_plain_peft_and_answers(
-    method: Method, choice: str, base: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Path:
+    return make_tiny_llama(folder / "tiny")
+
+
+@pytest.fixture(scope="module")
+def specs(folder: Path, base: Path) -> dict[tuple[Method, str], RunSpec]:
+    """Each as it was trained: what it was told lies in its folder."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    specs = {(method, choice): _spec(method, choice, base, folder) for method, choice in MATRIX}
+    ray.init(num_cpus=WORKERS, object_store_memory=100 * 2**20, log_to_driver=False, include_dashboard=False)
+    try:
+        TorchTrainer(
+            work_through,
+            train_loop_config={"specs": list(specs.values())},
+            scaling_config=ScalingConfig(num_workers=WORKERS),
+            run_config=RunConfig(name="matrix", storage_path=str(folder / "ray-train")),
+            torch_config=TorchConfig(backend="gloo"),
+        ).fit()
+    finally:
+        ray.shutdown()
+    return specs
+
+
+def _spec(method: Method, choice: str, base: Path, folder: Path) -> RunSpec:
     format, rows = ROWS[method]
-    data = tmp_path / "rows.jsonl"
+    mine = folder / f"{method}-{choice}"
+    mine.mkdir()
+    data = mine / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    mine: dict[str, Any] = {"lora": Lora(), **CHOICES[choice]}
-    spec = RunSpec(
+    chosen: dict[str, Any] = {"lora": Lora(), **CHOICES[choice]}
+    return RunSpec(
         job_id="ft-1",
         attempt=1,
         base_model="tiny",
@@ -77,7 +106,7 @@ def test_the_loss_falls_and_what_is_left_loads_in_plain_peft_and_answers(
         dataset_format=format,
         validation_path=None,
         validation_format=None,
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(mine / "run"),
         total_steps=10,
         batch_size=8,
         learning_rate=3e-3,
@@ -86,20 +115,26 @@ def test_the_loss_falls_and_what_is_left_loads_in_plain_peft_and_answers(
         max_grad_norm=1.0,
         context_tokens=64,
         seed=0,
-        num_workers=1,
+        num_workers=WORKERS,
         checkpoint_steps=100,
         over_length_policy=OverLengthPolicy.FAIL,
         method=method,
         preference=Preference(0.2),
         delta_rank=32,
-        **mine,
+        **chosen,
     )
-    told: list[tuple[str, dict[str, Any]]] = []
-    run_worker(spec, lambda kind, data: told.append((kind, data)), ALONE, lambda: 1, Clock())
+
+
+@pytest.mark.parametrize(("method", "choice"), MATRIX)
+def test_the_loss_falls_and_what_is_left_loads_in_plain_peft_and_answers(
+    method: Method, choice: str, specs: dict[tuple[Method, str], RunSpec], base: Path
+) -> None:
+    spec = specs[method, choice]
+    run = Path(spec.output_dir)
+    told = [json.loads(line) for line in (run.parent / TOLD).read_text().splitlines()]
+    assert told[-1][0] == "finished", told[-1]
     losses = [data["loss"] for kind, data in told if kind == "metrics"]
     assert losses[-1] < 0.97 * losses[0]
-    assert told[-1][0] == "finished"
-    run = Path(spec.output_dir)
     _proves_and_answers(base, run / "adapter")
     if spec.tuning is not Tuning.LORA:
         _proves_and_answers(run / "model", None)

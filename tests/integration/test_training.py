@@ -351,6 +351,30 @@ def test_a_running_run_is_cancelled_and_all_its_processes_end_within_five_second
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("workers", [2, 3], ids=["that start", "for whom there is no room"])
+def test_a_run_cancelled_before_its_workers_are_up_gives_their_places_back(
+    runs: RayRuns, spec: RunSpec, workers: int
+) -> None:
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    def reserved() -> list[dict[str, Any]]:
+        return [found for found in placement_group_table().values() if found["state"] != "REMOVED"]
+
+    mine = _named(spec, f"ft-early-{workers}", total_steps=100_000, num_workers=workers)
+    deadline = time.monotonic() + 60
+    runs.start(mine)
+    while not reserved():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not [report for report in runs.poll(mine.job_id, 1, 0).reports if report.kind == "started"]
+    runs.cancel(mine.job_id, 1)
+    while reserved() or ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, reserved()
+        time.sleep(0.1)
+    runs.release(mine.job_id, 1)
+
+
 def test_a_later_attempt_ends_the_earlier_one_which_cannot_come_back(runs: RayRuns, spec: RunSpec) -> None:
     first = _named(spec, "ft-again", total_steps=100_000)
     second = replace(first, attempt=2, total_steps=2, output_dir=f"{first.output_dir}/2")

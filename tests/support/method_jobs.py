@@ -6,7 +6,7 @@ all      supervised        DoRA                     OpenAI's client    prompt an
 turns    instruction       LoRA and the head        `graft`            ShareGPT
 weights  instruction       DoRA, a merged model     SDK                messages with weights
 pairs    preference        LoRA                     OpenAI's client    OpenAI's preferences
-last     supervised        the last block           `graft`            CSV
+last     supervised        the last block, the head `graft`            CSV
 full     supervised        every parameter          SDK                the same
 onward   supervised        LoRA, from a version     SDK                the version's own
 stopped  supervised        LoRA, stopped early      OpenAI's client    rows whose held-out part contradicts
@@ -162,7 +162,8 @@ def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, folder: Pa
             stack, data["turns"], "turns", "--method=instruction", "--set=lora.modules_to_save=lm_head"
         ),
         "last": _by_command(
-            stack, data["last"], "last", "--tuning=last_layers", "--set=last_layers.blocks=1", "--max-steps=40"
+            *(stack, data["last"], "last", "--tuning=last_layers", "--set=last_layers.blocks=1", "--max-steps=40"),
+            "--set=last_layers.train_head=true",
         ),
     }
     openais: dict[str, dict[str, Any]] = {

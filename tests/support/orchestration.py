@@ -31,6 +31,7 @@ from graft.orchestrator.ports import Limits, Parts, PreparedData
 from graft.registry.mlflow_registry import Publication
 from graft.settings import load
 from graft.store.sql import SqlStore
+from graft.training.failures import lost_worker
 from graft.training.spec import Report, RunStatus, StartFrom
 from tests.support.stores import sqlite_store
 
@@ -104,6 +105,10 @@ class FakeRuns:
         self.reports = good_reports()
         self.lost_attempts: set[int] = set()
         """Attempts that die after their second report."""
+        self.worker_lost_attempts: set[int] = set()
+        """Attempts that report a lost worker after their second report."""
+        self.away = 0
+        """So many releases find the cluster away."""
         self.starts: list[tuple[str, int]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.released: list[tuple[str, int]] = []
@@ -140,6 +145,11 @@ class FakeRuns:
         elif attempt in self.lost_attempts:
             visible = self.reports[:2]
             self.live.discard(key)
+        elif attempt in self.worker_lost_attempts:
+            error = lost_worker("error.log")
+            told = {"code": error.code, "reason": error.reason, "message": error.message}
+            visible = [*self.reports[:2], Report(3, "failed", 2.0, told)]
+            self.live.discard(key)
         elif self.gates.closed(JobState.RUNNING):
             visible = self.reports[:3]
         return RunStatus(key in self.starts, key in self.live, [r for r in visible if r.sequence > after_sequence])
@@ -149,6 +159,9 @@ class FakeRuns:
         self.live.discard((job_id, attempt))
 
     def release(self, job_id: str, attempt: int) -> None:
+        if self.away:
+            self.away -= 1
+            raise ConnectionError("The link is cut.")
         self.released.append((job_id, attempt))
         self.live.discard((job_id, attempt))
 

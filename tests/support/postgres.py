@@ -15,9 +15,16 @@ from pathlib import Path
 import pytest
 
 
-def _binary(name: str) -> str | None:
+def postgres_binary(name: str) -> str:
+    """One of PostgreSQL's programs. Skips aloud where it is missing, and fails there in CI."""
     versioned = sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"))
-    return versioned[-1] if versioned else shutil.which(name)
+    found = versioned[-1] if versioned else shutil.which(name)
+    if found is None:
+        reason = "PostgreSQL's server is missing (Debian: apt-get install postgresql)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
 
 
 def free_port() -> int:
@@ -29,13 +36,8 @@ def free_port() -> int:
 
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """Yields the SQLAlchemy URL of an empty server. Skips aloud where PostgreSQL is missing, and fails there in CI."""
-    initdb, server = _binary("initdb"), _binary("postgres")
-    if initdb is None or server is None:
-        reason = "PostgreSQL's server is missing (Debian: apt-get install postgresql)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    """Yields the SQLAlchemy URL of an empty server."""
+    initdb, server = postgres_binary("initdb"), postgres_binary("postgres")
     folder = Path(tempfile.mkdtemp(prefix="graft-postgres-"))
     # PostgreSQL refuses to run as root.
     user = {} if os.geteuid() != 0 else {"user": pwd.getpwnam("nobody").pw_uid, "group": pwd.getpwnam("nobody").pw_gid}

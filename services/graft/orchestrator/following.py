@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ParamSpec, TypeVar
 
-from graft.domain.errors import KINDS, FailedPrecondition, Internal, Unavailable
+from graft.domain.errors import KINDS, FailedPrecondition, GraftError, Internal, Unavailable
 from graft.domain.jobs import Checkpoint, EventLevel, JobState, Progress
 from graft.orchestrator.context import Context
 from graft.orchestrator.sampling import LOOKS_AFTER_KILL, forget_policies
 from graft.orchestrator.threads import call
 from graft.orchestrator.tracking import Tracker
+from graft.training.failures import WORKER_DIED
 from graft.training.spec import ENDS, Report, RunStatus
 from graft.training.sweep import choose
 
@@ -72,10 +73,13 @@ async def follow(context: Context) -> None:
         await context.move(JobState.REGISTERING, "Training has finished.")
     elif end["kind"] == "failed":
         kind = KINDS.get(str(end.get("code", "")), Internal)
-        raise kind(
+        error = kind(
             str(end.get("message") or "Training failed without a message."),
             reason=str(end.get("reason") or "TRAINING_FAILED"),
         )
+        if error.reason != WORKER_DIED:
+            raise error
+        await _next_attempt(context, "The run has lost a training worker", error)
     else:
         raise FailedPrecondition("The run was cancelled, and not by a request to Graft.", reason="RUN_CANCELLED")
 
@@ -83,20 +87,25 @@ async def follow(context: Context) -> None:
 async def give_up_attempt(context: Context) -> None:
     """The run died without a last report: the next attempt, or the end. Raises Unavailable after the last one."""
     job, most = context.job, context.parts.limits.max_attempts
+    last = Unavailable(
+        f"The training run died {most} times without a report of why. Look for killed workers (memory, lost nodes) "
+        f"in Ray's logs; the last output is under runs/{job.id}/{job.attempt} in Graft's home.",
+        reason="RUN_LOST",
+    )
+    await _next_attempt(context, "The training run died without a report", last)
+
+
+async def _next_attempt(context: Context, what: str, last: GraftError) -> None:
+    """Queues the job again. `what` begins a sentence; `last` is raised when this was the last attempt."""
+    job, most = context.job, context.parts.limits.max_attempts
     if job.attempt >= most:
-        raise Unavailable(
-            f"The training run died {most} times without a report of why. Look for killed workers (memory, lost nodes) "
-            f"in Ray's logs; the last output is under runs/{job.id}/{job.attempt} in Graft's home.",
-            reason="RUN_LOST",
-        )
-    await stop_run(context)
+        raise last
+    # Ray may take a minute to tell a host that is gone from one that is slow.
+    await context.patiently("The training cluster", lambda: stop_run(context))
     context.track(None).finish("FAILED")
     context.room.line_up(job)
-    await context.move(
-        JobState.QUEUED,
-        f"The training run died without a report (attempt {job.attempt} of {most}). Trying again.",
-        next_attempt=True,
-    )
+    message = f"{what} (attempt {job.attempt} of {most}). Trying again."
+    await context.move(JobState.QUEUED, message, next_attempt=True)
 
 
 def _end_key(context: Context) -> str:

@@ -34,7 +34,9 @@ async def register(context: Context) -> None:
         )
     # Both are idempotent and neither needs the other: ending worker processes takes seconds that publishing need not
     # wait for.
-    release = asyncio.create_task(ask_ray(parts.runs.release, job.id, job.attempt))
+    release = asyncio.create_task(
+        context.patiently("The training cluster", lambda: ask_ray(parts.runs.release, job.id, job.attempt))
+    )
     try:
         run_id = await context.track(material).run_id()
         started = time.time()

@@ -85,6 +85,9 @@ class Room:
         Raises FailedPrecondition if the job can never fit. After an error the job keeps its place.
         """
         workers, most = wanted_workers(job)
+        limits = self.parts.limits
+        # What has trained before fits: it waits for the host that it has lost, as it would for any other service.
+        patience_seconds = limits.never_fits_seconds if job.attempt == 1 else limits.unavailable_seconds
         self.line_up(job)
         too_small_since: float | None = None
         while True:
@@ -92,7 +95,7 @@ class Room:
             cpus = await call(self.parts.capacity) if self._first() == job.id else 0.0
             if 0 < cpus < workers:
                 too_small_since = too_small_since or time.monotonic()
-                if time.monotonic() - too_small_since >= self.parts.limits.never_fits_seconds:
+                if time.monotonic() - too_small_since >= patience_seconds:
                     raise FailedPrecondition(
                         f"The job asks for {workers} workers of one CPU each, and the cluster has {cpus:g}. "
                         "Ask for fewer workers (num_workers), or add nodes.",

@@ -42,6 +42,9 @@ MAX_ONGOING_REQUESTS = 1024
 MAX_QUEUED_REQUESTS = 1024
 """Beyond it Serve answers RESOURCE_EXHAUSTED: refused by limit, not by memory."""
 
+HELD_SECONDS = 1.5
+"""A replica tells what it holds in milliseconds. One that is not heard of by then, as on a host whose link is cut, is
+left out: readiness is asked within two seconds, and one lost host must not take the others with it."""
 WEIGH_SECONDS = 10.0
 """Residency is asked by probes every few seconds; to sum a process tree's memory takes tens of milliseconds."""
 
@@ -154,9 +157,9 @@ class EngineReplica:
         return response
 
     async def Residency(self, _request: engine_pb2.ResidencyRequest) -> engine_pb2.ResidencyResponse:
-        """Tells what every replica holds."""
+        """Tells what every replica holds that answers; this one alone when another does not."""
         response = engine_pb2.ResidencyResponse()
-        for answer in await self._everywhere("held_here"):
+        for answer in await self._held():
             response.MergeFrom(engine_pb2.ResidencyResponse.FromString(answer))
         return response
 
@@ -232,6 +235,16 @@ class EngineReplica:
             return [await getattr(self, method)(*arguments)]
         results: list[bytes] = await self._handle.broadcast(method, *arguments).results_async()
         return results
+
+    async def _held(self) -> list[bytes]:
+        if self._settings.num_replicas == 1:
+            return [await self.held_here()]
+        asked = self._handle.broadcast("held_here")
+        try:
+            answers = await asked.results_async(timeout_s=HELD_SECONDS, return_exceptions=True)
+        except TimeoutError:
+            return [await self.held_here()]
+        return [answer for answer in answers if isinstance(answer, bytes)] or [await self.held_here()]
 
     def _check_base(self, base: str) -> None:
         """Serve's proxy hands every request to the only application that there is, whichever it names."""
@@ -328,6 +341,7 @@ def _bind(settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: 
         EngineReplica,
         name=DEPLOYMENT,
         num_replicas=settings.num_replicas,
+        max_replicas_per_node=settings.max_replicas_per_node or None,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_QUEUED_REQUESTS,
         # The cores serve training and inference alike. A tenth of one, reserved here, would keep the last training

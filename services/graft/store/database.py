@@ -34,6 +34,16 @@ BUSY_TIMEOUT_MS = 10_000
 """How long an SQLite writer waits for another; our transactions take milliseconds."""
 CONNECT_TIMEOUT_SECONDS = 5
 """psycopg's own is 130, longer than any caller waits."""
+LINK = {
+    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+    # A server whose cable is pulled says nothing. Linux would send a statement again for a quarter of an hour, and wait
+    # two hours before it asks whether anybody is there to answer; leases, which last 15 s, would all be lost.
+    "tcp_user_timeout": 10_000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
+"""Of every connection to PostgreSQL: a cut link is an error after eleven seconds at most."""
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 MAX_TOKEN_CHARACTERS = 512
 """Ours have 120 at most; a longer one is not parsed, since JSON nested deeply enough overflows the stack."""
@@ -148,6 +158,11 @@ def parse_url(url: str) -> URL:
     return parsed.set(drivername=DRIVERS[backend])
 
 
+def link_arguments(url: URL) -> dict[str, Any]:
+    """What a driver is told of the link to its server; nothing for SQLite, which has none."""
+    return {} if url.get_backend_name() == "sqlite" else dict(LINK)
+
+
 def _engine(url: URL) -> AsyncEngine:
     if url.get_backend_name() != "sqlite":
         return create_async_engine(
@@ -156,7 +171,7 @@ def _engine(url: URL) -> AsyncEngine:
             pool_pre_ping=True,
             pool_size=10,
             max_overflow=10,
-            connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS},
+            connect_args=link_arguments(url),
         )
     engine = create_async_engine(url, json_serializer=_to_json)
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, create_engine, select, text
 
 from graft.domain.errors import FailedPrecondition
 from graft.store.checks import CheckStore
-from graft.store.database import Database, parse_url, ping
+from graft.store.database import Database, link_arguments, parse_url, ping
 from graft.store.datasets import DatasetStore
 from graft.store.deployments import DeploymentStore
 from graft.store.evaluations import EvaluationStore
@@ -74,7 +74,7 @@ def migrate(url: str, revision: str = "head") -> Migrated:
     if parsed.get_backend_name() == "sqlite":
         parsed = parsed.set(drivername="sqlite")
         Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed)
+    engine = create_engine(parsed, connect_args=link_arguments(parsed))
     try:
         with engine.begin() as connection:
             if engine.dialect.name == "postgresql":
@@ -103,7 +103,10 @@ def migrate(url: str, revision: str = "head") -> Migrated:
 def schema_revision(url: str) -> tuple[str, str]:
     """The revision of the database's schema, empty when it has none, and the one that this Graft needs, which is the
     same for a newer schema that it can use. Changes nothing. Raises as `migrate`."""
-    engine = create_engine(parse_url(url).set(drivername=_DRIVERS[parse_url(url).get_backend_name()]))
+    parsed = parse_url(url)
+    engine = create_engine(
+        parsed.set(drivername=_DRIVERS[parsed.get_backend_name()]), connect_args=link_arguments(parsed)
+    )
     try:
         with engine.connect() as connection:
             found = _revision(connection)

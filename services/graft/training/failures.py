@@ -6,9 +6,11 @@ Ray's own layers of errors are taken off. Does not import Ray: only the names of
 import errno
 from typing import Any
 
-from graft.domain.errors import GraftError
+from graft.domain.errors import GraftError, Unavailable
 
 KILLED = frozenset({"ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError"})
+WORKER_DIED = "WORKER_DIED"
+"""Reason of a failure that the next attempt may not have."""
 OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 
 
@@ -26,12 +28,8 @@ def failure(error: BaseException, log: str) -> dict[str, Any]:
             f"the node more. {log} has the details.",
         }
     if name in KILLED:
-        return {
-            "code": "UNAVAILABLE",
-            "reason": "WORKER_DIED",
-            "message": "A training worker was ended from outside: its node left, or the system killed it, most often "
-            f"for memory. Look for it in the node's kernel log. {log} has the details.",
-        }
+        lost = lost_worker(log)
+        return {"code": lost.code, "reason": lost.reason, "message": lost.message}
     # safetensors has an error of its own for it, which is no OSError.
     if (isinstance(root, OSError) and root.errno == errno.ENOSPC) or "No space left on device" in str(root):
         filename = getattr(root, "filename", None)
@@ -50,6 +48,15 @@ def failure(error: BaseException, log: str) -> dict[str, Any]:
     }
 
 
+def lost_worker(log: str) -> Unavailable:
+    """What a run says that has lost one of its workers."""
+    return Unavailable(
+        "A training worker was ended from outside: its node left, or the system killed it, most often for memory. Look "
+        f"for it in the node's kernel log. {log} has the details.",
+        reason=WORKER_DIED,
+    )
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The error below Ray's, which keep theirs in attributes of different names. Our own errors are roots."""
     seen: set[int] = set()
@@ -62,10 +69,14 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def _says_little(error: BaseException) -> bool:
+    return not isinstance(error, GraftError) or error.reason == WORKER_DIED
+
+
 def _below(error: BaseException) -> list[Any]:
     failures = getattr(error, "worker_failures", None)
     workers = list(failures.values()) if isinstance(failures, dict) else []
     # The worker with something to say first: its companions only tell that it has left them.
-    workers.sort(key=lambda found: not isinstance(root_cause(found), GraftError))
+    workers.sort(key=lambda found: _says_little(root_cause(found)))
     names = ("_base_exc", "controller_failure", "health_check_failure", "cause", "__cause__")
     return [*workers, *(getattr(error, name, None) for name in names)]

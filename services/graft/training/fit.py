@@ -1,10 +1,9 @@
 """Calls Ray Train for a run, in a process of its own that can be ended, and joins its workers to our own code.
 
-Owns what the workers' processes are told: environment, network interface, threads. Does not know the loop.
+Owns what the workers' processes are told: environment, threads. Does not know the loop.
 """
 
 import os
-import socket
 import time
 import traceback
 from typing import Any
@@ -13,7 +12,7 @@ import ray
 from ray._private.state import available_resources_per_node, total_resources_per_node
 
 from graft import offline
-from graft.training.failures import failure
+from graft.training.failures import failure, lost_worker
 from graft.training.places import ray_storage
 from graft.training.spec import ENDS, Clock, RunSpec
 
@@ -41,7 +40,10 @@ class Fit:
         """Blocks until the worker group has ended. Raises what a worker raised. `begin_seconds`: when the run began."""
         os.environ.update(DRIVER_ENVIRONMENT)
         from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from graft.training.controller import Led
+        from graft.training.process_group import NodeAddressConfig
 
         trainer = TorchTrainer(
             _train_loop,
@@ -50,18 +52,12 @@ class Fit:
             run_config=RunConfig(
                 name="ray-train",
                 **ray_storage(spec),
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _gloo()},
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                callbacks=[Led(run, spec.name)],
             ),
-            torch_config=TorchConfig(backend="gloo"),
+            torch_config=NodeAddressConfig(backend="gloo"),
         )
         trainer.fit()
-
-
-def _gloo() -> dict[str, str]:
-    """On one machine gloo speaks over loopback: else it looks the machine's own name up, and may not find it."""
-    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    return {"GLOO_SOCKET_IFNAME": loopback[0]} if len(machines) == 1 and loopback else {}
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -87,7 +83,10 @@ def _train_loop(config: dict[str, Any]) -> None:
 
     def reduce(tensor: torch.Tensor) -> None:
         if workers > 1:
-            torch.distributed.all_reduce(tensor)
+            try:
+                torch.distributed.all_reduce(tensor)
+            except RuntimeError as error:  # gloo's words for a companion that has gone: one that failed has said why
+                raise lost_worker(spec.error_log) from error
 
     try:
         run_worker(spec, tell, Group(context.get_world_rank(), workers, reduce), free_threads, clock)

@@ -24,11 +24,14 @@ from graft.training.failures import failure
 from graft.training.fit import Fit
 from graft.training.link import NAMESPACE, Connected, RayLink
 from graft.training.places import ERRORS, REPORTS, on_this_host, uri_of
-from graft.training.search import OPTIONS, Search, free_places
+from graft.training.reservations import give_back
+from graft.training.search import OPTIONS, Search
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
 
+END_SECONDS = 10.0
+"""A killed actor is dead within a second; one whose node cannot be reached has its places back with the node."""
 ANSWER_SECONDS = 60.0
 """A call answers in milliseconds; the first waits for the actor's process, which on a busy node takes seconds."""
 
@@ -43,6 +46,7 @@ class _Run:
         self._folder = Path(spec.output_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._fit: Any = None
+        self._controller: Any = None
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def begin(self) -> None:
@@ -79,12 +83,29 @@ class _Run:
         with self._lock:
             return not self._ended(), self._reports[after_sequence:]
 
-    def cancel(self) -> None:
-        """Ends the worker group at once."""
-        self.tell("cancelled", {"message": "Cancelled."})
+    def led_by(self, controller: Any) -> None:
+        """Ray Train's controller, which is about to reserve the workers' places. Raises Aborted RUN_ENDED."""
         with self._lock:
-            if self._fit is not None:
-                ray.kill(self._fit)
+            if self._ended():
+                raise Aborted(f"The run {self._spec.name} has ended.", reason="RUN_ENDED")
+            self._controller = controller
+
+    def cancel(self) -> None:
+        """Ends the worker group at once, and gives its places back."""
+        self.tell("cancelled", {"message": "Cancelled."})
+        self._end()
+
+    def _end(self) -> None:
+        """After the run's last report: from then on no controller can be new here. May be called twice."""
+        with self._lock:
+            owners = [actor for actor in (self._fit, self._controller) if actor is not None]
+        for actor in owners:
+            ray.kill(actor)
+        for actor in owners:
+            # Dead, it has reserved what it ever will.
+            with suppress(ray.exceptions.RayError):
+                ray.get(actor.__ray_ready__.remote(), timeout=END_SECONDS)
+        give_back(self._spec.name)
 
     def _ended(self) -> bool:
         return bool(self._reports) and self._reports[-1].kind in ENDS
@@ -104,8 +125,7 @@ class _Run:
         except Exception as error:  # noqa: BLE001 - whatever ended the run is told, and its trace kept in a file
             self.tell("failed", failure(error, self._spec.error_log), traceback.format_exc())
         finally:
-            if self._fit is not None:
-                ray.kill(self._fit)
+            self._end()
 
 
 class RayRuns:
@@ -175,17 +195,17 @@ class RayRuns:
 
     def _cancel(self, job_id: str, attempt: int) -> None:
         actor = self._find(job_id, attempt)
-        if actor is None:
-            return
-        with suppress(ray.exceptions.RayActorError):  # gone in between, and with it the workers
-            ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
-        free_places(run_name(job_id, attempt))
+        if actor is not None:
+            with suppress(ray.exceptions.RayActorError):  # gone in between, and with it the workers
+                ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
+        give_back(run_name(job_id, attempt))
 
     def _release(self, job_id: str, attempt: int) -> None:
-        actor = self._find(job_id, attempt)
-        if actor is not None:
-            ray.kill(actor)
-        free_places(run_name(job_id, attempt))
+        try:
+            self._cancel(job_id, attempt)  # of a run that has ended, only what it has reserved
+        finally:
+            if (actor := self._find(job_id, attempt)) is not None:
+                ray.kill(actor)
 
     @staticmethod
     def _find(job_id: str, attempt: int) -> Any:

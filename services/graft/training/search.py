@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from graft.training.failures import failure
 from graft.training.fit import WORKER_ENVIRONMENT, free_threads
 from graft.training.places import on_this_host, put, ray_storage, remove
+from graft.training.reservations import trial_name
 from graft.training.spec import Clock, RunSpec
 from graft.training.sweep import Ledger, SearchSpec, Tells, Trial
 
@@ -107,24 +107,10 @@ class Search:
             self._run.tell.options(concurrency_group="reports").remote(kind, data, trace)
 
 
-def free_places(run: str) -> None:
-    """Gives back what trials of the run of that name have reserved.
-
-    Ray keeps a placement group when the actor that made it dies; Tune removes those of trials that it sees end.
-    """
-    for found in placement_group_table().values():
-        if found["name"].startswith(_place_name(run, "")) and found["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(found["placement_group_id"]))))
-
-
 def _place(spec: RunSpec, number: int) -> Any:
     from ray import tune
 
-    return tune.PlacementGroupFactory([{"CPU": 1}], name=_place_name(spec.name, number))
-
-
-def _place_name(run: str, trial: int | str) -> str:
-    return f"{run}-trial-{trial}"
+    return tune.PlacementGroupFactory([{"CPU": 1}], name=trial_name(spec.name, number))
 
 
 def trial_spec(spec: RunSpec, trial: Trial) -> RunSpec:

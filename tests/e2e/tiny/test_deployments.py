@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from graft.client import Graft
 from graft.domain.errors import FailedPrecondition, NotFound
 from tests.support.serving_stack import titles
-from tests.support.tiny_jobs import BASE, Trained
+from tests.support.tiny_jobs import BASE, Trained, write_rows
 from tests.support.tiny_llama import make_tiny_llama
 from tests.support.whole_stack import WholeStack, eventually
 
@@ -35,6 +35,19 @@ def greedy(folder: Path) -> str:
     with torch.no_grad():
         made = model.generate(inputs, max_new_tokens=TOKENS, do_sample=False)
     return str(tokenizer.decode(made[0, inputs.shape[1] :], skip_special_tokens=True))
+
+
+def perplexity(folder: Path, texts: list[str]) -> float:
+    """Of all tokens but each text's first, by plain transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    scored = []
+    for text in texts:
+        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
+        scored.append(logprobs.gather(1, tokens[0, 1:, None]))
+    return float(torch.exp(-torch.cat(scored).mean()))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,6 +119,15 @@ def test_a_second_base_model_is_deployed_answers_as_itself_and_leaves_nothing_be
     assert ask(client, trained.sums.fine_tuned_model) == of_adapter
     assert {one.model: one.served for one in graft.base_models()} == {BASE: True, OTHER: True}
     assert sorted(replica.base_model for replica in graft.residency()) == [BASE, OTHER]
+
+    texts: list[dict[str, object]] = [{"text": f"{word} is what {word} does. " * 4} for word in ("red", "two")]
+    data = graft.upload_dataset(write_rows(tmp_path / "texts.jsonl", texts))
+    made = graft.create_evaluation(data.name, [BASE, OTHER])
+    done = eventually(lambda: graft.evaluation(made.name), lambda now: now.HasField("end_time"), 120, "it ends")
+    assert done.state == done.STATE_SUCCEEDED, done.error.message
+    for result, folder in zip(done.results, (base_folder, other_folder), strict=True):
+        (told,) = [figure.value for figure in result.figures if figure.metric == "perplexity"]
+        assert told == pytest.approx(perplexity(folder, [str(row["text"]) for row in texts]), rel=1e-3)
 
     undeployed = stack.graft("models", "undeploy", OTHER)
     assert undeployed.returncode == 0, undeployed.stderr

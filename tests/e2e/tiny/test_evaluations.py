@@ -103,6 +103,19 @@ def test_text_that_was_learned_has_a_lower_perplexity_than_for_the_base(
         assert tuned < 0.97 * base
 
 
+def test_written_answers_are_compared_word_by_word_and_letter_by_letter(
+    graft: Graft, jobs: Jobs, tmp_path: Path
+) -> None:
+    data = graft.upload_dataset(write_rows(tmp_path / "written.jsonl", letters(16, first=300)))
+    metrics = ["exact_match", "token_f1", "rouge_1", "rouge_l", "chrf"]
+    results = evaluated(graft, data.name, [BASE, jobs.model("full")], metrics=metrics, max_tokens=1)
+    for metric in metrics:
+        base, tuned = values(results, metric)
+        assert base < tuned <= (100 if metric == "chrf" else 1), metric
+    # Of answers of one word, to be the word and to overlap with it is the same.
+    assert values(results, "exact_match")[1] == values(results, "token_f1")[1] == values(results, "rouge_l")[1]
+
+
 def test_answers_are_graded_by_their_number_and_counted_as_passes(graft: Graft, jobs: Jobs, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"prompt": row["prompt"], "answer": int(row["completion"])} for row in letters(16, first=200)
@@ -113,10 +126,15 @@ def test_answers_are_graded_by_their_number_and_counted_as_passes(graft: Graft, 
         data.name,
         [BASE, jobs.model("full")],
         grader={"kind": "numeric", "settings": {"field": "answer"}},
+        metrics=["pass_at_1", "pass_at_5"],
+        samples=5,
         max_tokens=4,
     )
     base, tuned = values(results, "pass_at_1")
     assert 0 <= base < tuned <= 1
+    # Of five tries at a temperature, one passes more often than the first.
+    assert all(one <= five for one, five in zip((base, tuned), values(results, "pass_at_5"), strict=True))
+    assert values(results, "pass_at_5")[1] > tuned or tuned == 1
 
 
 def test_a_prompt_that_does_not_fit_is_told_and_one_that_leaves_too_little_room_is_answered(

@@ -8,6 +8,7 @@ import openai
 import pytest
 from google.protobuf.json_format import MessageToDict
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from graft.api.v1 import fine_tuning_job_pb2
@@ -76,6 +77,17 @@ def test_a_job_says_how_it_learns_as_it_was_asked(jobs: Jobs) -> None:
     assert jobs.by_suffix["all"].supervised.loss_on == fine_tuning_job_pb2.LOSS_ON_ALL
     assert jobs.by_suffix["texts"].lora.use_rslora
     assert jobs.by_suffix["turns"].lora.modules_to_save == ["lm_head"]
+    assert jobs.by_suffix["last"].last_layers.train_head
+
+
+def test_a_trained_head_is_its_own_and_no_longer_the_embeddings(stack: WholeStack, jobs: Jobs) -> None:
+    job_id = jobs.by_suffix["last"].name.rsplit("/", 1)[-1]
+    folder = stack.home / "runs" / job_id / "1" / "model"
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    weights = load_file(folder / "model.safetensors")
+    embeddings, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    assert embeddings.shape == head.shape
+    assert not embeddings.equal(head)
 
 
 def test_raw_text_tells_the_perplexity_of_what_is_held_out(stack: WholeStack, graft: Graft, jobs: Jobs) -> None:
