@@ -18,6 +18,7 @@ from graft.domain.jobs import (
     OverLengthPolicy,
     Progress,
     Resolved,
+    Sharding,
 )
 from graft.store.protocol import Store
 from graft.store.sql import SqlStore
@@ -31,7 +32,7 @@ SPEC = JobSpec(
     validation_dataset="ds-2",
     suffix="reviews",
     lora=Lora(rank=8, target_modules=("q_proj",)),
-    hyperparameters=Hyperparameters(epochs=1.5, over_length_policy=OverLengthPolicy.TRUNCATE),
+    hyperparameters=Hyperparameters(epochs=1.5, over_length_policy=OverLengthPolicy.TRUNCATE, sharding=Sharding.ALWAYS),
     metadata={"team": "a"},
 )
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import Aborted
-from graft.domain.jobs import Lora, Method, Preference, ServedAs, Tuning
+from graft.domain.jobs import Lora, Method, Preference, ServedAs, Sharding, Tuning
 from graft.domain.resources import DatasetFormat
 from graft.training.run import RayRuns
 from graft.training.spec import ENDS, Report, RunSpec
@@ -82,15 +82,18 @@ def _processes(word: str) -> set[int]:
     return found
 
 
-def test_one_worker_and_two_workers_on_two_nodes_follow_the_same_curve(runs: RayRuns, spec: RunSpec) -> None:
+def test_one_worker_and_two_on_two_nodes_with_copies_and_with_a_spread_base_follow_the_same_curve(
+    runs: RayRuns, spec: RunSpec
+) -> None:
     curves, held_out = [], []
-    for workers in (1, 2):
-        mine = _named(spec, f"ft-workers-{workers}", num_workers=workers)
+    for workers, sharding in ((1, Sharding.AUTO), (2, Sharding.AUTO), (2, Sharding.ALWAYS)):
+        mine = _named(spec, f"ft-workers-{workers}-{sharding}", num_workers=workers, sharding=sharding)
         runs.start(mine)
         runs.start(mine)
         reports = _wait(runs, mine)
         assert reports[-1].kind == "finished", reports[-1].data
         assert [report.sequence for report in reports] == list(range(1, len(reports) + 1))
+        assert ("spread over them" in reports[0].data["message"]) == (sharding is Sharding.ALWAYS)
         assert set(reports[0].data["startup_seconds"]) == {"worker_group", "imports", "data", "model"}
         assert [report.data["step"] for report in reports if report.kind == "checkpoint"] == [5, 10]
         assert all((Path(r.data["uri"]) / "adapter_model.safetensors").is_file() for r in reports if "uri" in r.data)
@@ -104,14 +107,15 @@ def test_one_worker_and_two_workers_on_two_nodes_follow_the_same_curve(runs: Ray
         assert not runs.poll(mine.job_id, 1, 0).alive
         runs.release(mine.job_id, 1)
     assert curves[0][-1] < curves[0][0] - 0.3
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
-    assert held_out[0] == pytest.approx(held_out[1], rel=1e-3)
+    for curve, loss in zip(curves[1:], held_out[1:], strict=True):
+        assert curve == pytest.approx(curves[0], rel=1e-3)
+        assert loss == pytest.approx(held_out[0], rel=1e-3)
 
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder = Path(spec.output_dir) / "ft-workers-1" / "adapter"
+    folder = Path(spec.output_dir) / f"ft-workers-2-{Sharding.ALWAYS}" / "adapter"
     assert sorted(file.name for file in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

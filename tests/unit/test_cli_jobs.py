@@ -70,12 +70,13 @@ async def test_create_follows_the_job_to_its_end_in_a_log(tmp_path: Path) -> Non
         options = ["--suffix", "reviews", "--epochs", "2", "--rank", "4", "--batch-size", "2", "--max-steps", "9"]
         settings = ["--set", "lora.target_modules=q_proj,v_proj", "--set", "weight_decay=0.1"]
         settings += ["--set", "seed=3", "--set", "over_length_policy=truncate", "--set", "lora.alpha=16"]
+        settings += ["--set", "sharding=never"]
         async with orchestrated(it):
             followed = await ran(it, "tune", "create", BASE, dataset, *options, *settings)
         (job,) = (await it.store.list_jobs("default", 10, "")).items
     asked, lora = job.spec.hyperparameters, job.spec.lora
     assert (asked.epochs, asked.batch_size, asked.max_steps, asked.weight_decay, asked.seed) == (2.0, 2, 9, 0.1, 3)
-    assert asked.over_length_policy == "truncate"
+    assert (asked.over_length_policy, asked.sharding) == ("truncate", "never")
     assert (lora.rank, lora.alpha, lora.target_modules) == (4, 16.0, ("q_proj", "v_proj"))
     assert followed.code == 0
     lines = followed.out.splitlines()

@@ -11,7 +11,17 @@ from google.protobuf.json_format import MessageToDict
 
 from graft.api.v1 import fine_tuning_service_pb2
 from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
-from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob, Hyperparameters, LastLayersTuning, LoraTuning
+from graft.api.v1.fine_tuning_job_pb2 import (
+    BASE_QUANTIZATION_NF4,
+    SHARDING_ALWAYS,
+    SHARDING_AUTO,
+    FineTuningJob,
+    Hyperparameters,
+    LastLayersTuning,
+    LoraTuning,
+    ReinforcementMethod,
+    Sweep,
+)
 from graft.api.v1.fine_tuning_service_pb2_grpc import FineTuningServiceStub
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from graft.domain.jobs import Checkpoint, EventLevel, Job, JobError, JobState, Progress, Resolved, ServedAs
@@ -167,6 +177,41 @@ async def test_a_start_of_the_shape_that_is_asked_for_is_taken(tmp_path: Path) -
     async with gateway(tmp_path) as it:
         job = await created(it, from_adapter=f"{BASE}:reviews", lora=LoraTuning(rank=8))
         assert job.from_adapter == f"{BASE}:reviews@3"
+
+
+async def test_a_base_is_spread_over_the_workers_of_a_job_that_asks_for_it_and_each_needs_less(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        spread = await created(it, hyperparameters=Hyperparameters(sharding=SHARDING_ALWAYS, num_workers=4))
+        copied = await created(it, hyperparameters=Hyperparameters(num_workers=4))
+        assert (spread.hyperparameters.sharding, copied.hyperparameters.sharding) == (SHARDING_ALWAYS, SHARDING_AUTO)
+        assert spread.memory_estimate.weights_bytes < copied.memory_estimate.weights_bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "workers", "field", "told"),
+    [
+        ({}, 1, "hyperparameters.sharding", "set num_workers to 2 or more"),
+        ({"sweep": Sweep()}, None, "hyperparameters.sharding", "each trial of a sweep is one worker"),
+        ({"reinforcement": ReinforcementMethod()}, 2, "hyperparameters.sharding", "after each update"),
+        (
+            {"lora": LoraTuning(base_quantization=BASE_QUANTIZATION_NF4)},
+            2,
+            "lora.base_quantization",
+            "cannot be spread",
+        ),
+        ({"lora": LoraTuning(use_dora=True)}, 2, "lora.use_dora", "merged into a whole copy"),
+        ({"lora": LoraTuning(modules_to_save=["lm_head"])}, 2, "lora.modules_to_save", "merged into a whole copy"),
+    ],
+)
+async def test_what_cannot_be_spread_is_refused_at_once_with_the_reason(
+    fields: dict[str, Any], workers: int | None, field: str, told: str, tmp_path: Path
+) -> None:
+    async with gateway(tmp_path, GRAFT_TRAINING_QUANTIZED_BASE="true") as it:
+        error = await refused(
+            created(it, **fields, hyperparameters=Hyperparameters(sharding=SHARDING_ALWAYS, num_workers=workers))
+        )
+        assert isinstance(error, InvalidArgument)
+        assert told in " ".join(fault.description for fault in error.violations if fault.field == field)
 
 
 async def test_unknown_names_alone_are_not_found_and_say_what_exists(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
 from graft.domain.errors import InvalidArgument
-from graft.domain.jobs import Checkpoint, EventLevel, JobError, JobState, OverLengthPolicy, Progress, Resolved
+from graft.domain.jobs import Checkpoint, EventLevel, JobError, JobState, OverLengthPolicy, Progress, Resolved, Sharding
 from graft.gateway.http.convert import STATUSES
 from graft.gateway.http.job_spec import job_spec
 from tests.support.gateways import BASE, NOW
@@ -150,7 +150,12 @@ async def test_jobs_are_paged_newest_first_and_a_retried_create_returns_the_firs
 async def test_both_places_for_hyperparameters_and_grafts_own_reach_the_job(tmp_path: Path) -> None:
     graft = {
         "lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
-        "hyperparameters": {"learning_rate": 2e-4, "max_steps": 5, "over_length_policy": "truncate"},
+        "hyperparameters": {
+            "learning_rate": 2e-4,
+            "max_steps": 5,
+            "over_length_policy": "truncate",
+            "sharding": "never",
+        },
     }
     method: Any = {
         "type": "supervised",
@@ -163,7 +168,7 @@ async def test_both_places_for_hyperparameters_and_grafts_own_reach_the_job(tmp_
         assert (spec.lora.rank, spec.lora.alpha, spec.lora.target_modules) == (16, 32.0, ("q_proj", "v_proj"))
         asked = spec.hyperparameters
         assert (asked.epochs, asked.batch_size, asked.learning_rate, asked.max_steps) == (3.0, None, 2e-4, 5)
-        assert asked.over_length_policy is OverLengthPolicy.TRUNCATE
+        assert (asked.over_length_policy, asked.sharding) == (OverLengthPolicy.TRUNCATE, Sharding.NEVER)
         old = await created(it, hyperparameters={"n_epochs": "auto", "batch_size": 4, "learning_rate_multiplier": 1})
         assert (old.hyperparameters.batch_size, old.hyperparameters.n_epochs) == (4, "auto")
         assert old.hyperparameters.learning_rate_multiplier == 1

@@ -208,23 +208,34 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_line() -> None:
     assert loop.rate(0, replace(settings, warmup_ratio=0.0)) == 1.0
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_several_workers_follow_the_curve_of_one(base: Any, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "sharded"), [(2, False), (3, False), (3, True)])
+def test_several_workers_follow_the_curve_of_one_and_in_a_sharded_group_each_makes_as_many_passes(
+    base: Any, workers: int, sharded: bool
+) -> None:
     examples = _examples(12)
     alone: list[float] = []
     loop.train(_lora(base), Supervised(examples), SETTINGS, lambda report: alone.append(report.loss))
 
     models = [_lora(base) for _ in range(workers)]
+    passes = [0] * workers
 
     def work(group: Group) -> tuple[list[float], float]:
+        group = replace(group, sharded=sharded)
         losses: list[float] = []
         model = models[group.rank]
+
+        def count(*_: Any) -> None:
+            passes[group.rank] += 1
+
+        model.get_base_model().get_decoder().register_forward_hook(count)
         loop.train(model, Supervised(examples), SETTINGS, lambda report: losses.append(report.loss), group)
         return losses, mean_loss(model, examples, group)
 
     curves = together(workers, work)
     assert all(curve == curves[0] for curve in curves)
     assert curves[0][0] == pytest.approx(alone, rel=1e-4)
+    # The last batch of an epoch has two rows.
+    assert (len(set(passes)) == 1) == (sharded or workers < 3)
     assert curves[0][1] == pytest.approx(mean_loss(models[0], examples), rel=1e-5)
 
 

@@ -66,6 +66,15 @@ class OverLengthPolicy(StrEnum):
     FAIL = "fail"
 
 
+class Sharding(StrEnum):
+    """Whether the base's weights are spread over the workers of a job, or copied to each."""
+
+    AUTO = "auto"
+    """Spread where a copy does not fit into a worker's GPU, and can be."""
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class Method(StrEnum):
     """How a job learns."""
 
@@ -186,6 +195,7 @@ class Hyperparameters:
     early_stopping_patience: int | None = None
     eval_steps: int | None = None
     over_length_policy: OverLengthPolicy = OverLengthPolicy.DROP
+    sharding: Sharding = Sharding.AUTO
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from graft.domain.jobs import (
 )
 from graft.domain.names import check_id
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset
+from graft.domain.sharding import check_sharding
 from graft.gateway.checks_graders import check_rows, with_reference
 from graft.gateway.checks_start import check_start, start_name
 from graft.gateway.checks_sweep import check_sweep
@@ -113,6 +114,7 @@ async def check_job(store: Store, settings: Settings, project: str, spec: JobSpe
         *_check_tuning(spec, base, settings),
         *_check_served_as(spec, base, settings),
         *_check_hyperparameters(spec.hyperparameters, base, validation),
+        *check_sharding(spec),
         *_check_data(training, validation),
         *check_start(spec, base, start),
         *check_sweep(spec, _highest_rank(base, settings), loads_as_it_is(spec)),

@@ -28,6 +28,7 @@ from graft.domain.jobs import (
     Reinforcement,
     Resolved,
     ServedAs,
+    Sharding,
     Sweep,
     Tuning,
 )
@@ -41,6 +42,12 @@ _POLICIES: dict[int, OverLengthPolicy] = {
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_DROP: OverLengthPolicy.DROP,
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_TRUNCATE: OverLengthPolicy.TRUNCATE,
     fine_tuning_job_pb2.OVER_LENGTH_POLICY_FAIL: OverLengthPolicy.FAIL,
+}
+_SHARDINGS: dict[int, Sharding] = {
+    fine_tuning_job_pb2.SHARDING_UNSPECIFIED: Sharding.AUTO,
+    fine_tuning_job_pb2.SHARDING_AUTO: Sharding.AUTO,
+    fine_tuning_job_pb2.SHARDING_ALWAYS: Sharding.ALWAYS,
+    fine_tuning_job_pb2.SHARDING_NEVER: Sharding.NEVER,
 }
 _LOSS_ON: dict[int, LossOn] = {
     fine_tuning_job_pb2.LOSS_ON_UNSPECIFIED: LossOn.COMPLETION,
@@ -103,6 +110,7 @@ def job_spec(project: str, asked: fine_tuning_job_pb2.FineTuningJob) -> JobSpec:
             # ListFields tells set from unset, also for a value of zero.
             **{field.name: value for field, value in asked_for.ListFields() if field.name in _OPTIONAL_HYPERPARAMETERS},
             over_length_policy=_known(_POLICIES, asked_for.over_length_policy, "hyperparameters.over_length_policy"),
+            sharding=_known(_SHARDINGS, asked_for.sharding, "hyperparameters.sharding"),
         ),
         sweep=_sweep(asked.sweep) if asked.HasField("sweep") else None,
         metadata=dict(asked.metadata),
@@ -206,6 +214,7 @@ def job(found: Job) -> fine_tuning_job_pb2.FineTuningJob:
         hyperparameters=fine_tuning_job_pb2.Hyperparameters(
             **{name: getattr(asked, name) for name in _OPTIONAL_HYPERPARAMETERS},
             over_length_policy=_number(_POLICIES, asked.over_length_policy),
+            sharding=_number(_SHARDINGS, asked.sharding),
         ),
         sweep=None if spec.sweep is None else fine_tuning_job_pb2.Sweep(**asdict(spec.sweep)),
         metadata=spec.metadata,

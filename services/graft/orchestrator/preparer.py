@@ -11,7 +11,7 @@ from graft.data.split import Split
 from graft.data.tasks.definition import load
 from graft.data.tokenizers import import_tokenizers, load_tokenizer
 from graft.domain.jobs import DEFAULT_COMPLETION_TOKENS, Job, Memory, Method
-from graft.domain.memory import memory_bytes
+from graft.domain.memory import memory_bytes, sharing_workers
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.files import dataset_path
 from graft.orchestrator.ports import PreparedData
@@ -103,4 +103,4 @@ def _memory(job: Job, base: BaseModel) -> Memory:
     check_blocks(shape, base.id, last_layers)
     if job.spec.sweep and job.spec.sweep.ranks:
         lora = replace(lora, rank=max(job.spec.sweep.ranks))  # the trial that needs most
-    return memory_bytes(shape, job.spec.tuning, lora, last_layers)
+    return memory_bytes(shape, job.spec.tuning, lora, last_layers, sharing_workers(job.spec))

@@ -28,6 +28,7 @@ from graft.domain.jobs import (
     Reinforcement,
     Resolved,
     ServedAs,
+    Sharding,
     Sweep,
     Tuning,
 )
@@ -48,6 +49,7 @@ def spec_from_json(value: Mapping[str, Any]) -> JobSpec:
     """The specification of `spec_to_json`, also of one that was stored before fields were added."""
     hyperparameters = dict(value["hyperparameters"])
     hyperparameters["over_length_policy"] = OverLengthPolicy(hyperparameters["over_length_policy"])
+    hyperparameters["sharding"] = Sharding(hyperparameters.get("sharding", Sharding.AUTO))
     lora = dict(value["lora"])
     for name in ("target_modules", "modules_to_save"):
         lora[name] = tuple(lora.get(name, ()))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from graft.training.imports import LoraConfig
+from graft.training.sharding import assign, whole
 
 POWER_ITERATIONS = 4
 """With twice the rank as width, of `torch.svd_lowrank`. For 576 by 1536 at rank 64 it keeps less than the best rank-64
@@ -84,14 +85,15 @@ def factor(change_O_I: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Ten
 
 @torch.no_grad()  # type: ignore[untyped-decorator] # torch is untyped to mypy here
 def extract(model: Any, base: BaseWeights, rank: int) -> Delta:
-    """The change of a model, in float32 and without adapters, against its base."""
+    """The change of a model, in float32 and without adapters, against its base. Of a model that is spread over workers,
+    by all of them, each with one parameter after the other whole."""
     linear = dict(_linear(model))
     total = kept_of_all = 0.0
     fractions: dict[str, float] = {}
     factors = {}
     lost: dict[str, None] = {}
     for name, parameter in model.named_parameters():
-        change = parameter.detach() - base[name].to(parameter.device)
+        change = whole(parameter.detach()) - base[name].to(parameter.device)
         size = _squared(change)
         total += size
         module = name.removesuffix(".weight")
@@ -126,11 +128,12 @@ def extract(model: Any, base: BaseWeights, rank: int) -> Delta:
 def become(model: Any, base: BaseWeights, delta: Delta) -> None:
     """Makes `model` what is served with the adapter: the base's weights plus the delta, and nothing else of it."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(base[name])
+        served = base[name].to(parameter.device)
         factors = delta.factors.get(name.removesuffix(".weight"))
         if factors is not None:
             a_R_I, b_O_R = (side.to(parameter.device) for side in factors)
-            parameter.add_(b_O_R @ a_R_I)
+            served = served + b_O_R @ a_R_I
+        assign(parameter, served)
 
 
 def write_delta(delta: Delta, base_model_path: str, folder: Path) -> None:

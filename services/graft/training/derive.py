@@ -16,6 +16,7 @@ from graft.domain.jobs import (
     Method,
     Resolved,
     ServedAs,
+    Sharding,
     Tuning,
 )
 from graft.domain.resources import BaseModel
@@ -137,6 +138,12 @@ def derive(spec: JobSpec, base: BaseModel, stats: DataStats) -> tuple[Resolved, 
             f"{stats.over_length_count} of {_count(stats.row_count, 'row')} are longer than the context"
             + (" and cut into pieces: it does not apply." if spec.method is Method.SELF_SUPERVISED else "."),
         )
+    )
+    settle(
+        "sharding",
+        None if asked.sharding is Sharding.AUTO else asked.sharding.value,
+        Sharding.AUTO.value,
+        "auto: a base of which a GPU does not hold a copy is spread over the workers, if there are 2 or more.",
     )
     settle("validation_fraction", asked.validation_fraction, 0.0, "0: no training row is held out.")
     settle("early_stopping_patience", asked.early_stopping_patience, 0, "0: every step is done.")

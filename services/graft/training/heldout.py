@@ -10,7 +10,8 @@ import torch
 
 from graft.domain.jobs import Method
 from graft.training.loop import StepReport
-from graft.training.objectives.objective import ALONE, Group, Objective, measure
+from graft.training.objectives.objective import Group, Objective, measure
+from graft.training.sharding import local
 from graft.training.spec import RunSpec
 
 
@@ -47,7 +48,7 @@ class HeldOut:
             self._measured = measured
             self._best_step, self._best_loss, self._worse = report.step, loss, 0
             # On the CPU, whatever the model is on: beside it and its optimizer there may be no room.
-            self._best = {name: value.detach().to("cpu", copy=True) for name, value in self._trained()}
+            self._best = {name: value.to("cpu", copy=True) for name, value in self._trained()}
         else:
             self._worse += 1
         return measured
@@ -59,10 +60,9 @@ class HeldOut:
 
     def restore(self) -> None:
         """With patience, gives the model the weights of the lowest held-out loss."""
-        with torch.no_grad():
-            for name, value in self._trained():
-                if name in self._best:
-                    value.copy_(self._best[name])
+        for name, value in self._trained():
+            if name in self._best:
+                value.copy_(self._best[name])
 
     @property
     def result(self) -> dict[str, float]:
@@ -85,10 +85,11 @@ class HeldOut:
         return f"{ended}, best at step {self._best_step}: its weights are kept (held-out loss {self._best_loss:.4f})."
 
     def loss(self, model: Any) -> float:
-        """Of another form of the model, without other workers. Raises ValueError when there is no held-out data."""
+        """Of another form of the model: by all workers where it is spread over them, else by this one alone. Raises
+        ValueError when there is no held-out data."""
         if self._objective is None:
             raise ValueError("There is no held-out data.")
-        return self._measure(model, self._objective, self._last_step, ALONE)["loss"]
+        return self._measure(model, self._objective, self._last_step, self._group.closing)["loss"]
 
     @staticmethod
     def _measure(model: Any, objective: Objective[Any, Any], step: int, group: Group) -> dict[str, float]:
@@ -100,5 +101,6 @@ class HeldOut:
         every = self._spec.eval_steps
         return report.step % every == 0 if every else report.epoch.is_integer()
 
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, value) for name, value in self._model.named_parameters() if value.requires_grad]
+    def _trained(self) -> list[tuple[str, torch.Tensor]]:
+        """What this worker has of the parameters that train."""
+        return [(name, local(value.detach())) for name, value in self._model.named_parameters() if value.requires_grad]

@@ -8,13 +8,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from graft.domain.errors import FailedPrecondition
 from graft.training.batching import batches
-from graft.training.objectives.objective import ALONE, Group, ItemT, Objective, PartT
+from graft.training.objectives.objective import ALONE, Group, ItemT, Objective, PartT, in_step, spare_part
+from graft.training.sharding import clip
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,16 @@ def train(
         batch = objective.gather(step, indices, group)
         # The loss, then the metrics.
         sums = torch.zeros(1 + len(objective.metric_names))
-        for part in objective.parts(batch.items):
+        for part, counts in in_step(
+            objective.parts(batch.items), partial(spare_part, objective, step, indices[0]), group
+        ):
             loss, metrics = objective.loss(model, part)
-            (loss / batch.scale).backward()
-            sums += torch.cat([loss.detach().float().cpu().reshape(1), metrics.float().cpu()]) / batch.scale
+            (loss / batch.scale if counts else loss * 0).backward()
+            if counts:
+                sums += torch.cat([loss.detach().float().cpu().reshape(1), metrics.float().cpu()]) / batch.scale
         _sum_gradients(parameters, sums, group)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        _check_finite(step, float(sums[0]), float(norm), settings)
+        norm = clip(parameters, settings.max_grad_norm, group)
+        _check_finite(step, float(sums[0]), norm, settings)
         learning_rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
@@ -101,7 +107,7 @@ def train(
             total_steps=settings.total_steps,
             epoch=step / steps_per_epoch,
             loss=float(sums[0]),
-            grad_norm=float(norm),
+            grad_norm=norm,
             learning_rate=learning_rate,
             tokens_per_second=trained_tokens / busy_seconds,
             trained_tokens=trained_tokens,
@@ -123,13 +129,14 @@ def rate(step: int, settings: LoopSettings) -> float:
 
 
 def _sum_gradients(parameters: Sequence[torch.nn.Parameter], sums: torch.Tensor, group: Group) -> None:
-    """Makes every worker's gradients and `sums` the sum of all, with one message a step."""
+    """Makes every worker's gradients and `sums` the sum of all, with one message a step. The gradients of what is
+    spread over the workers are that already (`graft.training.sharding`)."""
     for parameter in parameters:
         if parameter.grad is None:  # a worker without a share of a small batch
             parameter.grad = torch.zeros_like(parameter)
     if group.world_size == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     flat = torch.cat([sums, *(gradient.flatten().float().cpu() for gradient in gradients)])
     group.reduce(flat)
     sums.copy_(flat[: len(sums)])

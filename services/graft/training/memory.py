@@ -37,7 +37,8 @@ def check_memory(needed: Memory, available_bytes: int) -> None:
     if needed.total_bytes > available_bytes:
         raise FailedPrecondition(
             f"Training needs about {needed} in a worker, and this node has {available_bytes / 1e9:.3g} GB. Tune fewer "
-            "parameters (tuning: lora), use a smaller base model, or a larger node.",
+            "parameters (tuning: lora), use a smaller base model or a larger node, or spread the base over more "
+            "workers (num_workers with sharding: always).",
             reason="DOES_NOT_FIT",
             metadata={"needed_bytes": str(needed.total_bytes), "available_bytes": str(available_bytes)},
         )

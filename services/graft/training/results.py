@@ -17,6 +17,7 @@ from graft.data.prepare import Example
 from graft.domain.jobs import Lora, ServedAs
 from graft.training.delta import BaseWeights, Delta, become, extract, write_delta
 from graft.training.imports import PeftModel
+from graft.training.objectives.objective import ALONE, Group
 from graft.training.saving import describe, save_adapter, save_model, write_whole
 from graft.training.spec import RunSpec
 from graft.training.tuning import load_base
@@ -39,20 +40,21 @@ class Yardstick:
     held_out: bool
     """Whether they are validation examples; else they are of the training data."""
     loss: Callable[[Any], float]
-    """Of a model, in nats; without other workers."""
+    """Of a model, in nats; without other workers, unless it is spread over them."""
 
     def __str__(self) -> str:
         return f"the {'validation' if self.held_out else 'training'} data's first {len(self.examples)} examples"
 
 
-def save_result(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell) -> dict[str, float]:
+def save_result(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell, group: Group = ALONE) -> dict[str, float]:
     """Writes the run's folders below `spec.output_dir` and returns the numbers that its last report adds.
 
-    `model` is used up: it may end as what is served, or as nothing that may be used.
+    `model` is used up: it may end as what is served, or as nothing that may be used. Called by all workers of a sharded
+    group, of which rank 0 writes and has the numbers; else by rank 0 alone.
     """
     root = Path(spec.output_dir)
     if spec.served_as is ServedAs.ADAPTER:
-        _save_as_adapter(spec, model, yardstick.examples)
+        _save_as_adapter(spec, model, yardstick.examples, group)
         return {"adapter_bytes": _weights_bytes(root / ADAPTER)}
     if isinstance(model, PeftModel):
         save_adapter(model, root / TRAINED_ADAPTER)
@@ -68,14 +70,15 @@ def save_result(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell) -> 
             root / MODEL,
             describe(spec, model, yardstick.examples),
             spec.task_definition,
+            group,
         )
         result["model_bytes"] = _weights_bytes(root / MODEL)
     if spec.served_as is ServedAs.LOW_RANK_DELTA:
-        result |= _save_as_delta(spec, model, yardstick, tell)
+        result |= _save_as_delta(spec, model, yardstick, tell, group)
     return result
 
 
-def _save_as_adapter(spec: RunSpec, model: Any, probes: Sequence[Example]) -> None:
+def _save_as_adapter(spec: RunSpec, model: Any, probes: Sequence[Example], group: Group) -> None:
     folder = Path(spec.output_dir) / ADAPTER
     if spec.lora.base_quantization:
         # Trained over a rounded base and served over the base as it is: the probes must be of the latter.
@@ -84,10 +87,10 @@ def _save_as_adapter(spec: RunSpec, model: Any, probes: Sequence[Example]) -> No
         served = PeftModel.from_pretrained(load_base(plain, next(model.parameters()).device), folder)
         save_adapter(served, folder, describe(spec, served, probes), spec.task_definition)
     else:
-        save_adapter(model, folder, describe(spec, model, probes), spec.task_definition)
+        save_adapter(model, folder, describe(spec, model, probes), spec.task_definition, group)
 
 
-def _save_as_delta(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell) -> dict[str, float]:
+def _save_as_delta(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell, group: Group) -> dict[str, float]:
     folder = Path(spec.output_dir) / ADAPTER
     trained_loss = yardstick.loss(model)
     base = BaseWeights(Path(spec.base_model_path), model)
@@ -95,7 +98,8 @@ def _save_as_delta(spec: RunSpec, model: Any, yardstick: Yardstick, tell: Tell) 
     become(model, base, delta)
     served_loss = yardstick.loss(model)
     about = describe(spec, model, yardstick.examples)
-    write_whole(folder, lambda at: write_delta(delta, spec.base_model_path, at), about, spec.task_definition)
+    if group.rank == 0:
+        write_whole(folder, lambda at: write_delta(delta, spec.base_model_path, at), about, spec.task_definition)
     result = {
         "adapter_bytes": _weights_bytes(folder),
         "delta_retained_fraction": delta.retained_fraction,

@@ -10,7 +10,9 @@ from typing import Any
 from graft.data.prepare import Example
 from graft.training.batching import completion_tokens
 from graft.training.imports import PeftModel
+from graft.training.objectives.objective import ALONE, Group
 from graft.training.objectives.supervised import mean_loss
+from graft.training.sharding import gathered
 from graft.training.spec import RunSpec
 from graft.training.tuning import TRAINED
 
@@ -58,39 +60,48 @@ def write_whole(folder: Path, write: Callable[[Path], object], about: About | No
     temporary.rename(folder)
 
 
-def save_adapter(model: Any, folder: Path, about: About | None = None, task: str = "") -> None:
-    """PEFT's own files of the adapter that trains."""
+def save_adapter(model: Any, folder: Path, about: About | None = None, task: str = "", group: Group = ALONE) -> None:
+    """PEFT's own files of the adapter that trains. Called by all workers of a sharded group; rank 0 writes."""
+    weights = gathered(model, group, trained_only=True)
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary, safe_serialization=True, selected_adapters=[TRAINED])
+        model.save_pretrained(temporary, safe_serialization=True, selected_adapters=[TRAINED], state_dict=weights)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's model card template, empty but for its headings
 
-    write_whole(folder, write, about, task)
+    if group.rank == 0:
+        write_whole(folder, write, about, task)
 
 
-def save_model(model: Any, base_model: Path, folder: Path, about: About | None = None, task: str = "") -> None:
+def save_model(
+    model: Any, base_model: Path, folder: Path, about: About | None = None, task: str = "", group: Group = ALONE
+) -> None:
     """A folder that plain transformers loads: sharded weights in the model's own type, and the base's tokenizer files.
 
     They are copied byte for byte, so that tokens and chat template are the base's. float32, where it was trained in it,
-    is kept: rounded to 16 bits, a weight forgets most of a small change.
+    is kept: rounded to 16 bits, a weight forgets most of a small change. Called by all workers of a sharded group; rank
+    0, which gathers all weights on its CPU, writes.
     """
+    weights = gathered(model, group, trained_only=False)
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(temporary, max_shard_size=SHARD_SIZE, state_dict=weights)
         for name in _TOKENIZER_FILES:
             if (base_model / name).is_file():
                 shutil.copyfile(base_model / name, temporary / name)
 
-    write_whole(folder, write, about, task)
+    if group.rank == 0:
+        write_whole(folder, write, about, task)
 
 
-def save_checkpoint(model: Any, base_model: Path, folder: Path) -> None:
-    """The adapter, or the whole model; of whole models only the newest KEPT_MODELS stay in `folder`'s parent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def save_checkpoint(model: Any, base_model: Path, folder: Path, group: Group = ALONE) -> None:
+    """The adapter, or the whole model; of whole models only the newest KEPT_MODELS stay in `folder`'s parent. Called by
+    all workers of a sharded group; rank 0 writes."""
     if isinstance(model, PeftModel):
-        save_adapter(model, folder)
+        save_adapter(model, folder, group=group)
         return
-    save_model(model, base_model, folder)
+    save_model(model, base_model, folder, group=group)
+    if group.rank:
+        return
     kept = sorted(folder.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     for old in kept[:-KEPT_MODELS]:
         shutil.rmtree(old)

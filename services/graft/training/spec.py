@@ -15,6 +15,7 @@ from graft.domain.jobs import (
     Preference,
     Reinforcement,
     ServedAs,
+    Sharding,
     Tuning,
 )
 from graft.domain.resources import BaseModel, Dataset, DatasetFormat
@@ -79,6 +80,7 @@ class RunSpec:
     early_stopping_patience: int = 0
     eval_steps: int = 0
     """Steps between measurements of the held-out loss; 0: after each epoch."""
+    sharding: Sharding = Sharding.AUTO
     task_definition: str = ""
     start_from: StartFrom | None = None
     """What `from_adapter` names; None: the base."""
@@ -210,6 +212,7 @@ def run_spec(
         validation_fraction=float(value.get("validation_fraction", 0)),
         early_stopping_patience=int(value.get("early_stopping_patience", 0)),
         eval_steps=int(value.get("eval_steps", 0)),
+        sharding=Sharding(value.get("sharding", Sharding.AUTO)),
         task_definition=asked.task_definition,
         start_from=start_from,
         engine_address=engine_address,

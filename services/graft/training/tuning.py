@@ -13,11 +13,13 @@ import psutil
 import torch
 
 from graft.domain.errors import FailedPrecondition
-from graft.domain.jobs import LastLayers, ServedAs, Tuning
+from graft.domain.jobs import LastLayers, ServedAs, Sharding, Tuning
 from graft.domain.memory import memory_bytes
+from graft.domain.sharding import unshardable
 from graft.training.imports import AutoModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from graft.training.lora import fuse
 from graft.training.memory import check_blocks, check_memory, read_shape
+from graft.training.objectives.objective import ALONE, Group
 from graft.training.packing import PACKED
 from graft.training.spec import RunSpec, StartFrom
 
@@ -41,8 +43,33 @@ def compute_dtype(base_model: Path) -> torch.dtype:
     return torch.float32
 
 
-def load_base(spec: RunSpec, device: torch.device) -> Any:
-    """The base model on `device`, with packed attention, in the type that it trains in.
+def wants_sharding(spec: RunSpec, device: torch.device, group: Group) -> bool:
+    """Whether the base is to be spread over the workers; the same on each. `auto` spreads it where what a worker needs
+    does not fit into the GPU of one of them: on a CPU, where workers may share their memory, it copies.
+
+    Raises FailedPrecondition when it is to be spread over workers with a GPU and others without.
+    """
+    if spec.sharding is Sharding.NEVER or group.world_size == 1 or any(unshardable(spec.method, spec.lora)):
+        return False
+    needed = memory_bytes(read_shape(Path(spec.base_model_path)), spec.tuning, spec.lora, spec.last_layers)
+    on_gpu = device.type == "cuda"
+    votes = torch.tensor([on_gpu, on_gpu and needed.total_bytes > node_memory_bytes(device)], dtype=torch.float64)
+    group.reduce(votes)
+    with_gpu, lacking = (int(count) for count in votes)
+    if spec.sharding is Sharding.AUTO and not lacking:
+        return False
+    if 0 < with_gpu < group.world_size:
+        raise FailedPrecondition(
+            f"The base cannot be spread over {group.world_size} workers of which {with_gpu} have a GPU. Train on nodes "
+            "that are alike, or with sharding: never.",
+            reason="WORKERS_DIFFER",
+        )
+    return True
+
+
+def load_base(spec: RunSpec, device: torch.device, group: Group = ALONE) -> Any:
+    """The base model on `device`, with packed attention, in the type that it trains in. In a sharded group it is on
+    the CPU instead, from where `graft.training.sharding.shard` takes it.
 
     Where weights of the base itself train (`full`, `last_layers`, `modules_to_save`) it is float32 on all hardware: at
     their learning rates AdamW moves a weight by less than the half of 2^-8 of it that bfloat16 could tell, so most
@@ -56,7 +83,8 @@ def load_base(spec: RunSpec, device: torch.device) -> Any:
     shape = read_shape(folder)
     if spec.tuning is Tuning.LAST_LAYERS:
         check_blocks(shape, spec.base_model, spec.last_layers)
-    check_memory(memory_bytes(shape, spec.tuning, spec.lora, spec.last_layers), node_memory_bytes(device))
+    workers = group.world_size if group.sharded else 1
+    check_memory(memory_bytes(shape, spec.tuning, spec.lora, spec.last_layers, workers), node_memory_bytes(device))
     options: dict[str, Any] = {}
     if spec.lora.base_quantization:
         options = {"quantization_config": _quantization(), "device_map": {"": device}}
@@ -70,7 +98,7 @@ def load_base(spec: RunSpec, device: torch.device) -> Any:
         local_files_only=True,
         **options,
     )
-    return model if options else model.to(device)
+    return model if options or group.sharded else model.to(device)
 
 
 def tune(spec: RunSpec, base: Any) -> Any:

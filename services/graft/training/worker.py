@@ -34,8 +34,9 @@ from graft.training.packing import check_packing
 from graft.training.places import patiently, put, remove, with_files
 from graft.training.results import RESULTS, Yardstick, save_result
 from graft.training.saving import KEPT_MODELS, save_checkpoint
+from graft.training.sharding import shard
 from graft.training.spec import Clock, RunSpec
-from graft.training.tuning import load_base, tune
+from graft.training.tuning import load_base, tune, wants_sharding
 
 THREADS_SECONDS = 5.0
 """How often a worker asks how many cores are its own: another run on the node may begin or end."""
@@ -85,9 +86,12 @@ def run_worker(
     data, held_out_data = read_data(spec, tokenizer)
     clock.lap("data")
 
-    base = load_base(spec, device)
+    group = replace(group, sharded=wants_sharding(spec, device, group))
+    base = load_base(spec, device, group)
     dtype = base.dtype
     model = tune(spec, base)
+    if group.sharded:
+        shard(model, device)
     torch.manual_seed(spec.seed + group.rank)  # dropout, if any, must differ
     shortest = heapq.nsmallest(2, data.sequences, key=lambda item: len(item.token_ids))
     check_packing(
@@ -102,7 +106,8 @@ def run_worker(
             "started",
             {
                 "message": f"Training on {data.stats.example_count} examples with {workers} of "
-                f"{torch.get_num_threads()} threads in {str(dtype).removeprefix('torch.')}.",
+                f"{torch.get_num_threads()} threads in {str(dtype).removeprefix('torch.')}"
+                + (", the base's blocks spread over them." if group.sharded else "."),
                 "startup_seconds": clock.laps,
             },
         )
@@ -128,10 +133,11 @@ def run_worker(
         if held_out_data is not None:
             return Yardstick(held_out_data.sequences, True, held_out.loss)
         first = probe_candidates(objective, data.within(HELD_OUT_EXAMPLES, HELD_OUT_TOKENS))
-        return Yardstick(first, False, lambda final: mean_loss(final, first))
+        return Yardstick(first, False, lambda final: mean_loss(final, first, group.closing))
 
     def save(folder: Path) -> dict[str, float]:
-        return save_result(replace(spec, output_dir=str(folder)), model, yardstick(), tell)
+        mine = tell if group.rank == 0 else _silent
+        return save_result(replace(spec, output_dir=str(folder)), model, yardstick(), mine, group)
 
     follow = _Follower(spec, model, held_out, tell, group, threads, save, on_measured)
     try:
@@ -139,8 +145,8 @@ def run_worker(
     finally:
         close(objective)
     held_out.restore()
+    result = save(Path(spec.output_dir)) if group.rank == 0 or group.sharded else {}
     if group.rank == 0:
-        result = save(Path(spec.output_dir))
         for name in RESULTS:
             if (folder := Path(spec.output_dir) / name).is_dir():
                 patiently(partial(put, spec, folder), tell)
@@ -199,10 +205,10 @@ class _Follower:
             metrics["remaining_seconds"] = 0.0
         if self._group.rank == 0:
             self._tell("metrics", metrics)
-            if report.step % self._spec.checkpoint_steps == 0 and not last:
-                self._checkpoint(report.step, metrics)
-            if measured and self._on_measured is not None:
-                self._on_measured(Measured(report.step, measured["validation_loss"], self.result, self._save))
+        if report.step % self._spec.checkpoint_steps == 0 and not last:
+            self._checkpoint(report.step, metrics)
+        if measured and self._on_measured is not None and self._group.rank == 0:
+            self._on_measured(Measured(report.step, measured["validation_loss"], self.result, self._save))
         if time.monotonic() - self._asked >= THREADS_SECONDS:
             self._asked = time.monotonic()
             torch.set_num_threads(self._threads())
@@ -210,8 +216,12 @@ class _Follower:
             raise Stop
 
     def _checkpoint(self, step: int, metrics: dict[str, Any]) -> None:
+        """Called on every worker: a model that is spread over them is put together by all."""
         folder = Path(self._spec.output_dir) / "checkpoints" / f"step-{step}"
-        save_checkpoint(self._model, Path(self._spec.base_model_path), folder)
+        if self._group.rank == 0 or self._group.sharded:
+            save_checkpoint(self._model, Path(self._spec.base_model_path), folder, self._group)
+        if self._group.rank:
+            return
         try:
             uri = self._put(folder)
         except Unavailable as error:

@@ -33,6 +33,7 @@ from graft.domain.jobs import (
     Preference,
     Reinforcement,
     ServedAs,
+    Sharding,
     Sweep,
     Tuning,
 )
@@ -88,7 +89,7 @@ def job_spec(body: dict[str, object]) -> JobSpec:
     method, preference, reinforcement = _read_method(top, graft, chosen)
     _read_openai(top.object("hyperparameters"), chosen)
     chosen.put("seed", top.take("seed", _whole), "seed")
-    policy = _read_graft(graft.object("hyperparameters"), chosen)
+    policies = _read_graft(graft.object("hyperparameters"), chosen)
     lora = graft.object("lora")
     last_layers = graft.object("last_layers")
     spec = JobSpec(
@@ -120,7 +121,7 @@ def job_spec(body: dict[str, object]) -> JobSpec:
         task=graft.take("task", _text) or "",
         task_definition=graft.take("task_definition", _definition) or "",
         from_adapter=graft.take("from_adapter", _text) or None,
-        hyperparameters=Hyperparameters(**chosen.values, over_length_policy=policy),
+        hyperparameters=Hyperparameters(**chosen.values, **policies),
         sweep=_read_sweep(graft),
         metadata=top.take("metadata", _pairs) or {},
     )
@@ -223,14 +224,18 @@ def _read_openai(given: "_Object", chosen: _Chosen) -> None:
     given.finish()
 
 
-def _read_graft(given: "_Object", chosen: _Chosen) -> OverLengthPolicy:
-    policy = given.take("over_length_policy", _one_of(OverLengthPolicy)) or OverLengthPolicy.DROP
+def _read_graft(given: "_Object", chosen: _Chosen) -> dict[str, Any]:
+    """What is no number, by its name; numbers are put into `chosen`."""
+    policies = {
+        "over_length_policy": given.take("over_length_policy", _one_of(OverLengthPolicy)) or OverLengthPolicy.DROP,
+        "sharding": given.take("sharding", _one_of(Sharding)) or Sharding.AUTO,
+    }
     for name, hint in get_type_hints(Hyperparameters).items():
-        if name != "over_length_policy":
+        if name not in policies:
             kind: Callable[[object], float] = _number if float in get_args(hint) else _whole
             chosen.put(name, given.take(name, _or_auto(kind)), given.path(name))
     given.finish()
-    return policy
+    return policies
 
 
 def _read_sweep(graft: "_Object") -> Sweep | None:

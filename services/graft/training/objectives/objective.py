@@ -3,7 +3,7 @@
 How to add one: a class with these methods in a module of its own, and a branch in `graft.training.worker`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,6 +22,13 @@ class Group:
     rank: int = 0
     world_size: int = 1
     reduce: Reduce = lambda _: None
+    sharded: bool = False
+    """Whether the base's weights are spread over them, so that each pass through the model takes them all."""
+
+    @property
+    def closing(self) -> "Group":
+        """Who passes through the model when training has ended: all, where it is spread over them, else rank 0."""
+        return self if self.sharded else ALONE
 
 
 ALONE = Group()
@@ -65,6 +72,26 @@ class Objective(Protocol[ItemT, PartT]):
         ...
 
 
+def in_step(parts: Iterable[PartT], spare: Callable[[], PartT], group: Group) -> Iterator[tuple[PartT, bool]]:
+    """The parts, each with True. In a sharded group every worker is given as many as the one that has the most: after
+    its own come spare ones with False, whose results are to be dropped."""
+    if not group.sharded:
+        yield from ((part, True) for part in parts)
+        return
+    mine = list(parts)
+    counts = torch.zeros(group.world_size)
+    counts[group.rank] = len(mine)
+    group.reduce(counts)
+    yield from ((part, True) for part in mine)
+    for _ in range(int(counts.max()) - len(mine)):
+        yield spare(), False
+
+
+def spare_part(objective: Objective[ItemT, PartT], step: int, index: int) -> PartT:
+    """A short part for `in_step`: of one index, whichever worker has it."""
+    return next(objective.parts(objective.gather(step, [index], ALONE).items))
+
+
 def measure(
     model: Any, objective: Objective[ItemT, PartT], batch: Batch[ItemT], group: Group = ALONE
 ) -> dict[str, float]:
@@ -73,9 +100,10 @@ def measure(
     model.eval()
     totals = torch.zeros(1 + len(objective.metric_names), dtype=torch.float64)
     with torch.no_grad():
-        for part in objective.parts(batch.items):
+        for part, counts in in_step(objective.parts(batch.items), lambda: spare_part(objective, 1, 0), group):
             loss, sums = objective.loss(model, part)
-            totals += torch.cat([loss.reshape(1), sums.to(loss.device)]).cpu().double()
+            if counts:
+                totals += torch.cat([loss.reshape(1), sums.to(loss.device)]).cpu().double()
     model.train(was_training)
     group.reduce(totals)
     names = ("loss", *objective.metric_names)

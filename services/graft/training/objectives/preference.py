@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from graft.data.preference import PreferenceExample
 from graft.training.batching import Packed, completion_tokens, pack, rows, shared
-from graft.training.objectives.objective import ALONE, Batch, Group
+from graft.training.objectives.objective import ALONE, Batch, Group, in_step
 from graft.training.packing import token_losses
 
 
@@ -106,13 +106,15 @@ def reference_log_probs(
     was_training = model.training
     model.eval()
     done = 0
+    parts = ([mine[place] for place in row] for row in rows([pairs[index].tokens for index in mine]))
     with torch.no_grad():
-        for row in rows([pairs[index].tokens for index in mine]):
-            here = [mine[place] for place in row]
+        for here, counts in in_step(parts, lambda: wanted[:1], group):
             part = _pack([Judged(pairs[index], torch.zeros(2)) for index in here], torch.device(device))
-            answers_N_2[here] = _log_probs(model, part).cpu()
-            done += len(here)
-            on_scored(done, len(mine))
+            scored_P_2 = _log_probs(model, part).cpu()
+            if counts:
+                answers_N_2[here] = scored_P_2
+                done += len(here)
+                on_scored(done, len(mine))
     model.train(was_training)
     group.reduce(answers_N_2)
     unknown_N = torch.ones(len(pairs), dtype=torch.bool)
