@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.worker_group import worker_group
 from graft.training.reservations import workers_name
 
 
-class Led(callback.WorkerGroupCallback):
+class Led(callback.WorkerGroupCallback):  # type: ignore[misc]  # Ray's class has no types
     """Called in the controller's process before it reserves anything."""
 
     def __init__(self, run: Any, name: str) -> None:
