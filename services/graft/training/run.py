@@ -20,11 +20,13 @@ import ray
 from ray.util import list_named_actors
 
 from graft.domain.errors import Aborted, GraftError
+from graft.domain.placement import Node
+from graft.nodes import nodes
 from graft.training.failures import failure
 from graft.training.fit import Fit
 from graft.training.link import NAMESPACE, Connected, RayLink
 from graft.training.places import ERRORS, REPORTS, on_this_host, uri_of
-from graft.training.search import OPTIONS, Search, free_places
+from graft.training.search import Search, free_places, options
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
@@ -43,6 +45,7 @@ class _Run:
         self._folder = Path(spec.output_dir)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._fit: Any = None
+        self._placed = False
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def begin(self) -> None:
@@ -74,10 +77,14 @@ class _Run:
                 with suppress(GraftError):
                     storage.put_file(file, uri_of(self._spec, file))
 
-    def poll(self, after_sequence: int) -> tuple[bool, list[Report]]:
-        """Whether it still works, and the reports with a higher sequence."""
+    def place(self) -> None:
+        """Called by the first worker, or trial, whose process is there."""
+        self._placed = True
+
+    def poll(self, after_sequence: int) -> tuple[bool, list[Report], bool]:
+        """Whether it still works, the reports with a higher sequence, and whether its workers have nodes."""
         with self._lock:
-            return not self._ended(), self._reports[after_sequence:]
+            return not self._ended(), self._reports[after_sequence:], self._placed
 
     def cancel(self) -> None:
         """Ends the worker group at once."""
@@ -95,8 +102,8 @@ class _Run:
             with self._lock:
                 if self._ended():
                     return
-                kind, options = (Fit, {}) if self._spec.search is None else (Search, OPTIONS)
-                self._fit = ray.remote(num_cpus=0, max_restarts=0, **options)(kind).remote()
+                kind, how = (Fit, {}) if self._spec.search is None else (Search, options(self._spec))
+                self._fit = ray.remote(num_cpus=0, max_restarts=0, **how)(kind).remote()
             ray.get(self._fit.fit.remote(self._spec, me, time.time()))
             self.tell(
                 "failed", {"code": "INTERNAL", "reason": "NO_RESULT", "message": "The run ended without a result."}
@@ -137,9 +144,9 @@ class RayRuns:
         """Ends the actor and all that it owns. Its folder stays."""
         self._link.ask(self._release, job_id, attempt)
 
-    def cpus(self) -> float:
-        """All CPUs of the cluster, those in use too."""
-        return float(self._link.ask(ray.cluster_resources).get("CPU", 0.0))
+    def nodes(self) -> list[Node]:
+        """The cluster's, with all that they have, in use too."""
+        return self._link.ask(nodes)
 
     def _start(self, spec: RunSpec) -> None:
         others = [number for number in self._attempts(spec.job_id) if number != spec.attempt]
@@ -168,10 +175,10 @@ class RayRuns:
         if actor is None:
             return RunStatus(False, False, [])
         try:
-            alive, reports = ray.get(actor.poll.remote(after_sequence), timeout=ANSWER_SECONDS)
+            alive, reports, placed = ray.get(actor.poll.remote(after_sequence), timeout=ANSWER_SECONDS)
         except ray.exceptions.RayActorError:
             return RunStatus(False, False, [])
-        return RunStatus(True, alive, reports)
+        return RunStatus(True, alive, reports, placed)
 
     def _cancel(self, job_id: str, attempt: int) -> None:
         actor = self._find(job_id, attempt)
