@@ -185,6 +185,17 @@ def test_a_run_whose_node_is_not_there_waits_unplaced_and_trains_when_it_joins(p
     placed.cluster.remove_node(node)
 
 
+def test_a_run_that_is_cancelled_while_it_waits_for_nodes_asks_for_them_no_longer(
+    placed: Placed, spec: RunSpec
+) -> None:
+    mine = _named(spec, "ft-given-up", Demand({"CPU": 1.0}, {"pool": "nowhere"}))
+    placed.runs.start(mine)
+    _wait(_pending)
+    placed.runs.cancel(mine.job_id, 1)
+    placed.runs.release(mine.job_id, 1)
+    _wait(lambda: not _pending())
+
+
 def test_replicas_of_two_base_models_are_in_their_pools_and_training_does_not_get_their_gpu(
     placed: Placed, spec: RunSpec, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from graft.training.failures import failure
 from graft.training.fit import Fit
 from graft.training.link import NAMESPACE, Connected, RayLink
 from graft.training.places import ERRORS, REPORTS, on_this_host, uri_of
+from graft.training.requests import forget_requests
 from graft.training.search import Search, free_places, options
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
@@ -87,11 +88,14 @@ class _Run:
             return not self._ended(), self._reports[after_sequence:], self._placed
 
     def cancel(self) -> None:
-        """Ends the worker group at once."""
+        """Ends the worker group at once, or the request for nodes that it waits for."""
         self.tell("cancelled", {"message": "Cancelled."})
         with self._lock:
-            if self._fit is not None:
-                ray.kill(self._fit)
+            fit = self._fit
+        if fit is not None:
+            ray.kill(fit)
+            if not self._placed:
+                forget_requests()
 
     def _ended(self) -> bool:
         return bool(self._reports) and self._reports[-1].kind in ENDS
@@ -156,6 +160,7 @@ class RayRuns:
                 reason="ATTEMPT_SUPERSEDED",
             )
         for number in others:
+            self._cancel(spec.job_id, number)
             self._release(spec.job_id, number)
         actor = (
             ray.remote(num_cpus=0, concurrency_groups={"reports": 1})(_Run)
