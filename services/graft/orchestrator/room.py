@@ -126,7 +126,7 @@ class Room:
                 why = ("room", f"Waiting for room to train: {fewest} x {demand}.")
             too_small_since = (too_small_since or time.monotonic()) if too_small else None
             if too_small_since and time.monotonic() - too_small_since >= self.parts.limits.never_fits_seconds:
-                raise self._does_not_fit(fewest, demand, self._has(nodes, demand))
+                raise self._does_not_fit(fewest, demand, self._has(nodes or [], demand))
             if looked:
                 await tell(*why)
             looked = True
