@@ -10,12 +10,13 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from graft.domain.errors import InvalidArgument
+from graft.domain.placement import Demand, Node, is_selector
 
 MIB = 1024 * 1024
 
@@ -32,6 +33,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _parsed(value: object) -> object:
+    """A variable's text as YAML, for a field that holds more than one value: `GRAFT_TRAINING_WORKER='{gpus: 1}'`."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        raise ValueError(f"is not YAML: {value}") from None
 
 
 def _number(value: object) -> object:
@@ -90,6 +99,65 @@ class GatewaySettings(_Section):
     """Holds an API key of the project `default`, which is added to the store at start: a cluster's first."""
 
 
+def _selector(value: str) -> str:
+    if not is_selector(value):
+        raise ValueError(f"{value!r} is no selector of a label: write value, !value, in(a, b) or !in(a, b)")
+    return value
+
+
+_LabelSelector = dict[str, Annotated[str, AfterValidator(_selector)]]
+_Amounts = dict[str, Annotated[float, Field(gt=0)]]
+_Nested = BeforeValidator(_parsed)
+
+
+class _Placement(_Section):
+    """What one process on Ray asks of its node."""
+
+    resources: _Amounts = Field(default_factory=dict)
+    """Of the cluster's own resources (`ray start --resources`), by name."""
+    label_selector: _LabelSelector = Field(default_factory=dict)
+    """What its node's labels (`ray start --labels`) have to be: `{pool: large}`, `!spot`, `in(a, b)`, `!in(a, b)`."""
+
+    @field_validator("resources")
+    @classmethod
+    def _is_custom(cls, value: dict[str, float]) -> dict[str, float]:
+        if named := value.keys() & {"CPU", "GPU"}:
+            raise ValueError(f"{', '.join(sorted(named))} is set by cpus and gpus")
+        return value
+
+
+_PlacementT = TypeVar("_PlacementT", bound=_Placement)
+
+
+def _overridden(default: _PlacementT, pool: _Placement | None) -> _PlacementT:
+    """The default with every field that the pool gives."""
+    given = {} if pool is None else {name: getattr(pool, name) for name in pool.model_fields_set}
+    return default.model_copy(update=given)
+
+
+class ReplicaSettings(_Placement):
+    """What a replica asks of its node."""
+
+    cpus: float = Field(default=0, ge=0)
+    """Reserved, not a limit: an engine uses every core of its node. 0: the cores serve training and inference alike. A
+    tenth of one would keep the last training worker that the orchestrator has counted on out of a small cluster."""
+    gpus: float = Field(default=0, ge=0, le=1)
+    """Of one GPU: 0.5 lets two share it, and gives each engine that part of its memory. 0: an engine on a node with
+    GPUs uses the first one all the same, and nobody is told."""
+
+    @property
+    def demand(self) -> Demand:
+        """In Ray's words."""
+        asked = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+        return Demand({name: amount for name, amount in asked.items() if amount}, dict(self.label_selector))
+
+
+class ReplicaPoolSettings(ReplicaSettings):
+    """Of one base model; what is left out is as in `serving.replica` and `serving.num_replicas`."""
+
+    num_replicas: int = Field(default=1, ge=1)
+
+
 class ServingSettings(_Section):
     """The inference service: one base model and many adapters, and whatever is deployed beside them."""
 
@@ -117,6 +185,14 @@ class ServingSettings(_Section):
     a host. 0: as Ray places them, which may be all on one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: float32 on a CPU without AMX, where it is the faster one, else bfloat16."""
+    replica: Annotated[ReplicaSettings, _Nested] = ReplicaSettings()
+    pools: Annotated[dict[str, ReplicaPoolSettings], _Nested] = Field(default_factory=dict)
+    """By base model."""
+
+    def pool(self, base_model: str) -> ReplicaPoolSettings:
+        """How the base model is served, with everything that its own pool leaves out."""
+        default = ReplicaPoolSettings(num_replicas=self.num_replicas, **self.replica.model_dump())
+        return _overridden(default, self.pools.get(base_model))
 
 
 class RegistrySettings(_Section):
@@ -141,7 +217,7 @@ class OrchestratorSettings(_Section):
     poll_seconds: float = 0.25
     lease_seconds: float = 15.0
     max_concurrent_jobs: int = 0
-    """0: as many as the cluster's CPUs hold."""
+    """0: as many as the cluster has room for."""
     registry_poll_seconds: float = 1.0
     """An alias moved in MLflow is honoured within five seconds."""
     metrics_host: str = "127.0.0.1"
@@ -149,11 +225,63 @@ class OrchestratorSettings(_Section):
     """Where Prometheus reads what the orchestrator measures, by HTTP and without a key. 0: nowhere."""
 
 
+class WorkerSettings(_Placement):
+    """What a training worker, or a trial of a sweep, asks of its node."""
+
+    cpus: float = Field(default=1, gt=0)
+    """Reserved, not a limit: workers share all cores of their node by what each has reserved."""
+    gpus: float | None = Field(default=None, ge=0, le=1)
+    """Of one GPU: 0.5 lets two share it. 0: sees none. None: reserves none and uses the one that its node may have,
+    which is for machines where nobody else does."""
+
+    @property
+    def demand(self) -> Demand:
+        """In Ray's words."""
+        gpus = {} if self.gpus is None else {"GPU": self.gpus}
+        return Demand({"CPU": self.cpus, **gpus, **self.resources}, dict(self.label_selector))
+
+
+class WorkerGroupSettings(_Section):
+    """Nodes that are alike, of which Ray's autoscaler may add some."""
+
+    max_nodes: int = Field(ge=0, le=1000)
+    """With those that are there."""
+    cpus: float = Field(gt=0)
+    gpus: float = Field(default=0, ge=0)
+    resources: _Amounts = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All that there can be."""
+        return [Node({"CPU": self.cpus, "GPU": self.gpus, **self.resources}, dict(self.labels))] * self.max_nodes
+
+
 class TrainingSettings(_Section):
-    """What training nodes can do."""
+    """Where jobs train, and with what."""
 
     quantized_base: bool = False
     """Every training node has a GPU and bitsandbytes: QLoRA is accepted."""
+    worker: Annotated[WorkerSettings, _Nested] = WorkerSettings()
+    pools: Annotated[dict[str, WorkerSettings], _Nested] = Field(default_factory=dict)
+    """By base model; what is left out is as in `worker`."""
+    share: Annotated[dict[str, Annotated[float, Field(ge=0)]], _Nested] = Field(default_factory=dict)
+    """The most that all jobs hold together, by Ray's names: `{CPU: 6, GPU: 1}`. The rest is for inference on the same
+    cluster. What is not named has no bound but the nodes."""
+    worker_groups: Annotated[dict[str, WorkerGroupSettings], _Nested] = Field(default_factory=dict)
+    """What the cluster can grow to, where Ray's autoscaler runs: a job that fits there is started, and waits for its
+    nodes. Empty: what is there is all."""
+    nodes_wait_seconds: float = Field(default=900.0, gt=0)
+    """How long a started job may wait for its nodes: one with a GPU that pulls an image of 10 GB takes ten minutes."""
+
+    def demand(self, base_model: str) -> Demand:
+        """What a worker of the base model asks of its node."""
+        return _overridden(self.worker, self.pools.get(base_model)).demand
+
+    @property
+    def largest(self) -> list[Node]:
+        """Every node that there can be; none where that is not declared."""
+        return [node for group in self.worker_groups.values() for node in group.nodes]
 
 
 class RaySettings(_Section):

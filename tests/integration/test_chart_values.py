@@ -31,6 +31,14 @@ PEERS = st.lists(
     st.fixed_dictionaries({"namespaceSelector": st.fixed_dictionaries({"matchLabels": st.dictionaries(NAMES, NAMES)})}),
     max_size=2,
 )
+ASKED = st.fixed_dictionaries(
+    {},
+    optional={
+        "cpus": st.sampled_from([1, 0.5, 8]),
+        "gpus": st.sampled_from([0, 0.25, 1]),
+        "labelSelector": st.dictionaries(NAMES, st.one_of(NAMES, st.just("!in(a, b)")), max_size=2),
+    },
+)
 GROUPS = st.dictionaries(
     NAMES,
     st.fixed_dictionaries(
@@ -40,6 +48,7 @@ GROUPS = st.dictionaries(
             "maxReplicas": st.integers(2, 9),
             "gpus": st.integers(0, 8),
             "gpuResource": st.sampled_from(["nvidia.com/gpu", "amd.com/gpu"]),
+            "labels": st.dictionaries(NAMES, NAMES, max_size=2),
             "resources": RESOURCES,
         }
     ),
@@ -79,11 +88,15 @@ VALUES = st.fixed_dictionaries(
         ),
         "orchestrator": st.fixed_dictionaries({}, optional={**PLACEMENT, "replicas": st.integers(1, 3)}),
         "ray": st.fixed_dictionaries({}, optional={"existingTokenSecret": NAMES}),
-        "training": st.fixed_dictionaries({"workerGroups": GROUPS}),
+        "training": st.fixed_dictionaries(
+            {"workerGroups": GROUPS}, optional={"worker": ASKED, "pools": st.dictionaries(NAMES, ASKED, max_size=2)}
+        ),
         "inference": st.fixed_dictionaries(
             {},
             optional={
                 "replicas": st.integers(1, 8),
+                "replica": ASKED,
+                "pools": st.dictionaries(NAMES, ASKED, max_size=2),
                 "maxLoraRank": st.sampled_from([8, 64, 512]),
                 "workers": st.fixed_dictionaries({}, optional={**PLACEMENT, "gpus": st.integers(0, 8)}),
             },

@@ -23,6 +23,7 @@ from graft.data.prepare import DataStats
 from graft.domain.errors import GraftError, NotFound, Unavailable
 from graft.domain.jobs import Event, Job, JobSpec, JobState, Memory, Resolved
 from graft.domain.names import CHAMPION
+from graft.domain.placement import Node
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat, RegistrySnapshot
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.context import stored_events
@@ -114,6 +115,7 @@ class FakeRuns:
         self.released: list[tuple[str, int]] = []
         self.live: set[tuple[str, int]] = set()
         self.most_live = 0
+        self.placed = True
         self.dtype = "float32"
         self.also_writes: tuple[str, ...] = ()
         """Folders beside the adapter's."""
@@ -152,7 +154,8 @@ class FakeRuns:
             self.live.discard(key)
         elif self.gates.closed(JobState.RUNNING):
             visible = self.reports[:3]
-        return RunStatus(key in self.starts, key in self.live, [r for r in visible if r.sequence > after_sequence])
+        seen = [report for report in visible if report.sequence > after_sequence]
+        return RunStatus(key in self.starts, key in self.live, seen, self.placed)
 
     def cancel(self, job_id: str, attempt: int) -> None:
         self.cancelled.append((job_id, attempt))
@@ -356,6 +359,10 @@ class World:
     engine: FakeScorer
     preparer: FakePreparer
     cpus: float = 4.0
+    """Of the only node; none while the gate of QUEUED is closed."""
+    cluster: list[Node] | None = None
+    """Its nodes, where they are more."""
+    ray_away: bool = False
 
     def close_gate(self, state: JobState) -> None:
         self.gates.close(state)
@@ -363,8 +370,12 @@ class World:
     def open_gate(self, state: JobState) -> None:
         self.gates.open(state)
 
-    def capacity(self) -> float:
-        return 0.0 if self.gates.closed(JobState.QUEUED) else self.cpus
+    def nodes(self) -> list[Node]:
+        if self.gates.closed(JobState.QUEUED):
+            return []
+        if self.ray_away:
+            raise ConnectionError("no session")
+        return [Node({"CPU": self.cpus})] if self.cluster is None else self.cluster
 
     async def create_job(self, job_id: str, suffix: str | None = "reviews", **asked: Any) -> Job:
         return await self.store.create_job(PROJECT, job_id, JobSpec(BASE, "ds-1", suffix=suffix, **asked), None)
@@ -444,7 +455,7 @@ async def world(folder: Path, **settings: str) -> AsyncIterator[World]:
         event_interval_seconds=0.25,
     )
     made: World
-    parts = Parts(store, runs, registry, engine, preparer, lambda: made.capacity(), loaded, limits)
+    parts = Parts(store, runs, registry, engine, preparer, lambda: made.nodes(), loaded, limits)
     made = World(store, parts, gates, runs, registry, engine, preparer)
     try:
         yield made

@@ -129,12 +129,16 @@ def main() -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:  # a head that has only just started may not start drivers yet
         try:
-            runs.cpus()
+            runs.nodes()
             break
         except ConnectionError:
             if time.monotonic() > deadline:
                 raise
-    found = {"cpus": runs.cpus(), "sweep": sweep(runs, spec), "cuts": cuts(runs, spec, cable)}
+    found = {
+        "cpus": sum(node.resources.get("CPU", 0.0) for node in runs.nodes()),
+        "sweep": sweep(runs, spec),
+        "cuts": cuts(runs, spec, cable),
+    }
     print("\n" + json.dumps(found, default=str), flush=True)
 
 

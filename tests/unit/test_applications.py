@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
-from graft.domain.errors import InvalidArgument, ResourceExhausted
-from graft.serving.applications import GIB, PROCESSES_BYTES, Applications, check_memory
+from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from graft.domain.placement import Node
+from graft.serving.app import actor_options
+from graft.serving.applications import GIB, PROCESSES_BYTES, Applications, check_memory, check_nodes
+from graft.settings import ReplicaPoolSettings, ServingSettings
 from tests.support.gateways import base_model
 
 MODEL = dataclasses.replace(base_model(), id="large", size_bytes=3 * GIB)
@@ -23,9 +26,33 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
 
 
 async def test_the_first_application_cannot_be_deployed_or_undeployed() -> None:
-    applications = Applications("first", 1, build=lambda _: pytest.fail("nothing may be built"))
+    applications = Applications("first", ServingSettings(), build=lambda _: pytest.fail("nothing may be built"))
     with pytest.raises(InvalidArgument):
         await applications.deploy(dataclasses.replace(MODEL, id="first"))
     for base in ("first", ""):
         with pytest.raises(InvalidArgument):
             await applications.undeploy(base)
+
+
+def test_replicas_that_no_nodes_could_hold_are_refused_and_not_waited_for() -> None:
+    nodes = [Node({"CPU": 8.0, "GPU": 1.0}, {"pool": "large"}), Node({"CPU": 8.0, "GPU": 4.0})]
+    halves = ReplicaPoolSettings(num_replicas=2, gpus=0.5, label_selector={"pool": "large"})
+    check_nodes("large", halves, nodes)
+    with pytest.raises(FailedPrecondition) as refused:
+        check_nodes("large", halves.model_copy(update={"num_replicas": 3}), nodes)
+    assert "3 x 0.5 GPU on nodes with pool=large is declared for replicas of large" in refused.value.message
+    assert "have 1 GPU on nodes with pool=large, room for 2" in refused.value.message
+    with pytest.raises(FailedPrecondition, match="room for 0"):
+        check_nodes("large", ReplicaPoolSettings(label_selector={"pool": "nowhere"}), nodes)
+    check_nodes("small", ReplicaPoolSettings(num_replicas=9), nodes)
+
+
+def test_a_pool_is_what_ray_serve_is_told_and_without_one_a_replica_reserves_nothing() -> None:
+    pool = ReplicaPoolSettings(cpus=1, gpus=0.5, resources={"fast_disk": 1}, label_selector={"pool": "large"})
+    assert actor_options(pool) == {
+        "num_cpus": 1,
+        "num_gpus": 0.5,
+        "resources": {"fast_disk": 1},
+        "label_selector": {"pool": "large"},
+    }
+    assert actor_options(ServingSettings().pool("any")) == {"num_cpus": 0, "num_gpus": 0, "resources": {}}

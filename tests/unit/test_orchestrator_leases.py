@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from graft.domain.jobs import Event, Job, JobState
+from graft.domain.placement import Node
 from graft.orchestrator.room import Room
 from tests.support.orchestration import PATIENCE_SECONDS, PROJECT, World, world
 
@@ -235,15 +236,17 @@ async def test_an_older_job_that_lines_up_while_the_cluster_answers_goes_first(t
         younger = await it.create_job("job-2", suffix="b")
         asked, answer = threading.Event(), threading.Event()
 
-        def capacity() -> float:
+        def nodes() -> list[Node]:
             asked.set()
             assert answer.wait(PATIENCE_SECONDS)
-            return 2.0
+            return [Node({"CPU": 2.0})]
 
-        room, entered = Room(replace(it.parts, capacity=capacity)), list[str]()
+        room, entered = Room(replace(it.parts, nodes=nodes)), list[str]()
+
+        async def tell(_key: str, _message: str) -> None: ...
 
         async def enter(job: Job) -> None:
-            async with room.turn(job):
+            async with room.turn(job, tell):
                 entered.append(job.id)
                 await asyncio.sleep(0.05)
                 entered.append(job.id)

@@ -76,3 +76,12 @@ def test_errors_that_name_each_other_as_their_cause_still_end() -> None:
     first, second = ValueError("first"), ValueError("second")
     first.__cause__, second.__cause__ = second, first
     assert failure(first, LOG)["reason"] == "TRAINING_FAILED"
+
+
+def test_an_autoscaler_that_may_not_add_what_is_asked_for_is_told_as_such() -> None:
+    from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
+
+    lines = "Insufficient cluster resources to launch training workers.\nThe worker group requires 8 GPUs.\nPlease"
+    told = failure(InsufficientClusterResourcesError(lines), LOG)
+    assert (told["code"], told["reason"]) == ("FAILED_PRECONDITION", "DOES_NOT_FIT")
+    assert "may not add what the workers ask for: The worker group requires 8 GPUs. Ask for fewer" in told["message"]

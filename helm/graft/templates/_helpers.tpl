@@ -200,6 +200,50 @@ kv_cache_gib: {{ .Values.inference.kvCacheGib }}
 max_num_seqs: {{ .Values.inference.maxNumSeqs }}
 num_replicas: {{ .Values.inference.replicas }}
 dtype: {{ .Values.inference.dtype }}
+{{- $replica := .Values.inference.replica }}
+replica:
+  cpus: {{ $replica.cpus }}
+  gpus: {{ if kindIs "invalid" $replica.gpus }}{{ ternary 1 0 (gt (int .Values.inference.workers.gpus) 0) }}{{ else }}{{ $replica.gpus }}{{ end }}
+  label_selector: {{- $replica.labelSelector | toYaml | nindent 4 }}
+pools: {{- include "graft.pools" .Values.inference.pools | nindent 2 }}
+{{- end }}
+
+{{/* What base models ask of nodes, in the words of graft.yaml. Called with the pools of training or inference. */}}
+{{- define "graft.pools" -}}
+{{- $words := dict "replicas" "num_replicas" "labelSelector" "label_selector" }}
+{{- $pools := dict }}
+{{- range $base, $asked := . }}
+{{- $pool := dict }}
+{{- range $name, $value := $asked }}{{ $_ := set $pool (get $words $name | default $name) $value }}{{ end }}
+{{- $_ := set $pools $base $pool }}
+{{- end }}
+{{- toYaml $pools }}
+{{- end }}
+
+{{/* Where jobs train, as the section `training` of graft.yaml. */}}
+{{- define "graft.training" -}}
+quantized_base: {{ .Values.training.quantizedBase }}
+nodes_wait_seconds: {{ .Values.training.nodesWaitSeconds }}
+worker: {{- get (include "graft.pools" (dict "worker" .Values.training.worker) | fromYaml) "worker" | toYaml | nindent 2 }}
+pools: {{- include "graft.pools" .Values.training.pools | nindent 2 }}
+worker_groups:
+  {{- range $group, $worker := .Values.training.workerGroups }}
+  {{- if $worker.enabled }}
+  {{ $group | quote }}:
+    max_nodes: {{ $worker.maxReplicas }}
+    cpus: {{ include "graft.cpus" $worker }}
+    gpus: {{ $worker.gpus | default 0 }}
+    labels: {{- $worker.labels | default dict | toYaml | nindent 6 }}
+  {{- end }}
+  {{- end }}
+{{- end }}
+
+{{/* Ray's CPUs of a pod, as KubeRay counts them: its limit, else its request, made whole. */}}
+{{- define "graft.cpus" -}}
+{{- $limits := .resources.limits | default dict }}
+{{- $requests := .resources.requests | default dict }}
+{{- $cpu := toString (get $limits "cpu" | default (get $requests "cpu") | default "1") }}
+{{- if hasSuffix "m" $cpu }}{{ ceil (divf (trimSuffix "m" $cpu) 1000) }}{{ else }}{{ ceil $cpu }}{{ end }}
 {{- end }}
 
 {{/* Brings a base model of the hub to the state before a process that needs it starts; does nothing when it is there. */}}
@@ -228,7 +272,7 @@ initContainers:
 {{- define "graft.rayResources" -}}
 {{- $resources := deepCopy .resources }}
 {{- if gt (int .gpus) 0 }}
-{{- $_ := set $resources "limits" (merge (dict .gpuResource (int .gpus)) (get $resources "limits" | default dict)) }}
+{{- $_ := set $resources "limits" (merge (dict (.gpuResource | default "nvidia.com/gpu") (int .gpus)) (get $resources "limits" | default dict)) }}
 {{- end }}
 {{- toYaml $resources }}
 {{- end }}

@@ -7,39 +7,20 @@ from which the next owner of the job goes on polling.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ParamSpec, TypeVar
 
 from graft.domain.errors import KINDS, FailedPrecondition, GraftError, Internal, Unavailable
 from graft.domain.jobs import Checkpoint, EventLevel, JobState, Progress
 from graft.orchestrator.context import Context
 from graft.orchestrator.sampling import LOOKS_AFTER_KILL, forget_policies
-from graft.orchestrator.threads import call
+from graft.orchestrator.threads import ask_ray
 from graft.orchestrator.tracking import Tracker
 from graft.training.failures import WORKER_DIED
 from graft.training.spec import ENDS, Report, RunStatus
 from graft.training.sweep import choose
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 _PROGRESS = tuple(item.name for item in fields(Progress))
-
-
-async def ask_ray(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls Ray in a thread. Raises Unavailable when Ray itself does not answer."""
-    try:
-        return await call(function, *args, **kwargs)
-    except Exception as error:
-        # Ray's own exceptions are known by their module: importing ray here would cost every test two seconds. A
-        # RayTaskError is what our code raised over there.
-        of_ray = type(error).__module__.partition(".")[0] == "ray" and "RayTaskError" not in type(error).__name__
-        if of_ray or isinstance(error, ConnectionError | TimeoutError):
-            raise Unavailable(
-                f"The training cluster does not answer ({type(error).__name__}).", reason="RAY_UNAVAILABLE"
-            ) from error
-        raise
 
 
 async def poll(context: Context, after_sequence: int) -> RunStatus:

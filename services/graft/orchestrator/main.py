@@ -77,8 +77,9 @@ async def serve(settings: Settings, runs: RayRuns) -> None:
                     settings.serving.base_model,
                     settings.serving.context_tokens,
                     open_storage(settings),
+                    settings.training,
                 ),
-                capacity=runs.cpus,
+                nodes=runs.nodes,
                 settings=settings,
             )
         )

@@ -2,16 +2,17 @@
 
 `Runs` is `graft.training.run.RayRuns`, `RegistryPort` is `graft.registry.mlflow_registry.Registry`, `Engine` is
 `graft.internal.engine_client.EngineClient` and `Preparer` is `graft.orchestrator.preparer.TokenizingPreparer`.
-Runs, registry, preparer and capacity block: they are called in threads (`graft.orchestrator.threads`).
+Runs, registry, preparer and nodes block: they are called in threads (`graft.orchestrator.threads`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from graft.data.prepare import DataStats
 from graft.domain.jobs import Job, Memory, Resolved
+from graft.domain.placement import Node
 from graft.domain.resources import AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 from graft.internal.v1 import engine_pb2
 from graft.registry.mlflow_registry import Publication
@@ -152,8 +153,8 @@ class Parts:
     registry: RegistryPort
     engine: Engine
     preparer: Preparer
-    capacity: Callable[[], float]
-    """The cluster's CPUs, all of them; 0 while the cluster is not known."""
+    nodes: Callable[[], Sequence[Node]]
+    """The training cluster's nodes with all that they have, in use too."""
     settings: Settings
     limits: Limits = field(default_factory=Limits)
 

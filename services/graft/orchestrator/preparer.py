@@ -15,6 +15,7 @@ from graft.domain.memory import memory_bytes, sharing_workers
 from graft.domain.resources import BaseModel, Dataset
 from graft.orchestrator.files import dataset_path
 from graft.orchestrator.ports import PreparedData
+from graft.settings import TrainingSettings
 from graft.storage import LOCAL, Storage
 from graft.training.derive import derive
 from graft.training.memory import check_blocks, read_shape
@@ -32,9 +33,12 @@ class TokenizingPreparer:
         engine_base: str = "",
         engine_context_tokens: int | None = None,
         storage: Storage = LOCAL,
+        training: TrainingSettings | None = None,
     ) -> None:
         """Where reinforcement samples, the base model that the service there starts with, and its longest prompt with
-        an answer; None: as long as the base's context. `storage`: where the data lies."""
+        an answer; None: as long as the base's context. `storage`: where the data lies. `training`: what workers ask of
+        their nodes; None: the defaults."""
+        self._training = training or TrainingSettings()
         self._storage = storage
         self._engine_address = engine_address
         self._engine_base = engine_base
@@ -74,6 +78,7 @@ class TokenizingPreparer:
             engine_address=self._engine_address,
             engine_base=self._engine_base,
             storage=self._storage,
+            training=self._training,
         )
 
     def _stats(self, job: Job, base: BaseModel, dataset: Dataset, split: Split | None = None) -> DataStats:

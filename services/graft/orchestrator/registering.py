@@ -8,9 +8,8 @@ from graft.domain.errors import FailedPrecondition
 from graft.domain.jobs import Job, JobState, ServedAs
 from graft.orchestrator.context import Context
 from graft.orchestrator.files import drop_copies
-from graft.orchestrator.following import ask_ray
 from graft.orchestrator.room import resolved_int
-from graft.orchestrator.threads import call
+from graft.orchestrator.threads import ask_ray, call
 from graft.registry.digest import FILES, MODEL_CONFIG
 from graft.registry.mlflow_registry import Publication
 

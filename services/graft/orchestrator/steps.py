@@ -11,13 +11,14 @@ from dataclasses import asdict
 from graft.domain.jobs import EventLevel, JobState, Method, Resolved
 from graft.orchestrator.context import Context
 from graft.orchestrator.evaluating import evaluate
-from graft.orchestrator.following import ask_ray, follow, give_up_attempt, poll
+from graft.orchestrator.following import follow, give_up_attempt, poll
+from graft.orchestrator.placing import NodesWait
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
 from graft.orchestrator.room import with_concurrency
 from graft.orchestrator.sampling import check_engine
 from graft.orchestrator.starting import say_start, start_from, with_start
-from graft.orchestrator.threads import call, to_the_end
+from graft.orchestrator.threads import ask_ray, call, to_the_end
 from graft.storage import share_base_model
 
 __all__ = ["STEPS"]
@@ -51,15 +52,17 @@ async def validate(context: Context) -> None:
 
 
 async def queue(context: Context) -> None:
-    """QUEUED: waits for CPUs. Raises FailedPrecondition for a job that can never have them."""
-    async with context.room.turn(context.job) as cpus:
+    """QUEUED: waits for room. Raises FailedPrecondition for a job that can never have it."""
+    attempt = context.job.attempt
+    turn = context.room.turn(context.job, lambda key, message: context.say(f"queued-{key}-{attempt}", message))
+    async with turn as granted:
         if context.job.spec.sweep:
-            await context.record(resolved=with_concurrency(context.job, cpus))
+            await context.record(resolved=with_concurrency(context.job, granted))
         await context.move(JobState.STARTING, "Starting the training workers.")
 
 
 async def start(context: Context) -> None:
-    """STARTING: starts the run, or finds it started, and waits for its first report."""
+    """STARTING: starts the run, or finds it started, and waits for nodes and its first report."""
     job, parts = context.job, context.parts
     material = await context.material()
     base = material.base
@@ -69,10 +72,12 @@ async def start(context: Context) -> None:
         job, base, material.dataset, material.validation, context.output_dir, await start_from(context)
     )
     await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
+    nodes = NodesWait(context)
     while not (status := await poll(context, 0)).reports:
         if not (status.exists and status.alive):
             await give_up_attempt(context)
             return
+        await nodes.look(status.placed)
         await asyncio.sleep(parts.settings.orchestrator.poll_seconds)
     await context.move(JobState.RUNNING, "Training.")
 

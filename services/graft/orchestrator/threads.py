@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
+from graft.domain.errors import Unavailable
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -40,6 +42,21 @@ async def call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
     threading.Thread(target=work, daemon=True, name=getattr(function, "__name__", "call")).start()
     return await future
+
+
+async def ask_ray(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls Ray in a thread. Raises Unavailable when Ray itself does not answer."""
+    try:
+        return await call(function, *args, **kwargs)
+    except Exception as error:
+        # Ray's own exceptions are known by their module: importing ray here would cost every test two seconds. A
+        # RayTaskError is what our code raised over there.
+        of_ray = type(error).__module__.partition(".")[0] == "ray" and "RayTaskError" not in type(error).__name__
+        if of_ray or isinstance(error, ConnectionError | TimeoutError):
+            raise Unavailable(
+                f"The training cluster does not answer ({type(error).__name__}).", reason="RAY_UNAVAILABLE"
+            ) from error
+        raise
 
 
 async def to_the_end(awaitable: Awaitable[T]) -> T:

@@ -32,7 +32,7 @@ from graft.serving.keeper import Keeper
 from graft.serving.processes import prepare_environment, start_fork_server
 from graft.serving.pulling import ProvingPuller, Registry
 from graft.serving.residency import Ref, Residency
-from graft.settings import ServingSettings, Settings
+from graft.settings import ReplicaPoolSettings, ServingSettings, Settings
 from graft.storage import Storage, fetch_base_model, open_storage
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class EngineReplica:
     ) -> None:
         self._settings = settings
         self.token = read_token(settings.token_file)
+        self._pool = settings.pool(base.id)
         base = replace(base, path=str(await asyncio.to_thread(fetch_base_model, storage, base.path, base.digest)))
         self._base = base
         self._tracking_uri = tracking_uri
@@ -83,9 +84,7 @@ class EngineReplica:
         self._residency = Residency(capacity, self._keeper, self._puller)
         self._keeping = asyncio.create_task(self._keeper.run(self._residency))
         self._applications = (
-            Applications(
-                base.id, settings.kv_cache_gib, lambda other: _bind(settings, other, tracking_uri, cache, storage)
-            )
+            Applications(base.id, settings, lambda other: bind(settings, other, tracking_uri, cache, storage))
             if context.app_name == APPLICATION
             else None
         )
@@ -242,7 +241,7 @@ class EngineReplica:
         await self._keeper.close()
 
     async def _everywhere(self, method: str, *arguments: object) -> list[bytes]:
-        if self._settings.num_replicas == 1:
+        if self._pool.num_replicas == 1:
             return [await getattr(self, method)(*arguments)]
         results: list[bytes] = await self._handle.broadcast(method, *arguments).results_async()
         return results
@@ -342,23 +341,36 @@ def _model(served: engine_pb2.ServedModel, settings: ServingSettings) -> BaseMod
     )
 
 
+def actor_options(pool: ReplicaPoolSettings) -> dict[str, Any]:
+    """What Ray reserves for a replica, and where."""
+    options = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, "resources": dict(pool.resources)}
+    return options | ({"label_selector": dict(pool.label_selector)} if pool.label_selector else {})
+
+
 def build_app(settings: Settings, base: BaseModel) -> Any:
     """The application, for `serve.run` under the name `engine_client.application_name`."""
     serving = settings.serving.model_copy(update={"token_file": token_file(settings)})
-    return _bind(serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings))
+    return bind(serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings))
 
 
-def _bind(settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage) -> Any:
+def bind(
+    settings: ServingSettings,
+    base: BaseModel,
+    tracking_uri: str,
+    cache: Path,
+    storage: Storage,
+    replica: type = EngineReplica,
+) -> Any:
+    """The application of one base model, on the nodes of its pool. `replica`: another class that takes the same."""
+    pool = settings.pool(base.id)
     deployment = serve.deployment(
-        EngineReplica,
+        replica,
         name=DEPLOYMENT,
-        num_replicas=settings.num_replicas,
+        num_replicas=pool.num_replicas,
         max_replicas_per_node=settings.max_replicas_per_node or None,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         max_queued_requests=MAX_QUEUED_REQUESTS,
-        # The cores serve training and inference alike. A tenth of one, reserved here, would keep the last training
-        # worker that the orchestrator has counted on out of the cluster.
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=actor_options(pool),
         graceful_shutdown_timeout_s=10,
         logging_config=QUIET,
     )

@@ -1,11 +1,12 @@
 """Applications beside the first: other base models, each with replicas and an engine of its own.
 
 The first application's replica answers for all of them, since it is the one that is always there. Owns their names, the
-check of memory and what Ray Serve is told; does not know which are wished for (the orchestrator's part), nor engines.
+checks of nodes and memory and what Ray Serve is told; does not know which are wished for (the orchestrator's part),
+nor engines.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import psutil
@@ -14,9 +15,12 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from graft.domain.placement import Node, amounts, count, suits, total
 from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, application_name
 from graft.internal.v1 import engine_pb2
+from graft.nodes import nodes
+from graft.settings import ReplicaPoolSettings, ServingSettings
 
 GIB = 1024**3
 PROCESSES_BYTES = 3 * GIB // 2
@@ -32,6 +36,22 @@ _STATES = {
     ApplicationStatus.DELETING: engine_pb2.Application.STATE_STOPPING,
 }
 """All others are steps to RUNNING, or back to it."""
+
+
+def check_nodes(base: str, pool: ReplicaPoolSettings, there: Sequence[Node]) -> None:
+    """Raises FailedPrecondition when the nodes could not hold the replicas even if nothing else ran there.
+
+    Serve would wait for such nodes for ever, and without a word.
+    """
+    asked = pool.demand
+    fitting = count(there, asked) if asked.resources else pool.num_replicas * any(suits(node, asked) for node in there)
+    if fitting < pool.num_replicas:
+        raise FailedPrecondition(
+            f"{pool.num_replicas} x {asked} is declared for replicas of {base}. The inference service's nodes have "
+            f"{amounts(total(there, asked))}{asked.where}, room for {fitting}. Add nodes, or change serving.pools.",
+            reason="NO_NODES",
+            metadata={"replicas": str(pool.num_replicas), "fitting": str(fitting)},
+        )
 
 
 def check_memory(model: BaseModel, kv_cache_gib: int, available_bytes: int) -> None:
@@ -54,9 +74,9 @@ def check_memory(model: BaseModel, kv_cache_gib: int, available_bytes: int) -> N
 class Applications:
     """Those of this cluster. `build` makes the Serve application of a base model."""
 
-    def __init__(self, first: str, kv_cache_gib: int, build: Callable[[BaseModel], Any]) -> None:
+    def __init__(self, first: str, settings: ServingSettings, build: Callable[[BaseModel], Any]) -> None:
         self._first = first
-        self._kv_cache_gib = kv_cache_gib
+        self._settings = settings
         self._build = build
         self._lock = asyncio.Lock()
         """One change at a time: two engines that start at once would both count the same free memory."""
@@ -66,7 +86,7 @@ class Applications:
         """Starts an application and returns when its replicas run, or at once when it is there.
 
         Raises InvalidArgument for the first base model, ResourceExhausted when memory does not suffice, and
-        FailedPrecondition when Ray Serve does not start it.
+        FailedPrecondition when no nodes could hold it or Ray Serve does not start it.
         """
         self._check_other(model.id)
         # Shielded: a caller that goes away must not free the lock while Serve is at work in its thread.
@@ -81,7 +101,11 @@ class Applications:
         async with self._lock:
             if model.id in {application.base_model for application in await self.all()}:
                 return
-            check_memory(model, self._kv_cache_gib, psutil.virtual_memory().available)
+            pool = self._settings.pool(model.id)
+            check_nodes(model.id, pool, await asyncio.to_thread(nodes))
+            # Elsewhere, or on a GPU, only the engine itself sees how much there is.
+            if not pool.gpus and not pool.label_selector:
+                check_memory(model, self._settings.kv_cache_gib, psutil.virtual_memory().available)
             await asyncio.to_thread(self._run, model)
 
     async def _undeploy(self, base: str) -> None:

@@ -74,7 +74,7 @@ def engine_args(settings: ServingSettings, base: BaseModel) -> AsyncEngineArgs:
         max_num_batched_tokens=max(MAX_BATCHED_TOKENS, settings.max_num_seqs),
         kv_cache_memory_bytes=settings.kv_cache_gib * GIB if cpu else None,
         # On a CPU, the share of the machine's memory that must be free at start; the KV cache has its own size.
-        gpu_memory_utilization=0.3 if cpu else 0.9,
+        gpu_memory_utilization=0.3 if cpu else 0.9 * (settings.pool(base.id).gpus or 1),
         # vLLM's CPU platform turns compilation off with LoRA anyway; saying so spares its warm-up.
         enforce_eager=cpu,
         distributed_executor_backend=InCoreExecutor if cpu else None,

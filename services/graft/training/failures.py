@@ -41,6 +41,13 @@ def failure(error: BaseException, log: str) -> dict[str, Any]:
             + ". Free some space, then create the job again.",
         }
     lines = str(root).strip().splitlines()
+    if name == "InsufficientClusterResourcesError":
+        return {
+            "code": "FAILED_PRECONDITION",
+            "reason": "DOES_NOT_FIT",
+            "message": f"Ray's autoscaler may not add what the workers ask for: {' '.join(lines[1:2])} Ask for fewer "
+            "workers (num_workers), or let the cluster grow further.",
+        }
     return {
         "code": "INTERNAL",
         "reason": "TRAINING_FAILED",

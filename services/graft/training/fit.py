@@ -6,12 +6,14 @@ Owns what the workers' processes are told: environment, threads. Does not know t
 import os
 import time
 import traceback
+from functools import partial
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node, total_resources_per_node
 
 from graft import offline
+from graft.domain.placement import Demand
 from graft.training.failures import failure, lost_worker
 from graft.training.places import ray_storage
 from graft.training.spec import ENDS, Clock, RunSpec
@@ -39,6 +41,8 @@ class Fit:
     def fit(self, spec: RunSpec, run: Any, begin_seconds: float) -> None:
         """Blocks until the worker group has ended. Raises what a worker raised. `begin_seconds`: when the run began."""
         os.environ.update(DRIVER_ENVIRONMENT)
+        # Ray Train gives its request up after a minute and makes it again; the autoscaler is to see one that stays.
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.nodes_wait_seconds)
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -48,16 +52,33 @@ class Fit:
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={"spec": spec, "run": run, "begin_seconds": begin_seconds},
-            scaling_config=ScalingConfig(num_workers=spec.num_workers, resources_per_worker={"CPU": 1}),
+            scaling_config=ScalingConfig(
+                num_workers=spec.num_workers,
+                use_gpu=bool(spec.demand.resources.get("GPU")),
+                resources_per_worker=bundle(spec.demand),
+                label_selector=dict(spec.demand.labels) or None,
+            ),
             run_config=RunConfig(
                 name="ray-train",
                 **ray_storage(spec),
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                worker_runtime_env={"env_vars": worker_environment(spec.demand)},
                 callbacks=[Led(run, spec.name)],
             ),
             torch_config=NodeAddressConfig(backend="gloo"),
         )
         trainer.fit()
+
+
+def bundle(demand: Demand) -> dict[str, float]:
+    """What Ray reserves for a worker."""
+    return {name: amount for name, amount in demand.resources.items() if amount}
+
+
+def worker_environment(demand: Demand) -> dict[str, str]:
+    """Variables of a worker's process. Ray shows a process that reserves no GPU all that its node has; here that is for
+    those that do not say how many they want."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if demand.resources.get("GPU") == 0 else {}
+    return WORKER_ENVIRONMENT | hidden
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -73,6 +94,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     spec, run = config["spec"], config["run"]
     workers = context.get_world_size()
+    if context.get_world_rank() == 0:
+        run.place.options(concurrency_group="reports").remote()
 
     def tell(kind: str, data: dict[str, Any], trace: str = "") -> None:
         # Not awaited step by step; the end is, so that nothing is lost when the worker leaves.
@@ -89,20 +112,22 @@ def _train_loop(config: dict[str, Any]) -> None:
                 raise lost_worker(spec.error_log) from error
 
     try:
-        run_worker(spec, tell, Group(context.get_world_rank(), workers, reduce), free_threads, clock)
+        threads = partial(free_threads, spec.demand)
+        run_worker(spec, tell, Group(context.get_world_rank(), workers, reduce), threads, clock)
     except Exception as error:
         # Told from here, by whichever worker failed first: the others will only see that it has left them.
         tell("failed", failure(error, spec.error_log), traceback.format_exc())
         raise
 
 
-def free_threads() -> int:
-    """Threads for a worker on this node: the node's CPUs shared equally among the CPUs that are reserved there.
+def free_threads(demand: Demand) -> int:
+    """Threads for a worker on this node: its share of the node's CPUs, by what all have reserved there.
 
-    A lone worker, which reserves one CPU, uses every core; two get half each. Fractions of a CPU, which processes
-    that mostly wait reserve, do not count.
+    A lone worker uses every core, whatever it reserves; of two that reserve alike each gets half. Fractions of a CPU,
+    which processes that mostly wait reserve, do not count.
     """
     node = ray.get_runtime_context().get_node_id()
-    cpus = total_resources_per_node().get(node, {}).get("CPU", 1.0)
+    mine = demand.resources["CPU"]
+    cpus = total_resources_per_node().get(node, {}).get("CPU", mine)
     reserved = cpus - available_resources_per_node().get(node, {}).get("CPU", 0.0)
-    return max(1, int(cpus) // max(1, int(reserved + 1e-6)))
+    return max(1, int(cpus * mine / max(mine, int(reserved + 1e-6)) + 1e-6))

@@ -20,12 +20,14 @@ import ray
 from ray.util import list_named_actors
 
 from graft.domain.errors import Aborted, GraftError
+from graft.domain.placement import Node
+from graft.nodes import nodes
 from graft.training.failures import failure
 from graft.training.fit import Fit
 from graft.training.link import NAMESPACE, Connected, RayLink
 from graft.training.places import ERRORS, REPORTS, on_this_host, uri_of
 from graft.training.reservations import give_back
-from graft.training.search import OPTIONS, Search
+from graft.training.search import Search, options
 from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_spec
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
@@ -47,6 +49,7 @@ class _Run:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._fit: Any = None
         self._controller: Any = None
+        self._placed = False
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def begin(self) -> None:
@@ -78,10 +81,14 @@ class _Run:
                 with suppress(GraftError):
                     storage.put_file(file, uri_of(self._spec, file))
 
-    def poll(self, after_sequence: int) -> tuple[bool, list[Report]]:
-        """Whether it still works, and the reports with a higher sequence."""
+    def place(self) -> None:
+        """Called by the first worker, or trial, whose process is there."""
+        self._placed = True
+
+    def poll(self, after_sequence: int) -> tuple[bool, list[Report], bool]:
+        """Whether it still works, the reports with a higher sequence, and whether its workers have nodes."""
         with self._lock:
-            return not self._ended(), self._reports[after_sequence:]
+            return not self._ended(), self._reports[after_sequence:], self._placed
 
     def led_by(self, controller: Any) -> None:
         """Ray Train's controller, which is about to reserve the workers' places. Raises Aborted RUN_ENDED."""
@@ -116,8 +123,8 @@ class _Run:
             with self._lock:
                 if self._ended():
                     return
-                kind, options = (Fit, {}) if self._spec.search is None else (Search, OPTIONS)
-                self._fit = ray.remote(num_cpus=0, max_restarts=0, **options)(kind).remote()
+                kind, how = (Fit, {}) if self._spec.search is None else (Search, options(self._spec))
+                self._fit = ray.remote(num_cpus=0, max_restarts=0, **how)(kind).remote()
             ray.get(self._fit.fit.remote(self._spec, me, time.time()))
             self.tell(
                 "failed", {"code": "INTERNAL", "reason": "NO_RESULT", "message": "The run ended without a result."}
@@ -157,9 +164,9 @@ class RayRuns:
         """Ends the actor and all that it owns. Its folder stays."""
         self._link.ask(self._release, job_id, attempt)
 
-    def cpus(self) -> float:
-        """All CPUs of the cluster, those in use too."""
-        return float(self._link.ask(ray.cluster_resources).get("CPU", 0.0))
+    def nodes(self) -> list[Node]:
+        """The cluster's, with all that they have, in use too."""
+        return self._link.ask(nodes)
 
     def _start(self, spec: RunSpec) -> None:
         others = [number for number in self._attempts(spec.job_id) if number != spec.attempt]
@@ -188,10 +195,10 @@ class RayRuns:
         if actor is None:
             return RunStatus(False, False, [])
         try:
-            alive, reports = ray.get(actor.poll.remote(after_sequence), timeout=ANSWER_SECONDS)
+            alive, reports, placed = ray.get(actor.poll.remote(after_sequence), timeout=ANSWER_SECONDS)
         except ray.exceptions.RayActorError:
             return RunStatus(False, False, [])
-        return RunStatus(True, alive, reports)
+        return RunStatus(True, alive, reports, placed)
 
     def _cancel(self, job_id: str, attempt: int) -> None:
         actor = self._find(job_id, attempt)

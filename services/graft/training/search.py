@@ -1,7 +1,8 @@
 """Runs a sweep's trials through Ray Tune, in a process of its own that can be ended, and keeps the best adapter.
 
-Each trial is an actor of one CPU, which does a worker's whole work alone (`graft.training.worker`). Ray Tune places the
-trials and asks ASHA (Li et al. 2018, arXiv:1810.05934) which of them to end. Ending this process ends them all.
+Each trial is an actor that reserves what a worker does, and does a worker's whole work alone
+(`graft.training.worker`). Ray Tune places the trials and asks ASHA (Li et al. 2018, arXiv:1810.05934) which of them to
+end. Ending this process ends them all.
 """
 
 import math
@@ -11,13 +12,14 @@ import threading
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from graft.training.failures import failure
-from graft.training.fit import WORKER_ENVIRONMENT, free_threads
+from graft.training.fit import bundle, free_threads, worker_environment
 from graft.training.places import on_this_host, put, ray_storage, remove
 from graft.training.reservations import trial_name
 from graft.training.spec import Clock, RunSpec
@@ -32,13 +34,16 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-OPTIONS = {
-    "concurrency_groups": {"reports": 1},
-    # Its trials, as its children, have it too.
-    "runtime_env": {"env_vars": WORKER_ENVIRONMENT | ENVIRONMENT},
-}
-"""Of the actor, whose class is `Search`."""
 METRIC = "validation_loss"
+
+
+def options(spec: RunSpec) -> dict[str, Any]:
+    """Of the actor, whose class is `Search`."""
+    return {
+        "concurrency_groups": {"reports": 1},
+        # Its trials, as its children, have it too.
+        "runtime_env": {"env_vars": worker_environment(spec.demand) | ENVIRONMENT},
+    }
 
 
 class Search:
@@ -90,6 +95,10 @@ class Search:
             if self._ledger is not None:
                 self._tell(self._ledger.told(number, kind, data), trace)
 
+    def place(self) -> None:
+        """A trial's process is there."""
+        self._run.place.options(concurrency_group="reports").remote()
+
     def ended(self, number: int) -> None:
         """Tune has ended a trial, or it has ended itself."""
         with self._lock:
@@ -110,7 +119,8 @@ class Search:
 def _place(spec: RunSpec, number: int) -> Any:
     from ray import tune
 
-    return tune.PlacementGroupFactory([{"CPU": 1}], name=trial_name(spec.name, number))
+    selector = {"bundle_label_selector": [dict(spec.demand.labels)]} if spec.demand.labels else {}
+    return tune.PlacementGroupFactory([bundle(spec.demand)], name=trial_name(spec.name, number), **selector)
 
 
 def trial_spec(spec: RunSpec, trial: Trial) -> RunSpec:
@@ -187,8 +197,9 @@ def _trial(config: dict[str, Any], spec: RunSpec, search: Any, begin_seconds: fl
             tune.report({"step": now.step, METRIC: now.loss})
 
     os.makedirs(mine.output_dir, exist_ok=True)
+    search.place.options(concurrency_group="reports").remote()
     try:
-        run_worker(mine, tell, ALONE, free_threads, clock, measured)
+        run_worker(mine, tell, ALONE, partial(free_threads, spec.demand), clock, measured)
     except Exception as error:  # noqa: BLE001 - whatever ended the trial is told, and its trace kept in a file
         tell("failed", failure(error, spec.error_log), traceback.format_exc())
 

@@ -18,7 +18,9 @@ from graft.domain.jobs import (
     Sharding,
     Tuning,
 )
+from graft.domain.placement import Demand
 from graft.domain.resources import BaseModel, Dataset, DatasetFormat
+from graft.settings import TrainingSettings
 from graft.storage import Storage
 from graft.training.sweep import SearchSpec, search_spec
 
@@ -95,6 +97,10 @@ class RunSpec:
     """Where hosts share files; None: `output_dir` and all other paths are the same on every node."""
     output_key: str = ""
     """Name of the run's folder in `storage`."""
+    demand: Demand = field(default_factory=lambda: Demand({"CPU": 1.0}))
+    """What a worker, or a trial of the sweep, asks of its node. A GPU of 0 hides those that the node has."""
+    nodes_wait_seconds: float = 900.0
+    """How long Ray is to look for nodes at a stretch: by its pending request the autoscaler adds them."""
 
     @property
     def name(self) -> str:
@@ -154,6 +160,8 @@ class RunStatus:
     alive: bool
     """False once it has ended, or when nothing of that name is there."""
     reports: list[Report]
+    placed: bool = True
+    """False while Ray has no nodes for its workers, or their processes start."""
 
 
 def run_spec(
@@ -167,11 +175,13 @@ def run_spec(
     engine_address: str = "",
     engine_base: str = "",
     storage: Storage | None = None,
+    training: TrainingSettings | None = None,
 ) -> RunSpec:
     """The specification of the job's current attempt, from its resolved hyperparameters."""
     value: dict[str, Any] = {item.name: item.value for item in job.resolved}
     asked = job.spec
     lora, last_layers = settled(job)
+    training = training or TrainingSettings()
     return RunSpec(
         job_id=job.id,
         attempt=job.attempt,
@@ -221,6 +231,8 @@ def run_spec(
         search=None if asked.sweep is None else search_spec(job.resolved),
         storage=storage if storage is not None and storage.shared else None,
         output_key=run_key(job.id, job.attempt),
+        demand=training.demand(base.id),
+        nodes_wait_seconds=training.nodes_wait_seconds,
     )
 
 
