@@ -1,13 +1,17 @@
 """The connection: engine set-up for SQLite and PostgreSQL, transactions, the clock, and page tokens."""
 
+import asyncio
 import base64
 import binascii
 import json
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
+import aiosqlite
 from sqlalchemy import (
     URL,
     BigInteger,
@@ -163,6 +167,26 @@ def link_arguments(url: URL) -> dict[str, Any]:
     return {} if url.get_backend_name() == "sqlite" else dict(LINK)
 
 
+class _SQLite(aiosqlite.Connection):
+    """Ends its thread once. SQLAlchemy ends the connection of a cancelled caller by force while it is being closed, and
+    the close would then ask a thread that has gone to end, and wait for good: the process could not be ended."""
+
+    _ending = False
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        if self._ending:
+            return None
+        self._ending = True
+        return super().stop()
+
+
+def connect_sqlite(database: str, **options: Any) -> aiosqlite.Connection:
+    """A connection that is not open yet, as `aiosqlite.connect`."""
+    connection = _SQLite(partial(sqlite3.connect, database, **options), iter_chunk_size=64)
+    connection._thread.daemon = True  # as SQLAlchemy does for those that it makes
+    return connection
+
+
 def _engine(url: URL) -> AsyncEngine:
     if url.get_backend_name() != "sqlite":
         return create_async_engine(
@@ -173,7 +197,7 @@ def _engine(url: URL) -> AsyncEngine:
             max_overflow=10,
             connect_args=link_arguments(url),
         )
-    engine = create_async_engine(url, json_serializer=_to_json)
+    engine = create_async_engine(url, json_serializer=_to_json, connect_args={"async_creator_fn": connect_sqlite})
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _record: object) -> None:
