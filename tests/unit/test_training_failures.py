@@ -37,6 +37,17 @@ class ActorDiedError(Exception):
     """As Ray's."""
 
 
+class DistBackendError(RuntimeError):
+    """As torch's."""
+
+
+LEFT_BY_A_COMPANION = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16609. "
+    "This is typically caused by a remote worker crashing."
+)
+"""What a worker's pass through a spread model raises when another worker has been killed."""
+
+
 def test_what_a_worker_found_wrong_is_told_and_not_that_its_companion_lost_it() -> None:
     lost = UserExceptionWithTraceback(RuntimeError("Connection closed by peer [127.0.0.1]"))
     cause = UserExceptionWithTraceback(InvalidArgument("None of the rows fits.", reason="NO_EXAMPLES"))
@@ -59,6 +70,8 @@ def test_a_worker_that_only_lost_its_companion_does_not_hide_what_that_one_found
     ("error", "reason", "words"),
     [
         (WorkerGroupError({0: WorkerHealthCheckFailedError(ActorDiedError())}), "WORKER_DIED", "memory"),
+        (RuntimeError(LEFT_BY_A_COMPANION), "WORKER_DIED", "ended from outside"),
+        (DistBackendError("NCCL communicator was aborted on rank 0."), "WORKER_DIED", "ended from outside"),
         (MemoryError(), "OUT_OF_MEMORY", "context_tokens"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "OUT_OF_MEMORY", "context_tokens"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/adapter"), "DISK_FULL", "Free some space"),

@@ -11,6 +11,9 @@ from graft.domain.errors import GraftError, Unavailable
 KILLED = frozenset({"ActorDiedError", "ActorUnavailableError", "RayActorError", "WorkerCrashedError", "NodeDiedError"})
 WORKER_DIED = "WORKER_DIED"
 """Reason of a failure that the next attempt may not have."""
+CUT_OFF = frozenset({"DistBackendError", "DistNetworkError"})
+"""What torch raises when NCCL or a store cannot reach a companion; of gloo it passes a RuntimeError on, which names the
+file."""
 OUT_OF_MEMORY = frozenset({"OutOfMemoryError", "MemoryError"})
 
 
@@ -27,7 +30,8 @@ def failure(error: BaseException, log: str) -> dict[str, Any]:
             "message": "A training worker ran out of memory. Lower context_tokens (the longest row decides), or give "
             f"the node more. {log} has the details.",
         }
-    if name in KILLED:
+    # A base that is spread over the workers loses its companions in the middle of a pass through the model.
+    if name in KILLED or name in CUT_OFF or "gloo/transport" in str(root):
         lost = lost_worker(log)
         return {"code": lost.code, "reason": lost.reason, "message": lost.message}
     # safetensors has an error of its own for it, which is no OSError.
