@@ -5,7 +5,7 @@ image: {{ index . 1 }}
 imagePullPolicy: {{ $.Values.images.pullPolicy }}
 env: {{- include "graft.env" $ | nindent 2 }}
   {{- include "graft.mlflowEnv" $ | nindent 2 }}
-  {{- range $key, $value := dict "DO_NOT_TRACK" "1" "MLFLOW_DISABLE_TELEMETRY" "true" "RAY_USAGE_STATS_ENABLED" "0" "VLLM_NO_USAGE_STATS" "1" "HF_HUB_OFFLINE" "1" }}
+  {{- range $key, $value := dict "DO_NOT_TRACK" "1" "MLFLOW_DISABLE_TELEMETRY" "true" "RAY_USAGE_STATS_ENABLED" "0" "VLLM_NO_USAGE_STATS" "1" "HF_HUB_OFFLINE" "1" "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING" "0" }}
   - {name: {{ $key }}, value: {{ $value | quote }}}
   {{- end }}
 securityContext: {{- include "graft.containerSecurity" $ | nindent 2 }}
