@@ -34,6 +34,7 @@ from benchmarks.load import drive, fresh_seed, http_ask, questions
 from benchmarks.measured import Measured, add
 from benchmarks.stacks import Stack, graft_stack
 from graft.internal.engine_client import EngineClient
+from graft.internal.token import engine_token
 from graft.process_memory import pss_bytes, tree_bytes
 from graft.stack.processes import ray_environment
 
@@ -107,7 +108,7 @@ async def measure_adapters(report: Report, stack: Stack, folders: Sequence[Path]
     """Memory and time of each adapter that the engine takes in."""
     (replica,) = find(stack, ON_THE_WAY["replica"])
     weigh: Callable[[], float] = functools.partial(tree_bytes, replica.pid)
-    client = EngineClient(stack.settings.engine_address)
+    client = EngineClient(stack.settings.engine_address, token=engine_token(stack.settings))
     try:
         memory, took = [weigh()], list[float]()
         for number, folder in enumerate(folders, start=1):

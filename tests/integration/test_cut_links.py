@@ -98,11 +98,10 @@ def test_a_cut_link_to_the_database_is_an_error_and_then_an_answer(
     migrate(url.replace(f"{server.address}:{POSTGRES_PORT}", f"127.0.0.1:{worker.tunnel(server, POSTGRES_PORT)}"))
     driver = drive("store", url)
     driver.until("done")
-    cut = time.time()
-    worker.cut_from(server)
-    failed = driver.until("failed")
+    with worker.apart_from(server):
+        cut = time.time()
+        failed = driver.until("failed")
     healed = time.time()
-    worker.heal_from(server)
     answered = driver.until("done")
     assert failed["reason"] == "STORE_UNAVAILABLE"
     tell(note, "the database", cut, failed, healed, answered)
@@ -121,13 +120,12 @@ def test_a_download_from_the_storage_that_is_cut_is_an_error_and_then_whole(
     while not (begun := [found for found in worker.disk.rglob("cache/storage/.fetch-*/*") if found.stat().st_size]):
         assert time.monotonic() < deadline, "no download has begun"
         time.sleep(0.001)
-    cut = time.time()
-    worker.cut_from(server)
-    failed = driver.until("failed", "done")
+    with worker.apart_from(server):
+        cut = time.time()
+        failed = driver.until("failed", "done")
+    healed = time.time()
     assert failed["reason"] == "STORAGE_UNAVAILABLE", (failed, begun)
     assert s3.endpoint_url in failed["message"]
-    healed = time.time()
-    worker.heal_from(server)
     answered = driver.until("done")
     tell(note, "the storage, in the middle of a download", cut, failed, healed, answered)
 
@@ -140,12 +138,11 @@ def test_a_silent_stream_from_the_engine_that_is_cut_is_lost_and_the_next_one_an
     server.listening(9000)
     driver = drive("engine", f"{server.address}:9000")
     driver.until("begun")
-    cut = time.time()
-    worker.cut_from(server)
-    failed = driver.until("failed")
-    assert failed["reason"] == "ENGINE_LOST"
-    assert driver.until("failed")["reason"] == "ENGINE_STARTING"  # the next: nobody is reached at all
+    with worker.apart_from(server):
+        cut = time.time()
+        failed = driver.until("failed")
+        assert failed["reason"] == "ENGINE_LOST"
+        assert driver.until("failed")["reason"] == "ENGINE_STARTING"  # the next: nobody is reached at all
     healed = time.time()
-    worker.heal_from(server)
     answered = driver.until("begun")
     tell(note, "the engine, in the middle of a stream", cut, failed, healed, answered)

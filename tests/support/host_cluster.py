@@ -200,6 +200,7 @@ def host_cluster() -> Iterator[HostCluster]:
             orch.popen(_python("graft.orchestrator.main"), "orchestrator.log", variables)
             try:
                 cluster.wait_for_replicas(400)
+                eventually(graft.base_models, bool, 120, "the orchestrator has told of the base model")
             except BaseException:
                 print(cluster.last_lines())
                 raise

@@ -168,14 +168,23 @@ class Host:
         """Plugs it in again."""
         _ip("-n", self._bridge, "link", "set", f"to-{self.name}", "up")
 
-    def cut_from(self, other: "Host") -> None:
-        """Nothing goes to or comes from the other host any more; both reach everybody else."""
+    @contextmanager
+    def apart_from(self, *others: "Host") -> Iterator[None]:
+        """In the block nothing goes to or comes from these hosts; all reach everybody else."""
+        for other in others:
+            self._cut_from(other)
+        try:
+            yield
+        finally:
+            for other in others:
+                self._heal_from(other)
+
+    def _cut_from(self, other: "Host") -> None:
         for one, two in ((self, other), (other, self)):
             entry = ("neigh", "replace", two.address, "lladdr", NOBODY_MAC, "dev", "eth0", "nud", "permanent")
             _ip("-n", one._namespace, *entry)
 
-    def heal_from(self, other: "Host") -> None:
-        """Undoes `cut_from`."""
+    def _heal_from(self, other: "Host") -> None:
         for one, two in ((self, other), (other, self)):
             _ip("-n", one._namespace, "neigh", "del", two.address, "dev", "eth0")
 

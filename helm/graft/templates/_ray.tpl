@@ -7,7 +7,7 @@ env: {{- include "graft.env" $ | nindent 2 }}
   {{- include "graft.mlflowEnv" $ | nindent 2 }}
   # Where reinforcement, which reads no settings, finds it.
   - {name: GRAFT_SERVING_TOKEN_FILE, value: /etc/graft-engine/token}
-  {{- range $key, $value := dict "DO_NOT_TRACK" "1" "MLFLOW_DISABLE_TELEMETRY" "true" "RAY_USAGE_STATS_ENABLED" "0" "VLLM_NO_USAGE_STATS" "1" "HF_HUB_OFFLINE" "1" }}
+  {{- range $key, $value := dict "DO_NOT_TRACK" "1" "MLFLOW_DISABLE_TELEMETRY" "true" "RAY_USAGE_STATS_ENABLED" "0" "VLLM_NO_USAGE_STATS" "1" "HF_HUB_OFFLINE" "1" "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING" "0" }}
   - {name: {{ $key }}, value: {{ $value | quote }}}
   {{- end }}
 securityContext: {{- include "graft.containerSecurity" $ | nindent 2 }}

@@ -30,7 +30,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
+from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
@@ -207,7 +207,11 @@ class Registry:
 
         def download(temporary: Path) -> Path:
             source = self._client.get_model_version(registered_model, str(version)).source
-            download_artifacts(artifact_uri=source, dst_path=str(temporary), tracking_uri=self._uri)
+            # One by one: of a folder MLflow tries every file, a minute each, before it says that the first has failed.
+            for info in list_artifacts(artifact_uri=source, tracking_uri=self._uri):
+                file = f"{source}/{info.path.rpartition('/')[2]}"
+                if file.endswith(PULLED_SUFFIXES):
+                    download_artifacts(artifact_uri=file, dst_path=str(temporary), tracking_uri=self._uri)
             folder = next((path.parent for path in temporary.rglob(FILES[0])), temporary)
             _prove(folder, adapter_digest, digest, registered_model, version)
             return folder

@@ -33,6 +33,8 @@ from graft.storage import open_storage, share_base_model
 
 NAMESPACE = "graft"
 WATCH_SECONDS = 2.0
+ALL_REPLICAS = {"RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
+"""Serve's proxy would give every request to the replica on its own node, until that one has as many as it may take."""
 _log = structlog.get_logger("graft.serving")
 
 
@@ -64,7 +66,7 @@ def start(settings: Settings, base: BaseModel) -> None:
             address=settings.ray_address,
             namespace=NAMESPACE,
             runtime_env={
-                "env_vars": {HOST_VARIABLE: settings.serving.host, **offline.ENVIRONMENT},
+                "env_vars": {HOST_VARIABLE: settings.serving.host, **ALL_REPLICAS, **offline.ENVIRONMENT},
                 "worker_process_setup_hook": "graft.serving.door.setup",
             },
         )
