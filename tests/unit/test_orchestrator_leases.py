@@ -272,17 +272,20 @@ async def test_a_waiting_job_does_not_look_at_all_others_at_every_poll(tmp_path:
     polls, waiting = 0, 64
     async with world(tmp_path) as it:
 
-        def capacity() -> float:
+        def nodes() -> list[Node]:
             nonlocal polls
             polls += 1
-            return 0.0
+            return []
 
-        room = Room(replace(it.parts, capacity=capacity))
+        room = Room(replace(it.parts, nodes=nodes))
         job = await it.create_job("job-0")
         jobs = [replace(job, id=f"job-{n}", create_time=Age(2026, 1, 1, 0, n // 60, n % 60)) for n in range(waiting)]
 
+        async def tell(_key: str, _message: str) -> None:
+            pass
+
         async def enter(job: Job) -> None:
-            async with room.turn(job):
+            async with room.turn(job, tell):
                 raise AssertionError("the cluster has no CPUs")
 
         tasks = [asyncio.create_task(enter(job)) for job in jobs]
