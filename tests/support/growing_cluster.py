@@ -27,6 +27,7 @@ PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeP
 def growing_cluster(folder: Path, groups: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Yields the head's address. `groups`: resources, labels and max_workers by name; all begin with no node."""
     from ray._private.services import get_node_ip_address
+    from ray.autoscaler._private.kuberay.autoscaling_config import _generate_legacy_autoscaling_config_fields
 
     (port,) = free_ports(1)
     address = f"{get_node_ip_address()}:{port}"
@@ -50,7 +51,7 @@ def growing_cluster(folder: Path, groups: dict[str, dict[str, Any]]) -> Iterator
         "head_node_type": "ray.head.default",
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 10,
-        "auth": {},
+        **_generate_legacy_autoscaling_config_fields(),
     }
     file, log = folder / "autoscaler.json", folder / "ray.log"
     file.write_text(json.dumps(config))
