@@ -28,6 +28,9 @@ from graft.registry.digest import FILES, MODEL_CONFIG, adapter_digest, model_dig
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# From the bucket itself, by signed URLs, MLflow would try each file for minutes; through its server silence is an error
+# after the 20 s above, and only the server needs a way to the bucket.
+os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
