@@ -197,7 +197,9 @@ def host_cluster() -> Iterator[HostCluster]:
             }
             head.popen(_python("graft.serving.main"), "serving.log", serving)
             store.listening(MLFLOW_PORT, 180)
-            orch.popen(_python("graft.orchestrator.main"), "orchestrator.log", variables)
+            # As systemd would: Ray's head accepts sessions a moment before it can start their drivers.
+            again = ["sh", "-c", 'until "$@"; do sleep 1; done', "sh", *_python("graft.orchestrator.main")]
+            orch.popen(again, "orchestrator.log", variables)
             try:
                 cluster.wait_for_replicas(400)
                 eventually(graft.base_models, bool, 120, "the orchestrator has told of the base model")
