@@ -13,6 +13,7 @@ from graft.domain.errors import InvalidArgument
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import Lora, Method, OverLengthPolicy, Reinforcement
 from graft.domain.resources import DatasetFormat
+from graft.internal.token import VARIABLE, token_file
 from graft.training.batching import batches
 from graft.training.objectives.objective import ALONE
 from graft.training.spec import Clock, RunSpec
@@ -38,7 +39,9 @@ def stack(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stac
 
 
 @pytest.fixture
-def spec(stack: Stack, base: Path, tmp_path: Path) -> RunSpec:
+def spec(stack: Stack, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSpec:
+    # As on a node of the stack's own Ray cluster.
+    monkeypatch.setenv(VARIABLE, str(token_file(stack.settings)))
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Question {n}: "}) + "\n" for n in range(16)))
     return RunSpec(
