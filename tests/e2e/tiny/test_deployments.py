@@ -38,12 +38,12 @@ def greedy(folder: Path) -> str:
 
 
 def perplexity(folder: Path, texts: list[str]) -> float:
-    """Of all tokens but each text's first, by plain transformers."""
+    """Of all tokens, each text's first after the end of another, by plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     scored = []
     for text in texts:
-        tokens = torch.tensor([tokenizer(text)["input_ids"]])
+        tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
         with torch.no_grad():
             logprobs = model(tokens).logits[0, :-1].log_softmax(-1)
         scored.append(logprobs.gather(1, tokens[0, 1:, None]))
