@@ -95,6 +95,26 @@ def _docstrings(n_train: int, n_heldout: int, _: Sources) -> Material:
     return Material(sample.name, sample.title, "messages", sample.train, sample.heldout, sample.source, sample.license)
 
 
+_SUMS = Plan(
+    name="grpo",
+    title="Sums with a verifiable reward",
+    asks="Does GRPO with a verifiable reward teach it sums?",
+    make=lambda n_train, n_heldout, _: samples.sums(n_train, n_heldout),
+    n_train=320,
+    n_heldout=300,
+    token_budget=100_000,
+    batch_size=4,
+    method="reinforcement",
+    method_options={
+        "group_size": 8,
+        "max_completion_tokens": 16,
+        "grader": {"kind": "reasoning_gym", "settings": {"dataset": "chain_sum"}},
+    },
+    max_tokens=16,
+    metrics=("pass_at_1",),
+    caveat="A sample passes when it is the number and nothing else: part of a gain may be the form.",
+)
+
 PLANS = (
     Plan(
         name="sentiment",
@@ -182,42 +202,13 @@ PLANS = (
         caveat="Facts about other questions are not in the training pairs: what can be learned is how right answers "
         "look. Log-probabilities are summed, so that a shorter answer has an advantage, before and after alike.",
     ),
-    Plan(
-        name="grpo",
-        title="Sums with a verifiable reward",
-        asks="Does GRPO with a verifiable reward teach it sums?",
-        make=lambda n_train, n_heldout, _: samples.sums(n_train, n_heldout),
-        n_train=320,
-        n_heldout=300,
-        token_budget=100_000,
-        batch_size=4,
-        method="reinforcement",
-        method_options={
-            "group_size": 8,
-            "max_completion_tokens": 16,
-            "grader": {"kind": "reasoning_gym", "settings": {"dataset": "chain_sum"}},
-        },
-        max_tokens=16,
-        metrics=("pass_at_1",),
-        caveat="A sample passes when it is the number and nothing else: part of a gain may be the form.",
-    ),
-    Plan(
+    _SUMS,
+    replace(
+        _SUMS,
         name="grpo-number",
         title="Sums, graded by their number",
         asks="And where the reward reads the number in the answer, whatever stands around it?",
-        make=lambda n_train, n_heldout, _: samples.sums(n_train, n_heldout),
-        n_train=320,
-        n_heldout=300,
-        token_budget=100_000,
-        batch_size=4,
-        method="reinforcement",
-        method_options={
-            "group_size": 8,
-            "max_completion_tokens": 16,
-            "grader": {"kind": "numeric", "settings": {"field": "answer"}},
-        },
-        max_tokens=16,
-        metrics=("pass_at_1",),
+        method_options={**_SUMS.method_options, "grader": {"kind": "numeric", "settings": {"field": "answer"}}},
         caveat="A sample passes when its last number is the sum: part of a gain may be to end with a number.",
     ),
     Plan(
