@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import openai
+import psutil
 
 from graft.client import Connection, Graft
 from graft.domain.errors import GraftError
@@ -62,6 +63,11 @@ class HostCluster:
     def hosts_with(self, title: str) -> set[str]:
         """Names of the hosts on which a process has this in its title: Ray names each after what it runs."""
         return {name for name in ("head", "node") if any(title in found for found in self.hosts[name].titles())}
+
+    def engine_cores(self) -> list[psutil.Process]:
+        """The processes that run the model, one of each replica."""
+        running = [psutil.Process(pid) for name in ("head", "node") for pid in self.hosts[name].pids()]
+        return [process for process in running if "EngineCore" in " ".join(process.cmdline())]
 
     def start_node(self) -> None:
         """Ray on the host `node`."""
