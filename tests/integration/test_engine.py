@@ -214,8 +214,9 @@ async def test_an_answer_is_streamed_piece_by_piece(stack: Stack, client: Engine
         pieces.append(json.loads(piece.data))
     assert {piece["model"] for piece in pieces} == {"tiny:a@1"}
     assert pieces[-1]["usage"]["completion_tokens"] == 200
-    # A token each, but where a busy machine has let some of them come together.
-    assert len(pieces) > 10
+    # A token each, but where a busy machine, or a replica that imports for its first request, lets some come together.
+    # An answer in one lump is three: the role, the text, and the usage.
+    assert len(pieces) > 3
 
 
 async def test_a_client_that_goes_away_frees_the_engine(stack: Stack, client: EngineClient) -> None:
