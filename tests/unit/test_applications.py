@@ -1,12 +1,14 @@
 """What an application beside the first may take, and what it is called."""
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from graft.domain.placement import Node
-from graft.serving.app import actor_options
+from graft.serving.app import EngineReplica, actor_options
 from graft.serving.applications import GIB, PROCESSES_BYTES, Applications, check_memory, check_nodes
 from graft.settings import ReplicaPoolSettings, ServingSettings
 from tests.support.gateways import base_model
@@ -56,3 +58,19 @@ def test_a_pool_is_what_ray_serve_is_told_and_without_one_a_replica_reserves_not
         "label_selector": {"pool": "large"},
     }
     assert actor_options(ServingSettings().pool("any")) == {"num_cpus": 0, "num_gpus": 0, "resources": {}}
+
+
+class _TwoReplicas:
+    """The handle of a deployment of two, of which both answer."""
+
+    def broadcast(self, _method: str) -> "_TwoReplicas":
+        return self
+
+    async def results_async(self, **_options: object) -> list[bytes]:
+        return [b"one", b"two"]
+
+
+async def test_all_replicas_of_a_pool_tell_what_they_hold_where_one_is_the_default() -> None:
+    settings = ServingSettings(pools={"tiny": ReplicaPoolSettings(num_replicas=2)})
+    replica: Any = SimpleNamespace(_settings=settings, _pool=settings.pool("tiny"), _handle=_TwoReplicas())
+    assert len(await EngineReplica._held(replica)) == 2

@@ -247,7 +247,7 @@ class EngineReplica:
         return results
 
     async def _held(self) -> list[bytes]:
-        if self._settings.num_replicas == 1:
+        if self._pool.num_replicas == 1:
             return [await self.held_here()]
         asked = self._handle.broadcast("held_here")
         try:
