@@ -10,13 +10,20 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from graft.domain.errors import InvalidArgument
-from graft.domain.placement import Demand, Node, is_selector
+from graft.domain.placement import Demand, Node
+from graft.placement_settings import (
+    ReplicaPoolSettings,
+    ReplicaSettings,
+    WorkerGroupSettings,
+    WorkerSettings,
+    overridden,
+)
 
 MIB = 1024 * 1024
 
@@ -99,63 +106,7 @@ class GatewaySettings(_Section):
     """Holds an API key of the project `default`, which is added to the store at start: a cluster's first."""
 
 
-def _selector(value: str) -> str:
-    if not is_selector(value):
-        raise ValueError(f"{value!r} is no selector of a label: write value, !value, in(a, b) or !in(a, b)")
-    return value
-
-
-_LabelSelector = dict[str, Annotated[str, AfterValidator(_selector)]]
-_Amounts = dict[str, Annotated[float, Field(gt=0)]]
 _Nested = BeforeValidator(_parsed)
-
-
-class _Placement(_Section):
-    """What one process on Ray asks of its node."""
-
-    resources: _Amounts = Field(default_factory=dict)
-    """Of the cluster's own resources (`ray start --resources`), by name."""
-    label_selector: _LabelSelector = Field(default_factory=dict)
-    """What its node's labels (`ray start --labels`) have to be: `{pool: large}`, `!spot`, `in(a, b)`, `!in(a, b)`."""
-
-    @field_validator("resources")
-    @classmethod
-    def _is_custom(cls, value: dict[str, float]) -> dict[str, float]:
-        if named := value.keys() & {"CPU", "GPU"}:
-            raise ValueError(f"{', '.join(sorted(named))} is set by cpus and gpus")
-        return value
-
-
-_PlacementT = TypeVar("_PlacementT", bound=_Placement)
-
-
-def _overridden(default: _PlacementT, pool: _Placement | None) -> _PlacementT:
-    """The default with every field that the pool gives."""
-    given = {} if pool is None else {name: getattr(pool, name) for name in pool.model_fields_set}
-    return default.model_copy(update=given)
-
-
-class ReplicaSettings(_Placement):
-    """What a replica asks of its node."""
-
-    cpus: float = Field(default=0, ge=0)
-    """Reserved, not a limit: an engine uses every core of its node. 0: the cores serve training and inference alike. A
-    tenth of one would keep the last training worker that the orchestrator has counted on out of a small cluster."""
-    gpus: float = Field(default=0, ge=0, le=1)
-    """Of one GPU: 0.5 lets two share it, and gives each engine that part of its memory. 0: an engine on a node with
-    GPUs uses the first one all the same, and nobody is told."""
-
-    @property
-    def demand(self) -> Demand:
-        """In Ray's words."""
-        asked = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
-        return Demand({name: amount for name, amount in asked.items() if amount}, dict(self.label_selector))
-
-
-class ReplicaPoolSettings(ReplicaSettings):
-    """Of one base model; what is left out is as in `serving.replica` and `serving.num_replicas`."""
-
-    num_replicas: int = Field(default=1, ge=1)
 
 
 class ServingSettings(_Section):
@@ -192,7 +143,7 @@ class ServingSettings(_Section):
     def pool(self, base_model: str) -> ReplicaPoolSettings:
         """How the base model is served, with everything that its own pool leaves out."""
         default = ReplicaPoolSettings(num_replicas=self.num_replicas, **self.replica.model_dump())
-        return _overridden(default, self.pools.get(base_model))
+        return overridden(default, self.pools.get(base_model))
 
 
 class RegistrySettings(_Section):
@@ -225,38 +176,6 @@ class OrchestratorSettings(_Section):
     """Where Prometheus reads what the orchestrator measures, by HTTP and without a key. 0: nowhere."""
 
 
-class WorkerSettings(_Placement):
-    """What a training worker, or a trial of a sweep, asks of its node."""
-
-    cpus: float = Field(default=1, gt=0)
-    """Reserved, not a limit: workers share all cores of their node by what each has reserved."""
-    gpus: float | None = Field(default=None, ge=0, le=1)
-    """Of one GPU: 0.5 lets two share it. 0: sees none. None: reserves none and uses the one that its node may have,
-    which is for machines where nobody else does."""
-
-    @property
-    def demand(self) -> Demand:
-        """In Ray's words."""
-        gpus = {} if self.gpus is None else {"GPU": self.gpus}
-        return Demand({"CPU": self.cpus, **gpus, **self.resources}, dict(self.label_selector))
-
-
-class WorkerGroupSettings(_Section):
-    """Nodes that are alike, of which Ray's autoscaler may add some."""
-
-    max_nodes: int = Field(ge=0, le=1000)
-    """With those that are there."""
-    cpus: float = Field(gt=0)
-    gpus: float = Field(default=0, ge=0)
-    resources: _Amounts = Field(default_factory=dict)
-    labels: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def nodes(self) -> list[Node]:
-        """All that there can be."""
-        return [Node({"CPU": self.cpus, "GPU": self.gpus, **self.resources}, dict(self.labels))] * self.max_nodes
-
-
 class TrainingSettings(_Section):
     """Where jobs train, and with what."""
 
@@ -276,7 +195,7 @@ class TrainingSettings(_Section):
 
     def demand(self, base_model: str) -> Demand:
         """What a worker of the base model asks of its node."""
-        return _overridden(self.worker, self.pools.get(base_model)).demand
+        return overridden(self.worker, self.pools.get(base_model)).demand
 
     @property
     def largest(self) -> list[Node]:

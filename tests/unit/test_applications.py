@@ -8,9 +8,10 @@ import pytest
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from graft.domain.placement import Node
+from graft.placement_settings import ReplicaPoolSettings
 from graft.serving.app import EngineReplica, actor_options
 from graft.serving.applications import GIB, PROCESSES_BYTES, Applications, check_memory, check_nodes
-from graft.settings import ReplicaPoolSettings, ServingSettings
+from graft.settings import ServingSettings
 from tests.support.gateways import base_model
 
 MODEL = dataclasses.replace(base_model(), id="large", size_bytes=3 * GIB)

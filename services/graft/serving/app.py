@@ -25,6 +25,7 @@ from graft.internal.engine_client import APPLICATION, RETRY_SECONDS, STARTING
 from graft.internal.status import to_status
 from graft.internal.token import read_token, token_file
 from graft.internal.v1 import engine_pb2
+from graft.placement_settings import ReplicaPoolSettings
 from graft.process_memory import tree_bytes
 from graft.serving.applications import Applications
 from graft.serving.guard import guarded, guarded_stream
@@ -32,7 +33,7 @@ from graft.serving.keeper import Keeper
 from graft.serving.processes import prepare_environment, start_fork_server
 from graft.serving.pulling import ProvingPuller, Registry
 from graft.serving.residency import Ref, Residency
-from graft.settings import ReplicaPoolSettings, ServingSettings, Settings
+from graft.settings import ServingSettings, Settings
 from graft.storage import Storage, fetch_base_model, open_storage
 
 if TYPE_CHECKING:

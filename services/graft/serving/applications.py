@@ -20,7 +20,8 @@ from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, application_name
 from graft.internal.v1 import engine_pb2
 from graft.nodes import nodes
-from graft.settings import ReplicaPoolSettings, ServingSettings
+from graft.placement_settings import ReplicaPoolSettings
+from graft.settings import ServingSettings
 
 GIB = 1024**3
 PROCESSES_BYTES = 3 * GIB // 2
