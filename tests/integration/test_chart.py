@@ -187,6 +187,17 @@ def test_serve_is_configured_as_for_a_cluster_of_ones_own(helm: Path) -> None:
         assert chart["applications"][0][key] == own["applications"][0][key]
 
 
+def test_kuberay_keeps_the_internal_grpc_in_the_service_of_inference(helm: Path) -> None:
+    spec = of_kind(render(helm, LAPTOP), "RayService")["r-graft-inference"]["spec"]
+    head = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    # What its operator does (BuildServeService of 1.7.0): of the ports it is given it keeps those that the head has as
+    # well, by names that are `serve` or begin with `serve-`.
+    serving = {port["name"] for port in head["ports"] if port["name"] == "serve" or port["name"].startswith("serve-")}
+    kept = {port["port"] for port in spec["serveService"]["spec"]["ports"] if port["name"] in serving}
+    assert serving
+    assert kept == {8000, 9000}
+
+
 def test_the_store_is_migrated_before_an_upgrade_and_an_external_one_before_the_install(helm: Path) -> None:
     hooks = {
         file.stem: of_kind(render(helm, file), "Job")["r-graft-migrate"]["metadata"]["annotations"]["helm.sh/hook"]

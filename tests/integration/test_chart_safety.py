@@ -76,6 +76,16 @@ def test_every_container_is_confined_and_has_its_resources(helm: Path, values: P
             assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"], where
 
 
+def test_the_container_that_kuberay_adds_for_the_autoscaler_is_confined_too(helm: Path) -> None:
+    spec = of_kind(render(helm, LAPTOP), "RayCluster")["r-graft-training"]["spec"]
+    options, head = spec["autoscalerOptions"], spec["headGroupSpec"]["template"]["spec"]
+    assert options["securityContext"] == head["containers"][0]["securityContext"]
+    assert set(options["resources"]["requests"]) == {"cpu", "memory"}
+    # Its root is read-only; the volume is one of the head's pod, of which it is a part.
+    (tmp,) = [mount for mount in options["volumeMounts"] if mount["mountPath"] == "/tmp"]
+    assert tmp["name"] in {volume["name"] for volume in head["volumes"]}
+
+
 def test_mounts_have_their_volumes(helm: Path) -> None:
     for values in EXAMPLES:
         for pod in pods(render(helm, values)):
