@@ -23,7 +23,7 @@ from graft.domain.errors import GraftError, Internal, InvalidArgument, Unavailab
 from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, RETRY_SECONDS, STARTING
 from graft.internal.status import to_status
-from graft.internal.token import read_token, token_file
+from graft.internal.token import TakenTokens, token_file
 from graft.internal.v1 import engine_pb2
 from graft.placement_settings import ReplicaPoolSettings
 from graft.process_memory import tree_bytes
@@ -64,7 +64,7 @@ class EngineReplica:
         self, settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage
     ) -> None:
         self._settings = settings
-        self.token = read_token(settings.token_file)
+        self.tokens = TakenTokens(settings.token_file)
         self._pool = settings.pool(base.id)
         base = replace(base, path=str(await asyncio.to_thread(fetch_base_model, storage, base.path, base.digest)))
         self._base = base
