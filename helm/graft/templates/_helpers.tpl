@@ -1,9 +1,13 @@
-{{/* Names are cut to 30 characters: KubeRay adds suffixes of up to 33 and a Service's name ends at 63. */}}
+{{/* Names are cut to 30 characters, with a digest of the whole so that they stay apart: KubeRay adds suffixes of up to 33
+and a Service's name ends at 63. Names of releases may have dots, those of Services not. */}}
 {{- define "graft.fullname" -}}
-{{- if .Values.fullnameOverride }}{{ .Values.fullnameOverride | trunc 30 | trimSuffix "-" }}
-{{- else if contains .Chart.Name .Release.Name }}{{ .Release.Name | trunc 30 | trimSuffix "-" }}
-{{- else }}{{ printf "%s-%s" .Release.Name .Chart.Name | trunc 30 | trimSuffix "-" }}
+{{- $name := .Release.Name }}
+{{- if .Values.fullnameOverride }}{{ $name = .Values.fullnameOverride }}
+{{- else if not (contains .Chart.Name $name) }}{{ $name = printf "%s-%s" $name .Chart.Name }}
 {{- end }}
+{{- $name = replace "." "-" $name }}
+{{- if gt (len $name) 30 }}{{ $name = printf "%s-%s" ($name | trunc 23 | trimSuffix "-") ($name | sha256sum | trunc 6) }}{{ end }}
+{{- $name }}
 {{- end }}
 
 {{/* All labels of pods, and what selects them: they never change within a release, so that a chart's version alone replaces
@@ -24,6 +28,28 @@ app.kubernetes.io/name: graft
 app.kubernetes.io/version: {{ (index . 0).Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" (index . 0).Chart.Name (index . 0).Chart.Version }}
+{{- end }}
+
+{{/* Labels and annotations of a pod, the chart's own before a part's before those of all: (list $ component part own). */}}
+{{- define "graft.podMetadata" -}}
+{{- $ := index . 0 }}
+labels: {{- merge (include "graft.selector" . | fromYaml) $.Values.pods.labels | toYaml | nindent 2 }}
+{{- with merge (index . 3) ((index . 2).podAnnotations | default dict) $.Values.pods.annotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* Variables of a part and of all, after the chart's own: (list $ part). */}}
+{{- define "graft.moreEnv" -}}
+{{- with concat (index . 0).Values.pods.env ((index . 1).env | default list) }}{{ toYaml . }}{{ end }}
+{{- end }}
+
+{{/* Volumes of all pods, and where they are mounted. */}}
+{{- define "graft.moreVolumes" -}}
+{{- with .Values.pods.volumes }}{{ toYaml . }}{{ end }}
+{{- end }}
+{{- define "graft.moreMounts" -}}
+{{- with .Values.pods.volumeMounts }}{{ toYaml . }}{{ end }}
 {{- end }}
 
 {{/* An image by digest, else by tag, else by the chart's version. Called with (list $ image). */}}
@@ -83,8 +109,14 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
-{{/* Where a pod may be placed. Called with the component's values. */}}
+{{/* Where a pod may be placed, and what goes before what. Called with the component's values. */}}
 {{- define "graft.placement" -}}
+{{- with .priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with .runtimeClassName }}
+runtimeClassName: {{ . | quote }}
+{{- end }}
 {{- with .nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -150,6 +182,9 @@ topologySpreadConstraints:
 {{- if .Values.catalog }}
 - {name: catalog, mountPath: /var/lib/graft/base_models.yaml, subPath: base_models.yaml, readOnly: true}
 {{- end }}
+{{- with include "graft.moreMounts" . }}
+{{ . }}
+{{- end }}
 {{- end }}
 
 {{- define "graft.stateVolumes" -}}
@@ -164,6 +199,9 @@ topologySpreadConstraints:
 {{- if .Values.catalog }}
 - name: catalog
   configMap: {name: {{ include "graft.fullname" . }}-catalog}
+{{- end }}
+{{- with include "graft.moreVolumes" . }}
+{{ . }}
 {{- end }}
 {{- end }}
 
@@ -203,7 +241,7 @@ dtype: {{ .Values.inference.dtype }}
 {{- $replica := .Values.inference.replica }}
 replica:
   cpus: {{ $replica.cpus }}
-  gpus: {{ if kindIs "invalid" $replica.gpus }}{{ ternary 1 0 (gt (int .Values.inference.workers.gpus) 0) }}{{ else }}{{ $replica.gpus }}{{ end }}
+  gpus: {{ include "graft.replicaGpus" . }}
   label_selector: {{- $replica.labelSelector | toYaml | nindent 4 }}
 pools: {{- include "graft.pools" .Values.inference.pools | nindent 2 }}
 {{- end }}
@@ -224,7 +262,7 @@ pools: {{- include "graft.pools" .Values.inference.pools | nindent 2 }}
 {{- define "graft.training" -}}
 quantized_base: {{ .Values.training.quantizedBase }}
 nodes_wait_seconds: {{ .Values.training.nodesWaitSeconds }}
-worker: {{- get (include "graft.pools" (dict "worker" .Values.training.worker) | fromYaml) "worker" | toYaml | nindent 2 }}
+worker: {{- get (include "graft.pools" (dict "worker" (merge (dict "gpus" (include "graft.workerGpus" . | float64)) .Values.training.worker)) | fromYaml) "worker" | toYaml | nindent 2 }}
 pools: {{- include "graft.pools" .Values.training.pools | nindent 2 }}
 worker_groups:
   {{- range $group, $worker := .Values.training.workerGroups }}
@@ -246,26 +284,40 @@ worker_groups:
 {{- if hasSuffix "m" $cpu }}{{ ceil (divf (trimSuffix "m" $cpu) 1000) }}{{ else }}{{ ceil $cpu }}{{ end }}
 {{- end }}
 
-{{/* Brings a base model of the hub to the state before a process that needs it starts; does nothing when it is there. */}}
+{{/* Bring base models of the hub to the state before a process that needs them starts; do nothing where they are there.
+Called with (list $ bases). */}}
 {{- define "graft.pull" -}}
-{{- if hasKey (get .Values.catalog .Values.baseModel | default dict) "hub" }}
+{{- $ := index . 0 }}
+{{- with index . 1 }}
 initContainers:
-  - name: pull-base-model
-    image: {{ include "graft.image" (list . .Values.images.ray) }}
-    imagePullPolicy: {{ .Values.images.pullPolicy }}
-    command: [python, -m, graft.cli.main, models, pull, {{ .Values.baseModel | quote }}]
-    env: {{- include "graft.env" . | nindent 6 }}
-      {{- with .Values.hub.existingTokenSecret }}
+  {{- range $index, $base := . }}
+  - name: pull-base-model{{ if $index }}-{{ add1 $index }}{{ end }}
+    image: {{ include "graft.image" (list $ $.Values.images.ray) }}
+    imagePullPolicy: {{ $.Values.images.pullPolicy }}
+    command: [python, -m, graft.cli.main, models, pull, {{ $base | quote }}]
+    env: {{- include "graft.env" $ | nindent 6 }}
+      {{- with $.Values.hub.existingTokenSecret }}
       - {name: HF_TOKEN, valueFrom: {secretKeyRef: {name: {{ . | quote }}, key: token}}}
       {{- end }}
-      {{- with .Values.hub.endpoint }}
+      {{- with $.Values.hub.endpoint }}
       - {name: HF_ENDPOINT, value: {{ . | quote }}}
       {{- end }}
-    securityContext: {{- include "graft.containerSecurity" . | nindent 6 }}
+      {{- include "graft.moreEnv" (list $ dict) | nindent 6 }}
+    securityContext: {{- include "graft.containerSecurity" $ | nindent 6 }}
     resources: {requests: {cpu: 100m, memory: 512Mi}, limits: {memory: 2Gi}}
-    volumeMounts: {{- include "graft.stateMounts" . | nindent 6 }}
+    volumeMounts: {{- include "graft.stateMounts" $ | nindent 6 }}
       - {name: settings, mountPath: /etc/graft, readOnly: true}
+  {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* Base models of the catalogue that are on the hub, the first one first; as a JSON list. */}}
+{{- define "graft.hubBases" -}}
+{{- $bases := list }}
+{{- range $base, $entry := .Values.catalog }}
+{{- if hasKey $entry "hub" }}{{ $bases = ternary (prepend $bases $base) (append $bases $base) (eq $base $.Values.baseModel) }}{{ end }}
+{{- end }}
+{{- toJson $bases }}
 {{- end }}
 
 {{/* A worker's resources, with its GPUs. Called with values that hold resources, gpus and gpuResource. */}}
