@@ -296,6 +296,38 @@ WRONG: list[tuple[Object, str, str]] = [
     ),
     ({"gatewayApi": {"httpRoute": {"enabled": True}}}, "gatewayApi.parentRefs is empty", ""),
     (
+        {"training": {"pools": {"large": {"gpus": 1}}}},
+        "training.pools.large: no group of training.workerGroups that is on has 1 CPU, 1 GPU on one node",
+        "",
+    ),
+    (
+        {"training": {"worker": {"labelSelector": {"pool": "a"}}}},
+        "training.worker: no group of training.workerGroups that is on has 1 CPU, 0 GPU and the labels pool=a on one node",
+        "",
+    ),
+    ({"training": {"quantizedBase": True}}, "training.quantizedBase is set, and training.worker asks for no GPU", ""),
+    (
+        {"inference": {"replicas": 4, "workers": {"gpus": 2}}},
+        "inference.replica: 4 engines ask for 0 CPU, 1 GPU each, and inference.workers and workerGroups have room for 2",
+        "",
+    ),
+    ({"pods": {"labels": {"app.kubernetes.io/name": "x"}}}, "pods.labels: app.kubernetes.io/name is a label by", ""),
+    (
+        {"pods": {"volumeMounts": [{"name": "own"}]}},
+        "pods.volumeMounts.0: mountPath is required",
+        "'/pods/volumeMounts/0': missing property 'mountPath'",
+    ),
+    (
+        {"gateway": {"env": [{"name": "A", "vlue": "1"}]}},
+        "gateway.env.0: Additional property vlue is not allowed",
+        "at '/gateway/env/0': additional properties 'vlue' not allowed",
+    ),
+    (
+        {"networkPolicy": {"storage": {"cidrs": []}}},
+        "networkPolicy.storage: cidrs and peers are both empty",
+        "",
+    ),
+    (
         {"networkPolicy": {"database": {"cidrs": ["db.internal"]}}},
         "networkPolicy.database.cidrs.0: Does not match pattern",
         "'/networkPolicy/database/cidrs/0': 'db.internal' does not match",

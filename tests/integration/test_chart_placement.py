@@ -119,62 +119,57 @@ NODES: dict[str, st.SearchStrategy[Any]] = {
         [{"limits": {"cpu": "1500m"}}, {"requests": {"cpu": 4}}, {"requests": {"memory": "1Gi"}}]
     ),
 }
+GROUP = st.fixed_dictionaries({**NODES, "enabled": st.booleans(), "maxReplicas": st.integers(0, 2)})
 TRAINING = st.fixed_dictionaries(
-    {
-        "workerGroups": st.fixed_dictionaries(
-            {
-                "cpu": st.just({"enabled": False}),
-                "own": st.fixed_dictionaries(
-                    {**NODES, "enabled": st.booleans(), "minReplicas": st.just(0), "maxReplicas": st.integers(0, 2)}
-                ),
-                "other": st.fixed_dictionaries(
-                    {**NODES, "enabled": st.just(True), "minReplicas": st.just(0), "maxReplicas": st.integers(1, 2)}
-                ),
-            }
-        )
-    },
+    {"workerGroups": st.fixed_dictionaries({"own": GROUP, "other": GROUP})},
     optional={"worker": st.fixed_dictionaries({}, optional=ASKED), "pools": st.just({"one": {"gpus": 0}})},
 )
 INFERENCE = st.fixed_dictionaries(
     {
-        "replicas": st.integers(1, 4),
-        "replica": st.fixed_dictionaries(ASKED),
+        "replicas": st.integers(1, 2),
+        "replica": st.fixed_dictionaries({**ASKED, "gpus": st.sampled_from([0, 0.3, 1])}),
         "workers": st.fixed_dictionaries({**NODES, "replicas": st.integers(1, 2)}),
     }
 )
+BOUNDS = bounds(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def _nodes(group: Object, number: int) -> list[Node]:
+    resources = group["resources"]
+    cpus = {"1500m": 2.0, 4: 4.0, None: 1.0}[(resources.get("limits") or resources["requests"]).get("cpu")]
+    return [Node({"CPU": cpus, "GPU": float(group["gpus"])}, group["labels"])] * number
+
+
+def _demand(asked: Object) -> Demand:
+    return Demand({"CPU": asked["cpus"], "GPU": asked["gpus"]}, asked["labelSelector"])
 
 
 @pytest.mark.timeout(600)
-@bounds(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(TRAINING, INFERENCE)
-def test_the_chart_refuses_what_no_node_could_hold_and_nothing_else(training: Object, inference: Object) -> None:
-    """As the orchestrator counts, of whose sum this is a copy."""
-    values = {"baseModel": "smollm2-135m", "training": training, "inference": inference}
-    told = template(helm_path("helm4"), values)
-
-    def nodes(group: Object, number: int) -> list[Node]:
-        resources = group["resources"]
-        cpus = {"1500m": 2.0, 4: 4.0, None: 1.0}[(resources.get("limits") or resources["requests"]).get("cpu")]
-        return [Node({"CPU": cpus, "GPU": float(group["gpus"])}, group["labels"])] * number
-
-    groups = [training["workerGroups"][name] for name in ("own", "other")]
-    largest = [node for group in groups if group["enabled"] for node in nodes(group, group["maxReplicas"])]
-
-    def demand(asked: Object) -> Demand:
-        return Demand({"CPU": asked["cpus"], "GPU": asked["gpus"]}, asked["labelSelector"])
-
+@BOUNDS
+@given(TRAINING)
+def test_the_chart_refuses_workers_that_no_node_could_hold_and_no_others(training: Object) -> None:
+    """As the orchestrator counts, of whose sum the chart has a copy."""
+    groups = {name: {"minReplicas": 0, **group} for name, group in training["workerGroups"].items()}
+    values = {**training, "workerGroups": {"cpu": {"enabled": False}, **groups}}
+    told = template(helm_path("helm4"), {"baseModel": "smollm2-135m", "training": values})
+    largest = [node for group in groups.values() if group["enabled"] for node in _nodes(group, group["maxReplicas"])]
     worker: Object = {"cpus": 1, "labelSelector": {}, **training.get("worker", {})}
     if "gpus" not in worker:
-        gpus = count(largest, Demand({"GPU": 1.0}, worker["labelSelector"]))
-        worker["gpus"] = 1 if gpus else 0
-    fits = [count(largest, demand({**worker, **pool})) for pool in ({}, *training.get("pools", {}).values())]
-    room = count(nodes(inference["workers"], inference["workers"]["replicas"]), demand(inference["replica"]))
-    if all(fits) and room >= inference["replicas"]:
-        assert told.returncode == 0, told.stderr
-    else:
-        assert told.returncode != 0
-        assert ("which a worker asks for" in told.stderr) is (not all(fits))
-        assert ("have room for" in told.stderr) is all(fits)
+        worker["gpus"] = 1 if count(largest, Demand({"GPU": 1.0}, worker["labelSelector"])) else 0
+    fits = [count(largest, _demand({**worker, **pool})) for pool in ({}, *training.get("pools", {}).values())]
+    assert (told.returncode == 0) is all(fits), told.stderr
+    assert ("which a worker asks for" in told.stderr) is not all(fits)
+
+
+@pytest.mark.timeout(600)
+@BOUNDS
+@given(INFERENCE)
+def test_the_chart_refuses_engines_that_the_nodes_have_no_room_for_and_no_others(inference: Object) -> None:
+    told = template(helm_path("helm4"), {"baseModel": "smollm2-135m", "inference": inference})
+    workers = inference["workers"]
+    room = count(_nodes(workers, workers["replicas"]), _demand(inference["replica"]))
+    assert (told.returncode == 0) is (room >= inference["replicas"]), told.stderr
+    assert (f"have room for {room}" in told.stderr) is (room < inference["replicas"])
 
 
 def test_one_gpu_may_hold_several_engines_and_workers(helm: Path) -> None:
