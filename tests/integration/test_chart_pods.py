@@ -179,6 +179,7 @@ def test_the_notes_tell_how_to_ask_and_what_a_trial_is_not() -> None:
     for warned in ("PostgreSQL is for trials only", "ReadWriteOnce", "networkPolicy.enabled is false"):
         assert warned in trial
     assert "asks for no token" not in trial  # the internal gRPC does
+    assert "--server-side=false" in trial  # of Helm 4
     real = _notes(
         *("--set", "baseModel=smollm2-135m,database.existingSecret=db,gateway.existingApiKeySecret=key"),
         *("--set", "storage.kind=s3,storage.s3.url=s3://bucket,gateway.tlsSecret=tls,test.enabled=false"),
