@@ -87,6 +87,18 @@ def test_what_answers_leaves_the_services_before_it_ends_and_has_the_time_to(hel
     assert service["rayClusterDeletionDelaySeconds"] == 200
 
 
+def test_a_change_of_what_engines_are_told_makes_a_new_cluster_of_them(helm: Path) -> None:
+    def cluster(*options: str) -> Object:
+        spec = of_kind(render(helm, LAPTOP, *options), "RayService")["r-graft-inference"]["spec"]
+        assert spec["upgradeStrategy"] == {"type": "NewCluster"}
+        told: Object = spec["rayClusterConfig"]
+        return told
+
+    # In a cluster that stays Serve restarts its engines, of which there may be one.
+    assert cluster("--set", "inference.maxLoras=7") != cluster()
+    assert cluster("--set", "gateway.replicas=3") == cluster()
+
+
 def test_of_several_engines_one_at_a_time_is_evicted(helm: Path) -> None:
     def budgets(values: Object) -> dict[str, Object]:
         return {name: one["spec"] for name, one in of_kind(render(helm, values), "PodDisruptionBudget").items()}

@@ -60,3 +60,24 @@ worker_groups:
   {{- end }}
   {{- end }}
 {{- end }}
+
+{{/* What Ray Serve is told of inference. */}}
+{{- define "graft.serveConfig" -}}
+proxy_location: EveryNode
+http_options: {host: 0.0.0.0, port: 8000}
+grpc_options:
+  port: 9000
+  grpc_servicer_functions: [graft.internal.v1.engine_pb2_grpc.add_EngineServicer_to_server]
+logging_config: {enable_access_log: false, log_level: WARNING}
+applications:
+  - name: graft-engine
+    route_prefix: /
+    import_path: graft.serving.declared:application
+    args:
+      home: /var/lib/graft
+      tracking_uri: {{ include "graft.mlflowUri" . }}
+      serving: {{- omit (include "graft.serving" . | fromYaml) "address" | toYaml | nindent 8 }}
+      {{- with (include "graft.sharedSettings" . | fromYaml).storage }}
+      storage: {{- toYaml . | nindent 8 }}
+      {{- end }}
+{{- end }}

@@ -1,7 +1,9 @@
 """A Ray Serve application of one base model: its deployment answers `graft.internal.v1.Engine` behind Serve's proxy.
 
 A replica's constructor returns at once and the engine starts in the background, so that the door answers early:
-requests get Unavailable with a retry hint, and Residency says `ready: false`. Every error is told inside the response,
+requests get Unavailable with a retry hint, and Residency says `ready: false`. That of an application which others
+declare waits for the engine, since who replaces a whole cluster (KubeRay) takes a running application's word that
+requests are answered. Every error is told inside the response,
 because an exception that leaves a replica reaches the client with Ray's trace and addresses in it.
 """
 
@@ -61,7 +63,13 @@ class EngineReplica:
     """One replica: an engine, what it holds, and the RPCs of `Engine` as methods of the same names."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage
+        self,
+        settings: ServingSettings,
+        base: BaseModel,
+        tracking_uri: str,
+        cache: Path,
+        storage: Storage,
+        waits: bool = False,
     ) -> None:
         self._settings = settings
         self.tokens = TakenTokens(settings.token_file)
@@ -93,6 +101,12 @@ class EngineReplica:
         self._warming: asyncio.Task[None] | None = None
         self._weighed = float("-inf")
         self._held_bytes = 0
+        if waits:
+            try:
+                await self._keeper.started()
+            except Unavailable:
+                self._keeping.cancel()
+                raise
 
     async def _build(self) -> "Engine":
         engine = await asyncio.to_thread(self._build_blocking)
@@ -348,10 +362,13 @@ def actor_options(pool: ReplicaPoolSettings) -> dict[str, Any]:
     return options | ({"label_selector": dict(pool.label_selector)} if pool.label_selector else {})
 
 
-def build_app(settings: Settings, base: BaseModel) -> Any:
-    """The application, for `serve.run` under the name `engine_client.application_name`."""
+def build_app(settings: Settings, base: BaseModel, *, waits: bool = False) -> Any:
+    """The application, for `serve.run` under the name `engine_client.application_name`.
+
+    `waits`: it is running when its engines are.
+    """
     serving = settings.serving.model_copy(update={"token_file": token_file(settings)})
-    return bind(serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings))
+    return bind(serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings), waits=waits)
 
 
 def bind(
@@ -360,7 +377,9 @@ def bind(
     tracking_uri: str,
     cache: Path,
     storage: Storage,
+    *,
     replica: type = EngineReplica,
+    waits: bool = False,
 ) -> Any:
     """The application of one base model, on the nodes of its pool. `replica`: another class that takes the same."""
     pool = settings.pool(base.id)
@@ -375,4 +394,4 @@ def bind(
         graceful_shutdown_timeout_s=10,
         logging_config=QUIET,
     )
-    return deployment.bind(settings, base, tracking_uri, cache, storage)
+    return deployment.bind(settings, base, tracking_uri, cache, storage, waits)
