@@ -6,6 +6,7 @@ resources, seccomp, DNS, and network policies.
 """
 
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from tests.support.hosts import Host
 from tests.support.images import Image
 
 NAMESPACE = "ns"
+MOST_RESTARTS = 3
 CONTAINER = Path(__file__).with_name("container.py")
 GET = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=3)"
 
@@ -57,7 +59,7 @@ class Cluster:
 
 
 class Pod:
-    """One pod, whose one container runs from `start` until `stop`."""
+    """One pod, whose one container runs from `start` on until `stop`."""
 
     def __init__(self, cluster: Cluster, host: Host, spec: Object) -> None:
         self.host = host
@@ -168,19 +170,21 @@ class Pod:
         return subprocess.run(self.host.command([sys.executable, "-c", GET, url]), capture_output=True).returncode == 0
 
     def wait_ready(self, seconds: float) -> None:
-        """Returns once the probe passes; fails when the container ends before, or time runs out."""
+        """Returns once the probe passes, as `wait` does."""
         self.wait(self.ready, seconds)
 
     def wait(self, passed: Callable[[], bool], seconds: float) -> None:
-        """Returns once `passed()`; fails when the container ends before, or time runs out."""
+        """Returns once `passed()`; fails when time runs out. A container that ends is started again, MOST_RESTARTS times,
+        as a kubelet does."""
         deadline = time.monotonic() + seconds
-        assert self.process is not None
-        while True:
-            assert self.process.poll() is None, f"{self.host.name} has ended\n{self.host.last_lines(40)}"
-            if passed():
-                return
-            assert time.monotonic() < deadline, f"{self.host.name} is not ready\n{self.host.last_lines(40)}"
-            time.sleep(1)
+        for restarts in itertools.count():
+            while self.process is not None and self.process.poll() is None:
+                if passed():
+                    return
+                assert time.monotonic() < deadline, f"{self.host.name} is not ready\n{self.host.last_lines(40)}"
+                time.sleep(1)
+            assert restarts < MOST_RESTARTS, f"{self.host.name} ends again and again\n{self.host.last_lines(40)}"
+            self.start()
 
     def run(self, seconds: float) -> str:
         """Runs the container to its end, as that of a Job; returns its log. Fails unless it succeeds."""
