@@ -174,8 +174,8 @@ class Pod:
         self.wait(self.ready, seconds)
 
     def wait(self, passed: Callable[[], bool], seconds: float) -> None:
-        """Returns once `passed()`; fails when time runs out. A container that ends is started again, MOST_RESTARTS times,
-        as a kubelet does."""
+        """Returns once `passed()`; fails when time runs out. A container that ends is started again, as a kubelet does,
+        MOST_RESTARTS times."""
         deadline = time.monotonic() + seconds
         for restarts in itertools.count():
             while self.process is not None and self.process.poll() is None:
