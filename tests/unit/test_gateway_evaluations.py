@@ -40,6 +40,7 @@ async def test_an_evaluation_is_queued_with_versions_in_the_place_of_aliases(tmp
         assert (made.state, list(made.metrics)) == (Evaluation.STATE_QUEUED, ["accuracy", "macro_f1"])
         stub = EvaluationServiceStub(it.channel)
         assert await created(it, evaluation(made.dataset), "r-1") == made
+        assert await created(it, evaluation("ds-gone"), "r-1") == made  # whatever has changed since
         assert await stub.GetEvaluation(evaluation_service_pb2.GetEvaluationRequest(name=made.name)) == made
         page = await stub.ListEvaluations(evaluation_service_pb2.ListEvaluationsRequest(parent="projects/default"))
         assert list(page.evaluations) == [made]

@@ -103,17 +103,20 @@ class Core:
     async def create_job(self, project: str, spec: JobSpec, request_id: str | None = None) -> Job:
         """Checks a specification against what exists and what the engine can load, and stores it in VALIDATING.
 
+        A `request_id` seen before returns the first one's job, whatever has changed since: its answer may have been lost.
+
         Raises InvalidArgument with every fault as a field violation, NotFound naming what exists, or what
         `resolving.check_served` raises when the result could not be proven in the engine of its base.
         """
         check_id(project, "project")
+        request_id = check_request_id(request_id)
+        if request_id and (first := await self.store.find_job_by_request(project, request_id)):
+            return first
         spec = await check_job(self.store, self.settings, project, spec)
         if spec.served_as is not ServedAs.MERGED_MODEL:  # else its base's engine is not needed to prove the result
             await resolving.check_served(self.store, spec.base_model, self.settings.serving.base_model)
         memory = await self._memory(project, spec)
-        return await self.store.create_job(
-            project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id), memory
-        )
+        return await self.store.create_job(project, f"ft-{secrets.token_hex(6)}", spec, request_id, memory)
 
     async def _memory(self, project: str, spec: JobSpec) -> Memory | None:
         """What a worker will need; None where the base's shape is not known."""
@@ -185,14 +188,16 @@ class Core:
     # Evaluations
 
     async def create_evaluation(self, project: str, spec: EvaluationSpec, request_id: str | None = None) -> Evaluation:
-        """Checks a specification against what exists, and stores it in QUEUED.
+        """Checks a specification against what exists, and stores it in QUEUED; `request_id` as for a job.
 
         Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
         """
         check_id(project, "project")
+        request_id = check_request_id(request_id)
+        if request_id and (first := await self.store.find_evaluation_by_request(project, request_id)):
+            return first
         spec = await check_evaluation(self.store, project, spec, self.settings)
-        name = f"ev-{secrets.token_hex(6)}"
-        return await self.store.create_evaluation(project, name, spec, check_request_id(request_id))
+        return await self.store.create_evaluation(project, f"ev-{secrets.token_hex(6)}", spec, request_id)
 
     async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
         """Raises NotFound naming it and what exists."""

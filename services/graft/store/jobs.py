@@ -55,13 +55,14 @@ class JobStore:
                     (EventLevel.INFO, "state", "Job created.", state_data("VALIDATING")),
                 )
         except IntegrityError:
-            first = await self._find_by_request(project, request_id) if request_id else None
+            first = await self.find_job_by_request(project, request_id) if request_id else None
             if first is None:
                 raise
             return first
         return await self.get_job(project, job_id)
 
-    async def _find_by_request(self, project: str, request_id: str) -> Job | None:
+    async def find_job_by_request(self, project: str, request_id: str) -> Job | None:
+        """The job that this request made, or None."""
         query = select(jobs).where(jobs.c.project == project, jobs.c.request_id == request_id)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).mappings().one_or_none()
