@@ -8,6 +8,8 @@ import pytest
 
 from graft.api.v1 import evaluation_pb2, evaluation_service_pb2
 from graft.api.v1.dataset_pb2 import DatasetFormat as Format
+from graft.api.v1.dataset_service_pb2 import DeleteDatasetRequest
+from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
 from graft.api.v1.evaluation_service_pb2_grpc import EvaluationServiceStub
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import load
@@ -44,6 +46,17 @@ async def test_an_evaluation_is_queued_with_versions_in_the_place_of_aliases(tmp
         assert await stub.GetEvaluation(evaluation_service_pb2.GetEvaluationRequest(name=made.name)) == made
         page = await stub.ListEvaluations(evaluation_service_pb2.ListEvaluationsRequest(parent="projects/default"))
         assert list(page.evaluations) == [made]
+        shown = DeleteDatasetRequest(name=await uploaded(it, b'{"prompt": "another?", "completion": "yes"}'))
+        second = evaluation(made.dataset, shots_dataset=shown.name)
+        second.contestants[0].shots = 1
+        second = await created(it, second)
+        for used, users in ((made.dataset, (made, second)), (shown.name, (second,))):
+            error = await refused(DatasetServiceStub(it.channel).DeleteDataset(DeleteDatasetRequest(name=used)))
+            assert (error.code, error.reason) == ("FAILED_PRECONDITION", "DATASET_IN_USE")
+            assert all(user.name.rsplit("/", 1)[1] in error.message for user in users)
+        await stub.CancelEvaluation(evaluation_service_pb2.CancelEvaluationRequest(name=second.name))
+        await it.store.end_cancelled_evaluations()
+        await DatasetServiceStub(it.channel).DeleteDataset(shown)
         cancelled = await stub.CancelEvaluation(evaluation_service_pb2.CancelEvaluationRequest(name=made.name))
         assert cancelled.cancel_requested
         error = await refused(

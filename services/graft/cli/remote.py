@@ -86,7 +86,7 @@ def datasets_get(dataset: DatasetId, as_json: Json = False) -> None:
 
 @datasets.command("delete")
 def datasets_delete(dataset: DatasetId, as_json: Json = False) -> None:
-    """Delete a data set. Refused while a running job uses it."""
+    """Delete a data set. Refused while a job or an evaluation that has not ended uses it."""
     with failures(as_json=as_json), connect() as graft:
         graft.delete_dataset(dataset)
     if as_json:

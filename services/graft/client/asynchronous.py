@@ -181,7 +181,7 @@ class AsyncGraft:
         return result
 
     async def delete_dataset(self, dataset: str) -> None:
-        """Raises FailedPrecondition while a live job uses it."""
+        """Raises FailedPrecondition while a live job or evaluation uses it."""
         request = dataset_service_pb2.DeleteDatasetRequest(name=requests.dataset(self.connection.parent, dataset))
         await self._call(self._datasets.DeleteDataset, request)
 

@@ -76,7 +76,7 @@ class Core:
         return await self.store.list_datasets(project, check_page_size(page_size), page_token)
 
     async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
-        """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job uses it."""
+        """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job or evaluation uses it."""
         dataset = await self.store.delete_dataset(project, dataset_id)
         # The row first: a stop in between leaves a file that nothing names, never a row without its file.
         await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
@@ -103,7 +103,7 @@ class Core:
     async def create_job(self, project: str, spec: JobSpec, request_id: str | None = None) -> Job:
         """Checks a specification against what exists and what the engine can load, and stores it in VALIDATING.
 
-        A `request_id` seen before returns the first one's job, whatever has changed since: its answer may have been lost.
+        A `request_id` seen before returns the first one's job, whatever has changed since: the answer was lost.
 
         Raises InvalidArgument with every fault as a field violation, NotFound naming what exists, or what
         `resolving.check_served` raises when the result could not be proven in the engine of its base.

@@ -92,7 +92,7 @@ class Store(Protocol):
         ...
 
     async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
-        """Raises NotFound, or FailedPrecondition while a live job uses it."""
+        """Raises NotFound, or FailedPrecondition while a live job or evaluation uses it."""
         ...
 
     # Jobs (gateway)
