@@ -87,7 +87,7 @@ async def test_events_come_newest_first_and_after_leads_to_older_ones(tmp_path: 
             assert newest.has_more is (count > 1)
         everything = [event.message async for event in jobs.list_events(made.id, limit=5)]
         assert everything == [*(f"m{count}" for count in range(11, 0, -1)), only.message]
-        for after in ("nothing", "ftevent-other-3", only.id + "x"):
+        for after in ("nothing", "ftevent-other-3", only.id + "x", f"ftevent-{made.id}-13"):
             with pytest.raises(openai.BadRequestError):
                 await jobs.list_events(made.id, after=after)
 

@@ -13,6 +13,7 @@ from graft.domain.evaluations import METRICS, SAMPLES_NEEDED, Contestant, Evalua
 from graft.domain.grading import check_grader
 from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import Dataset, DatasetFormat
+from graft.gateway.checks import name_faults
 from graft.gateway.checks_graders import check_rows, with_reference
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.resolving import resolve
@@ -66,6 +67,7 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, set
         except NotFound as error:
             missing.append(FieldViolation(field, error.message))
     wrong += [*_check_contestants(spec, contestants), *_check_numbers(spec), *_check_metrics(spec, dataset)]
+    wrong += name_faults(spec.display_name)
     if dataset is not None and shown is not None and shown.digest == dataset.digest:  # the same file twice, perhaps
         wrong.append(FieldViolation("shots_dataset", "is the data that is asked: the answers would be shown"))
     spec, faults = await _with_task(spec, dataset, shown, learned)

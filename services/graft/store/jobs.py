@@ -113,6 +113,15 @@ class JobStore:
                 await fetch_job(connection, project, job_id)
         return tuple(convert.event(row) for row in rows)
 
+    async def last_sequence(self, project: str, job_id: str) -> int:
+        """Of the job's newest event. Raises NotFound for an unknown job."""
+        query = select(jobs.c.last_sequence).where(jobs.c.project == project, jobs.c.id == job_id)
+        async with self._database.read() as connection:
+            found: int | None = (await connection.execute(query)).scalar_one_or_none()
+            if found is None:
+                await fetch_job(connection, project, job_id)  # raises, naming what exists
+        return found or 0
+
     async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]:
         """In order of attempt and step. Raises NotFound for an unknown job."""
         query = (
