@@ -114,6 +114,18 @@ async def test_wrong_arguments_are_refused_before_anything_is_sent(tmp_path: Pat
             await graft.create_job("base", "ds-1", hyperparameters={"epoch": 1})
         with pytest.raises(InvalidArgument, match="sampling"):
             await graft.generate("base", prompt="x", max_tokens=2**40)
+        for messages, told in (
+            ([{"role": "user", "text": "x"}], "messages"),
+            ([{"role": 1, "content": "x"}], "messages"),
+        ):
+            with pytest.raises(InvalidArgument, match=told):
+                await graft.generate("base", messages=messages)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="prompt"):
+            await graft.generate("base", prompt="half a pair: \ud800")
+        with pytest.raises(InvalidArgument, match="fine_tuning_job"):
+            await graft.create_job("base", "ds-1", suffix=5)  # type: ignore[typeddict-item]
+        with pytest.raises(InvalidArgument, match="contestants"):
+            await graft.create_evaluation("ds-1", [("base", 2**40)])
         with pytest.raises(InvalidArgument, match="version"):
             await graft.set_alias("base:reviews", "candidate", 2**40)
 
