@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.cli.output import print_table
 from graft.domain.errors import Unavailable
 from tests.support.command import Ran, graft
 from tests.support.gateways import BASE, ROWS, Gateway, gateway, registry
@@ -322,3 +323,10 @@ async def test_commands_without_a_gateway_import_no_grpc_and_nothing_heavier(
     )
     _, err = await process.communicate()
     assert process.returncode == 0, err.decode()
+
+
+def test_off_a_terminal_a_row_of_a_table_is_one_line_whatever_its_cells_hold(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_table(["ID", "RESULT"], [["ft-1", "It failed.\nSee the log."], ["ft-2", "ok"]])
+    assert capsys.readouterr().out.splitlines() == ["ID    RESULT", "ft-1  It failed. See the log.", "ft-2  ok"]

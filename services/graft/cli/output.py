@@ -120,7 +120,9 @@ def show_fields(message: Any, fields: Mapping[str, object], *, as_json: bool) ->
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Columns without lines around them, folded to a terminal's width. Elsewhere each row is one line, for grep."""
     if not console.is_terminal:
-        lines = [[str(cell) for cell in line] for line in ([headers] if headers else []) + list(rows)]
+        lines = [
+            [" ".join(str(cell).splitlines()) for cell in line] for line in ([headers] if headers else []) + list(rows)
+        ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -20,8 +20,14 @@ Format = Annotated[
 ]
 
 
-def uploaded(graft: "Graft", dataset: str, format: str = "") -> str:
-    """The id of a data set. A file of that name, where there is one, is uploaded first, as `format`."""
+def uploaded(graft: "Graft", dataset: str, format: str = "", *, as_json: bool) -> str:
+    """The id of a data set. A file of that name, where there is one, is uploaded first, as `format`.
+
+    People are told the id: what comes next may be refused, and the file need not be sent again then.
+    """
     if not Path(dataset).is_file():
         return dataset
-    return short_id(graft.upload_dataset(dataset, format=format).name)
+    made = short_id(graft.upload_dataset(dataset, format=format).name)
+    if not as_json:
+        print(f"{dataset} is uploaded as data set {made}.", flush=True)
+    return made
