@@ -159,11 +159,16 @@ def engine_environment(settings: Settings) -> dict[str, str]:
 
 
 def _made_once(token: Path) -> Path:
-    """A file with a random token, which its user alone may read."""
+    """A file with a random token, which its user alone may read. Whole or not there at all: an empty one would stay."""
     if not token.is_file():
         token.parent.mkdir(parents=True, exist_ok=True)
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        fresh = token.with_name(f".{token.name}.{os.getpid()}")
+        try:
+            fresh.touch(mode=0o600)
+            fresh.write_text(secrets.token_hex(32))
+            fresh.replace(token)
+        finally:
+            fresh.unlink(missing_ok=True)
     return token
 
 
