@@ -75,6 +75,8 @@ async def test_an_evaluation_is_queued_with_versions_in_the_place_of_aliases(tmp
         (("No Name",), {}, "contestants[0].model", "is not a name"),
         ((), {"samples": 4}, "samples", "says nothing about prompt_completion rows"),
         ((), {"max_rows": -1}, "max_rows", "outside"),
+        ((), {"metrics": ["accuracy"] * 500}, "metrics", "are 500; there are 15 different ones"),
+        ((BASE,) * 500, {}, "contestants", "are 500; give 1 to 16"),
         ((), {"display_name": "a\nb"}, "display_name", "control characters"),
         ((), {"grader": {"kind": "numeric"}}, "grader", "says nothing"),
     ],

@@ -56,7 +56,7 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, set
             missing.append(FieldViolation("shots_dataset", error.message))
     contestants: list[Contestant] = []
     learned: list[str] = []
-    for index, contestant in enumerate(spec.contestants):
+    for index, contestant in enumerate(spec.contestants[:MAX_CONTESTANTS]):
         field = f"contestants[{index}].model"
         try:
             found = await resolve(store, project, contestant.model, settings.serving.base_model)
@@ -108,7 +108,7 @@ async def _with_task(
 def _check_shots(spec: EvaluationSpec, dataset: Dataset, shown: Dataset | None) -> Iterator[FieldViolation]:
     """Whether every contestant's shots can be shown before what is asked. Reads a row of graded prompts."""
     if measured_from(dataset, graded=spec.grader is not None) in ("pairs", "texts"):
-        for index, contestant in enumerate(spec.contestants):
+        for index, contestant in enumerate(spec.contestants[:MAX_CONTESTANTS]):
             if contestant.shots:
                 yield FieldViolation(
                     f"contestants[{index}].shots",
@@ -144,6 +144,7 @@ def _is_chat(spec: EvaluationSpec, dataset: Dataset) -> bool:
 def _check_contestants(spec: EvaluationSpec, resolved: list[Contestant]) -> Iterator[FieldViolation]:
     if not 1 <= len(spec.contestants) <= MAX_CONTESTANTS:
         yield FieldViolation("contestants", f"are {len(spec.contestants)}; give 1 to {MAX_CONTESTANTS}")
+        return
     for index, contestant in enumerate(resolved):
         if contestant in resolved[:index]:
             yield FieldViolation(f"contestants[{index}]", f"{contestant.label} is there twice")
@@ -166,6 +167,9 @@ def _check_numbers(spec: EvaluationSpec) -> Iterator[FieldViolation]:
 
 def _check_metrics(spec: EvaluationSpec, dataset: Dataset | None) -> Iterator[FieldViolation]:
     source = dataset and measured_from(dataset, graded=spec.grader is not None)
+    if len(spec.metrics) > len(METRICS):
+        yield FieldViolation("metrics", f"are {len(spec.metrics)}; there are {len(METRICS)} different ones")
+        return
     for index, name in enumerate(spec.metrics):
         field = f"metrics[{index}]"
         if name not in METRICS:
