@@ -330,3 +330,9 @@ def test_off_a_terminal_a_row_of_a_table_is_one_line_whatever_its_cells_hold(
 ) -> None:
     print_table(["ID", "RESULT"], [["ft-1", "It failed.\nSee the log."], ["ft-2", "ok"]])
     assert capsys.readouterr().out.splitlines() == ["ID    RESULT", "ft-1  It failed. See the log.", "ft-2  ok"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("a prompt", "--input", "review=x")])
+async def test_generate_takes_a_prompt_or_inputs_and_says_so(arguments: tuple[str, ...]) -> None:
+    refused = await graft("generate", BASE, *arguments, GRAFT_ADDRESS="127.0.0.1:1")
+    assert (refused.code, refused.err.startswith("Give either a PROMPT")) == (2, True)

@@ -99,6 +99,13 @@ async def test_a_failure_is_the_same_domain_error_that_the_gateway_raised(tmp_pa
     async with gateways.gateway(tmp_path) as running, AsyncGraft(Connection(address=_address(running))) as graft:
         with pytest.raises(NotFound, match=f"'nope'.*{gateways.BASE}"):
             await graft.generate("nope", prompt="x")
+        sent: list[int] = []
+        rows = bad.with_name("many.jsonl")
+        rows.write_bytes(gateways.ROWS * 10_000)
+        await graft.upload_dataset(rows, progress=sent.append)
+        assert sent[-1] == rows.stat().st_size
+        assert sent == sorted(set(sent))
+        assert len(sent) > 2
         with pytest.raises(InvalidArgument) as caught:
             await graft.upload_dataset(bad)
         assert caught.value.violations[0].field.startswith("line 1")

@@ -42,7 +42,7 @@ SetOptions = Annotated[
 ]
 Follow = Annotated[bool, typer.Option(help="Follow the job until it ends.")]
 Model = Annotated[str, typer.Argument(help="Base model, as `graft models` shows it.")]
-Dataset = Annotated[str, typer.Argument(help="A data set's id, or a file that is uploaded first.")]
+Dataset = Annotated[str, typer.Argument(help="A data set's id, or a file or URL that is uploaded first.")]
 
 
 @dataclass(frozen=True)

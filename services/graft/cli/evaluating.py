@@ -44,7 +44,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compare(
-    dataset: Annotated[str, typer.Argument(help="Held-out data: a data set's id, or a file that is uploaded first.")],
+    dataset: Annotated[
+        str, typer.Argument(help="Held-out data: a data set's id, or a file or URL that is uploaded first.")
+    ],
     models: Annotated[
         list[str], typer.Argument(help="Who is compared: base, base:adapter@version; MODEL/8 with eight shots.")
     ],
