@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from graft.cli.output import print_table
+from graft.cli.output import print_json, print_table
 from graft.domain.errors import Unavailable
 from tests.support.command import Ran, graft
 from tests.support.gateways import BASE, ROWS, Gateway, gateway, registry
@@ -336,3 +336,8 @@ def test_off_a_terminal_a_row_of_a_table_is_one_line_whatever_its_cells_hold(
 async def test_generate_takes_a_prompt_or_inputs_and_says_so(arguments: tuple[str, ...]) -> None:
     refused = await graft("generate", BASE, *arguments, GRAFT_ADDRESS="127.0.0.1:1")
     assert (refused.code, refused.err.startswith("Give either a PROMPT")) == (2, True)
+
+
+def test_what_is_printed_as_json_is_json_also_where_a_number_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": float("nan"), "steps": [1, float("-inf"), 0.5]}, line=True)
+    assert capsys.readouterr().out == '{"loss": null, "steps": [1, null, 0.5]}\n'
