@@ -174,11 +174,13 @@ def _csv_records(path: Path) -> Iterator[Record]:
 
 def _header(names: list[str]) -> list[str]:
     names = [name.strip() for name in names]
+    seen: set[str] = set()
     for name in names:
         if not name:
             raise unreadable("The header has a column without a name. Give every column a name in the first row.")
-        if names.count(name) > 1:
+        if name in seen:
             raise unreadable(f"The header names the column `{name[:80]}` twice.")
+        seen.add(name)
     for separator, called in ((";", "semicolons"), ("\t", "tabs")):
         if len(names) == 1 and separator in names[0]:
             raise unreadable(f"Columns are separated by {called}; write commas between them (RFC 4180).")
