@@ -28,6 +28,8 @@ from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
 T = TypeVar("T")
+Listed = Dataset | Job | Evaluation | Adapter | AdapterVersion | Deployment
+"""What lists are made of."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Store(Protocol):
     async def close(self) -> None: ...
     async def ping(self) -> None:
         """Raises Unavailable when the database does not answer."""
+
+    def token_after(self, item: Listed) -> str:
+        """The token of the page that begins behind this item of its list."""
+        ...
 
     # Data sets (gateway)
     async def create_dataset(self, dataset: Dataset, request_id: str | None) -> Dataset:

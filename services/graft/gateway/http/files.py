@@ -88,7 +88,11 @@ async def list_files(request: Request) -> Response:
     if query.get("purpose", convert.PURPOSE) != convert.PURPOSE:
         return JSONResponse(listing([], has_more=False))
     found, has_more = await page_after(
-        lambda size, token: core.list_datasets(project, size, token), query.get("after"), limit, lambda one: one.id
+        core,
+        lambda size, token: core.list_datasets(project, size, token),
+        query.get("after"),
+        limit,
+        lambda after: core.get_dataset(project, after),
     )
     return JSONResponse(listing([convert.file(one) for one in found], has_more))
 

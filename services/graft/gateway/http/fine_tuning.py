@@ -44,7 +44,11 @@ async def list_jobs(request: Request) -> Response:
     query = query_of(request, "after", "limit")
     limit = limit_of(query, DEFAULT_LIMIT, MAX_LIMIT)
     found, has_more = await page_after(
-        lambda size, token: core.list_jobs(project, size, token), query.get("after"), limit, lambda one: one.id
+        core,
+        lambda size, token: core.list_jobs(project, size, token),
+        query.get("after"),
+        limit,
+        lambda after: core.get_job(project, after),
     )
     return JSONResponse(listing([convert.job(one) for one in found], has_more))
 
