@@ -289,3 +289,13 @@ def test_every_state_has_a_status_that_the_client_knows() -> None:
     known = {"validating_files", "queued", "running", "succeeded", "failed", "cancelled"}
     assert set(STATUSES) == set(JobState)
     assert set(STATUSES.values()) == known
+
+
+async def test_of_many_fields_that_are_not_known_the_first_are_named_and_the_others_counted(
+    tmp_path: Path,
+) -> None:
+    async with http_gateway(tmp_path) as it:
+        body = {"model": BASE, "training_file": "ds-1", **{f"field{number}": 1 for number in range(500)}}
+        error = (await it.raw.post("/v1/fine_tuning/jobs", json=body)).json()["error"]
+        assert error["message"].count("is not a field here") == 20
+        assert error["message"].endswith("body: has 480 more fields that are not known.")
