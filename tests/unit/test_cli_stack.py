@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from graft.domain.errors import FailedPrecondition
 from graft.settings import load
 from graft.stack import local, preflight
-from graft.stack.processes import ray_environment
+from graft.stack.processes import Port, port_taken, ray_environment
 from tests.support.command import Ran, ended, environment, graft, printed, short_home, started
 
 UP = """
@@ -230,3 +231,16 @@ def test_a_token_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(token.read_text()) == 64
     assert token.stat().st_mode & 0o777 == 0o600
     assert [file.name for file in token.parent.iterdir()] == [token.name]
+
+
+def test_a_port_is_looked_for_at_an_address_of_either_kind() -> None:
+    for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+        with socket.socket(family) as taken:
+            try:
+                taken.bind((host, 0))
+            except OSError:
+                continue  # a machine without IPv6
+            taken.listen()
+            number = taken.getsockname()[1]
+            assert port_taken(Port(host, number, "GRAFT_X"))
+        assert not port_taken(Port(host, number, "GRAFT_X"))

@@ -144,8 +144,9 @@ def check_gateway(settings: Settings, address: str, *, running: bool) -> Iterato
     if not address and not running:
         return
     target = address.removeprefix("https://").removeprefix("http://") or settings.gateway_address
-    if address.startswith("https://"):
-        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials())
+    own = None if address else settings.gateway.tls_certificate
+    if own or address.startswith("https://"):
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(own and own.read_bytes()))
     else:
         channel = grpc.insecure_channel(target)
     with channel:
