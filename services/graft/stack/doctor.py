@@ -146,7 +146,7 @@ def check_gateway(settings: Settings, address: str, *, running: bool) -> Iterato
     target = address.removeprefix("https://").removeprefix("http://") or settings.gateway_address
     own = None if address else settings.gateway.tls_certificate
     if own or address.startswith("https://"):
-        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(own and own.read_bytes()))
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(own.read_bytes() if own else None))
     else:
         channel = grpc.insecure_channel(target)
     with channel:
