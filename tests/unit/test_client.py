@@ -178,7 +178,7 @@ async def test_no_gateway_is_told_with_the_address_and_the_fix() -> None:
 
 
 def test_a_connection_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRAFT_ADDRESS", "https://graft.example:443")
+    monkeypatch.setenv("GRAFT_ADDRESS", "https://graft.example:443/")
     monkeypatch.setenv("GRAFT_API_KEY", "secret")
     monkeypatch.setenv("GRAFT_PROJECT", "team")
     connection = Connection()
