@@ -23,7 +23,7 @@ PARAGRAPHS = 1000
 PARAGRAPH_WORDS = 150
 """About a kilobyte; a row has two of them."""
 NOISE_BYTES = 8 * MB
-"""Two runs on one file differ by less. What is cached of the rows' hashes, which lie on disk, has 4 MB; in memory they
+"""Two runs on one file differ by less. What is cached of the rows' hashes, which lie on disk, has 2 MB; in memory they
 would take 10 MB more for 900 MB more, and sorting them 25."""
 
 

@@ -14,19 +14,17 @@ from graft.domain.errors import ResourceExhausted
 from graft.domain.reports import FoundRows
 
 FIRST_ROWS = 5
-_CACHE_KIB = 4096
-"""Twice SQLite's own: sorting for the indices takes a twentieth less time, and more memory gains nothing."""
 _ROWS_AT_A_TIME = 1000
 
-_OPEN = f"""
+_OPEN = """
 PRAGMA journal_mode=OFF;
 PRAGMA synchronous=OFF;
 PRAGMA temp_store=FILE;
-PRAGMA cache_size=-{_CACHE_KIB};
 CREATE TABLE rows (number INTEGER PRIMARY KEY, whole INTEGER, asked INTEGER, answer INTEGER);
 BEGIN;
 """
-# Through an index rows come sorted, so that no group is held in memory.
+# SQLite's cache has 2 MB by itself: with eight times as much 600,000 rows took no less time. Through an index rows come
+# sorted, so that no group is held in memory.
 _BY_ASKED = "CREATE INDEX IF NOT EXISTS by_asked ON rows (asked, answer)"
 _DUPLICATES = (
     "CREATE INDEX IF NOT EXISTS by_whole ON rows (whole)",
