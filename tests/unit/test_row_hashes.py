@@ -66,6 +66,11 @@ def test_four_times_the_rows_take_no_more_memory() -> None:
 
 def test_a_full_disk_for_temporary_files_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_hashes, "_OPEN", row_hashes._OPEN + "PRAGMA max_page_count=20;")
+
+    def fill(hashes: RowHashes) -> None:
+        for number in range(20_000):
+            hashes.add(number, number, number)
+
     with RowHashes() as hashes, pytest.raises(ResourceExhausted, match="set TMPDIR") as refused:
-        all(hashes.add(number, number, number) is None for number in range(20_000))
+        fill(hashes)
     assert refused.value.reason == "DISK_FULL"
