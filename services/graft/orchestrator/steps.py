@@ -71,6 +71,7 @@ async def start(context: Context) -> None:
     spec = parts.preparer.plan(
         job, base, material.dataset, material.validation, context.output_dir, await start_from(context)
     )
+    await context.record()  # the store's fence: a run that was started too late would be nobody's
     await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
     nodes = NodesWait(context)
     while not (status := await poll(context, 0)).reports:
