@@ -4,10 +4,12 @@ import asyncio
 import threading
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from graft.domain.jobs import Job
+from graft.domain.errors import Unavailable
+from graft.domain.jobs import Job, JobState
 from graft.orchestrator import steps
 from tests.support.orchestration import PATIENCE_SECONDS, world
 
@@ -46,3 +48,24 @@ async def test_an_owner_that_has_not_noticed_the_loss_of_its_lease_starts_no_run
 
 async def _claim_nothing(*_: object) -> tuple[Job, ...]:
     return ()
+
+
+async def test_no_report_of_the_next_attempt_is_skipped_when_the_move_to_it_was_made_but_not_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as it:
+        it.runs.lost_attempts = {1}
+        transition = it.store.transition
+
+        async def unheard(*given: Any, **named: Any) -> Job:
+            moved = await transition(*given, **named)
+            if named["next_attempt"]:
+                raise Unavailable("The connection was cut.", reason="STORE_UNAVAILABLE")
+            return moved
+
+        monkeypatch.setattr(it.store, "transition", unheard)
+        await it.create_job("job-1")
+        async with it.orchestrator():
+            assert (await it.until("job-1", JobState.SUCCEEDED)).attempt == 2
+        told = [event.data for event in await it.events("job-1") if "report" in event.data]
+        assert [data["report"] for data in told if data["attempt"] == 2] == [1, 2, 3, 4, 5, 6]
