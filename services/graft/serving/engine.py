@@ -5,7 +5,8 @@ that has died says so by `dead` and by Unavailable; replacing it is the keeper's
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ class Engine:
         answer["model"] = public_model
         return Answer(200, answer)
 
-    async def stream(self, endpoint: int, body: bytes, model: str | None, public_model: str) -> AsyncIterator[Answer]:
+    async def stream(self, endpoint: int, body: bytes, model: str | None, public_model: str) -> AsyncGenerator[Answer, None]:
         """Like `generate`, piece by piece. A refusal is the only item, or the last one."""
         try:
             chunks = await self._handle(endpoint, self._parse(endpoint, body, model, stream=True))
@@ -193,19 +194,20 @@ class Engine:
         if isinstance(chunks, ErrorResponse):
             yield self._refused(chunks, model, public_model)
             return
-        async for chunk in chunks:
-            data = chunk.removeprefix("data: ").strip()
-            if data == "[DONE]":
-                return
-            piece = json.loads(data)
-            if "error" in piece:
-                # The handler turns every exception into an error piece, a dead engine's too.
-                if self.dead:
-                    raise _died()
-                yield Answer(int(piece["error"].get("code") or 500), piece)
-                return
-            piece["model"] = public_model
-            yield Answer(200, piece)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                data = chunk.removeprefix("data: ").strip()
+                if data == "[DONE]":
+                    return
+                piece = json.loads(data)
+                if "error" in piece:
+                    # The handler turns every exception into an error piece, a dead engine's too.
+                    if self.dead:
+                        raise _died()
+                    yield Answer(int(piece["error"].get("code") or 500), piece)
+                    return
+                piece["model"] = public_model
+                yield Answer(200, piece)
 
     def _parse(self, endpoint: int, raw: bytes, model: str | None, *, stream: bool) -> Any:
         body = json.loads(raw)
