@@ -6,6 +6,7 @@ Does not know Ray: who its companions are, how many threads it may use and whom 
 import heapq
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -236,6 +237,8 @@ class _Follower:
         uri = put(self._spec, folder)
         if self._spec.storage is not None and not isinstance(self._model, PeftModel):
             self._models.append(uri)
-            if len(self._models) > KEPT_MODELS:
-                remove(self._spec, self._models.pop(0))
+            with suppress(Unavailable):  # what stays goes at the next checkpoint
+                while len(self._models) > KEPT_MODELS:
+                    remove(self._spec, self._models[0])
+                    del self._models[0]
         return uri
