@@ -36,6 +36,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from requests import HTTPError
 
 ADAPTER_PATH = "adapter"
 MODEL_PATH = "model"
@@ -306,6 +307,13 @@ class Registry:
                 ) from error
             raise Unavailable(
                 f"MLflow at {self._uri} does not answer as it should ({error.error_code}). Is it running?",
+                reason="REGISTRY_UNAVAILABLE",
+                retry_after_seconds=2.0,
+            ) from error
+        except HTTPError as error:  # of files MLflow's client passes on what other calls wrap
+            raise Unavailable(
+                f"MLflow at {self._uri}, or what stands before it, refuses files with HTTP "
+                f"{error.response.status_code}: whoever runs it has to allow them, also as large as models are.",
                 reason="REGISTRY_UNAVAILABLE",
                 retry_after_seconds=2.0,
             ) from error
