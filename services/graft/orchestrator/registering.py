@@ -60,9 +60,10 @@ async def register(context: Context) -> None:
         version = await context.patiently("The registry", lambda: call(parts.registry.publish, publication))
         await context.patiently("The registry", context.mirror.refresh)
         await call(drop_copies, parts.storage, context.output_dir)
+        await release
     finally:
+        release.cancel()  # whatever else ended the step does not wait for the cluster
         await asyncio.wait({release})
-    release.result()
     await context.say(
         REGISTERED,
         f"Registered as {version.model}.",
