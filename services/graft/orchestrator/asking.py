@@ -211,7 +211,10 @@ def _windows(tokenizer: Tokenizer, context_tokens: int, item: Predict) -> list[E
     """
     plain = tokenizer.encode(item.text, add_special_tokens=False)
     whole = tokenizer.encode(item.text, add_special_tokens=True)
-    start = whole[: len(whole) - len(plain)] or [token for token in [tokenizer.eos_token_id] if token is not None]
+    # Some tokenizers put an end behind the text as well, which is no part of it.
+    extra = len(whole) - len(plain)
+    begins = next((at for at in range(extra) if whole[at : at + len(plain)] == plain), extra)
+    start = whole[:begins] or [token for token in [tokenizer.eos_token_id] if token is not None]
     if not start:  # then nothing can predict the first token
         start, plain = plain[:1], plain[1:]
     if not plain:
