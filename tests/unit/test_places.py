@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from graft.domain.errors import Unavailable
-from graft.domain.jobs import Lora, ServedAs, Tuning
+from graft.domain.jobs import EventLevel, Lora, ServedAs, Tuning
 from graft.storage import Storage, share_base_model
 from graft.training import places, search
 from graft.training.objectives.objective import ALONE
@@ -87,7 +87,9 @@ def test_a_storage_that_is_away_at_a_checkpoint_loses_that_checkpoint_and_not_th
     told = _run(spec)
     assert told[-1][0] == "finished"
     assert [kind for kind, _ in told if kind == "checkpoint"] == []
-    assert any("step 2 is not kept" in data["message"] for kind, data in told if kind == "message")
+    (lost,) = [data for kind, data in told if kind == "message"]
+    assert "step 2 is not kept" in lost["message"]
+    assert lost["level"] in set(EventLevel), "the orchestrator tells what it does not know as all is well"
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one_and_goes_later(
@@ -138,7 +140,7 @@ def test_a_storage_that_comes_back_is_waited_for_and_told_of_once(monkeypatch: p
     answers: list[Callable[[], int]] = [_away, _away, lambda: 7]
     told: Told = []
     assert places.patiently(lambda: answers.pop(0)(), lambda kind, data: told.append((kind, data))) == 7
-    assert [data["level"] for _, data in told] == ["WARN"]
+    assert [data["level"] for _, data in told] == [EventLevel.WARN]
 
 
 def test_a_storage_that_stays_away_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,7 @@ def test_the_best_trial_of_another_host_becomes_the_result_as_soon_as_the_storag
         monkeypatch.setattr(Storage, name, _away_once(getattr(Storage, name), name, away))
     told: Told = []
     search._keep(places.on_this_host(spec), where, lambda kind, data: told.append((kind, data)))
-    assert [data["level"] for _, data in told] == ["WARN", "WARN"]
+    assert [data["level"] for _, data in told] == [EventLevel.WARN, EventLevel.WARN]
     assert spec.storage is not None
     assert spec.storage.has_folder(spec.storage.uri(spec.output_key, "adapter"))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from graft.domain.errors import Unavailable
+from graft.domain.jobs import EventLevel
 from graft.settings import cache_folder
 from graft.storage import fetch_base_model
 from graft.training.spec import RunSpec
@@ -72,7 +73,7 @@ def patiently(ask: Callable[[], T], tell: Tell) -> T:
             if not told:
                 told = True
                 text = f"{error.message} Trying again for up to {PATIENCE_SECONDS:.0f} s."
-                tell("message", {"message": text, "level": "WARN"})
+                tell("message", {"message": text, "level": EventLevel.WARN.value})
             time.sleep(RETRY_SECONDS)
 
 

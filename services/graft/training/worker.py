@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from graft.domain.errors import InvalidArgument, Unavailable
-from graft.domain.jobs import Method
+from graft.domain.jobs import EventLevel, Method
 from graft.training.batching import microbatches
 from graft.training.heldout import HeldOut
 from graft.training.imports import AutoTokenizer, PeftModel
@@ -227,7 +227,7 @@ class _Follower:
             uri = self._put(folder)
         except Unavailable as error:
             text = f"The checkpoint at step {step} is not kept: {error.message}"
-            self._tell("message", {"message": text, "level": "WARN"})
+            self._tell("message", {"message": text, "level": EventLevel.WARN.value})
             return
         kept = {"train_loss": metrics["loss"]}
         kept |= {name: value for name, value in metrics.items() if name.startswith("validation_")}
