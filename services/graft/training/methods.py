@@ -117,7 +117,7 @@ def _reinforced(
     # The token is the node's and no part of what a run is told, which is kept and shown.
     client = EngineClient(spec.engine_address, spec.engine_base, token=host_token()).of(spec.base_model)
     sampler = EngineSampler(client, spec.base_model, asked, patience)
-    policies = Policies(spec, model, sampler, group)
+    policies = Policies(spec, model, sampler, group, tell)
     return Reinforced(data.prompts, asked, spec.seed, sampler, policies, grader, patience, device)
 
 
