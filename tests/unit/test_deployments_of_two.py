@@ -1,4 +1,4 @@
-"""Two orchestrators, as in a cluster, carry out the same deployments: what one has decided the other leaves as it is."""
+"""Two orchestrators, as in a cluster, carry out the same deployments: what one has decided the other leaves alone."""
 
 import asyncio
 from dataclasses import dataclass

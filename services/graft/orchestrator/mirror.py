@@ -35,7 +35,7 @@ class Mirror:
         self._down = False
 
     async def run(self) -> None:
-        """Until cancelled: wishes at every turn, and before them, which may wait for ever, a snapshot when one is due."""
+        """Until cancelled: a snapshot when one is due, then the wishes, of which one may wait for ever."""
         due = 0.0
         while True:
             try:

@@ -182,7 +182,9 @@ class Engine:
         answer["model"] = public_model
         return Answer(200, answer)
 
-    async def stream(self, endpoint: int, body: bytes, model: str | None, public_model: str) -> AsyncGenerator[Answer, None]:
+    async def stream(
+        self, endpoint: int, body: bytes, model: str | None, public_model: str
+    ) -> AsyncGenerator[Answer, None]:
         """Like `generate`, piece by piece. A refusal is the only item, or the last one."""
         try:
             chunks = await self._handle(endpoint, self._parse(endpoint, body, model, stream=True))

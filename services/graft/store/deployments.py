@@ -100,7 +100,7 @@ class DeploymentStore:
         return await self.get_deployment(project, base)
 
     async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> bool:
-        """Tells how far it is. A wish to undeploy that came meanwhile stays, and so does a failure: then it is False."""
+        """Tells how far it is. False where a wish to undeploy came meanwhile, or it has failed: both stay."""
         moving = update(deployments).where(
             deployments.c.base_model == base,
             deployments.c.state.in_((DeploymentState.STARTING, DeploymentState.READY)),
