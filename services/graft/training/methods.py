@@ -24,8 +24,8 @@ from graft.training.objectives.preference import Preference, reference_log_probs
 from graft.training.objectives.reinforcement import Reinforced
 from graft.training.objectives.supervised import Supervised
 from graft.training.policies import Policies
-from graft.training.rollouts import EngineSampler, Patience, Tell
-from graft.training.spec import RunSpec
+from graft.training.rollouts import EngineSampler, Patience
+from graft.training.spec import RunSpec, Tell
 
 HELD_OUT_EXAMPLES = 256
 """Held-out loss is measured on the first so many validation examples: its standard error is then a sixteenth of the

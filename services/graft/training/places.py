@@ -15,7 +15,7 @@ from graft.domain.errors import Unavailable
 from graft.domain.jobs import EventLevel
 from graft.settings import cache_folder
 from graft.storage import fetch_base_model
-from graft.training.spec import RunSpec
+from graft.training.spec import RunSpec, Tell
 
 PATIENCE_SECONDS = 600.0
 """How long a run waits for the storage, for its data as for its result: as long as the orchestrator for a service."""
@@ -24,7 +24,6 @@ REPORTS = "reports.jsonl"
 ERRORS = "error.log"
 
 T = TypeVar("T")
-Tell = Callable[[str, dict[str, Any]], None]
 
 
 def on_this_host(spec: RunSpec) -> RunSpec:

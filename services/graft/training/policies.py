@@ -17,10 +17,10 @@ import torch
 from graft.domain.errors import GraftError
 from graft.registry.digest import adapter_digest
 from graft.training.objectives.objective import Group
-from graft.training.places import Tell, patiently, put, remove, uri_of
+from graft.training.places import patiently, put, remove, uri_of
 from graft.training.rollouts import Policy, Sampler
 from graft.training.saving import save_adapter
-from graft.training.spec import RunSpec, policy_folder, policy_prefix
+from graft.training.spec import RunSpec, Tell, policy_folder, policy_prefix
 
 DIGEST_BYTES = 32
 

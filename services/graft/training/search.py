@@ -22,9 +22,9 @@ import ray
 from graft.domain.errors import Unavailable
 from graft.training.failures import failure
 from graft.training.fit import bundle, free_threads, worker_environment
-from graft.training.places import Tell, on_this_host, patiently, put, ray_storage, remove
+from graft.training.places import on_this_host, patiently, put, ray_storage, remove
 from graft.training.reservations import trial_name
-from graft.training.spec import Clock, RunSpec
+from graft.training.spec import Clock, RunSpec, Tell
 from graft.training.sweep import Ledger, SearchSpec, Tells, Trial
 
 ENVIRONMENT = {

@@ -33,16 +33,14 @@ from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import check_packing
 from graft.training.places import patiently, put, remove, with_files
-from graft.training.results import RESULTS, Yardstick, save_result
+from graft.training.results import Yardstick, save_result
 from graft.training.saving import KEPT_MODELS, save_checkpoint
 from graft.training.sharding import shard
-from graft.training.spec import Clock, RunSpec
+from graft.training.spec import RESULTS, Clock, RunSpec, Tell
 from graft.training.tuning import load_base, tune, wants_sharding
 
 THREADS_SECONDS = 5.0
 """How often a worker asks how many cores are its own: another run on the node may begin or end."""
-
-Tell = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
