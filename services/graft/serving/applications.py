@@ -115,14 +115,16 @@ class Applications:
                 await asyncio.to_thread(serve.delete, application_name(base, self._first))
 
     async def all(self) -> list[engine_pb2.Application]:
-        """Every application, the first one too."""
+        """Every application of Graft's, the first one too: on a cluster that others run, Serve has theirs as well."""
         status = await asyncio.to_thread(serve.status)
+        prefix = application_name("", self._first)
         return [
             engine_pb2.Application(
-                base_model=self._first if name == APPLICATION else name.removeprefix(f"{APPLICATION}-"),
+                base_model=self._first if name == APPLICATION else name.removeprefix(prefix),
                 state=_STATES.get(application.status, engine_pb2.Application.STATE_STARTING),
             )
             for name, application in status.applications.items()
+            if name == APPLICATION or name.startswith(prefix)
         ]
 
     def _kept(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
