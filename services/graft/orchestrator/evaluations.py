@@ -157,7 +157,7 @@ class _Work:
         asked = [await self._asked(contestant, shown) for contestant in spec.contestants]
         files = [self.folder / f"answers-{place}.jsonl" for place in range(len(asked))]
         await call(self._recall, files)
-        answers = [Answers(file) for file in files]
+        answers = [await call(Answers, file) for file in files]
         self.answered = sum(len(each.found) for each in answers)
         self.total = len(questions.items) * sum(1 + one.samples * graded for one in asked)
         measured = []
