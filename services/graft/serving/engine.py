@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ class Engine:
     async def generate(self, endpoint: int, body: bytes, model: str | None, public_model: str) -> Answer:
         """Answers an OpenAI body by vLLM's handler; `model` is an adapter's engine name, None for the base.
 
-        What the handler refuses is an answer too, with OpenAI's error object. Raises Unavailable if the engine dies.
+        What the handler refuses is an answer too, with OpenAI's error object. Raises Unavailable if the engine dies,
+        and vLLM's own defects as they are.
         """
         try:
             result = await self._handle(endpoint, self._parse(endpoint, body, model, stream=False))
@@ -235,6 +237,8 @@ class Engine:
             response = create_error_response(f"{field}: {first['msg']}" if field else first["msg"], param=field or None)
         else:
             response = create_error_response(cause)
+            if response.error.code == HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise cause  # no refusal but a defect: the log's, and not for whoever asked
         body = response.model_dump(mode="json")
         if model is not None:
             body["error"]["message"] = body["error"]["message"].replace(model, public_model)
