@@ -200,14 +200,14 @@ class RayRuns:
             return RunStatus(False, False, [])
         try:
             alive, reports, placed = ray.get(actor.poll.remote(after_sequence), timeout=ANSWER_SECONDS)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.ActorDiedError:  # not one that cannot be reached for the moment, which goes on
             return RunStatus(False, False, [])
         return RunStatus(True, alive, reports, placed)
 
     def _cancel(self, job_id: str, attempt: int) -> None:
         actor = self._find(job_id, attempt)
         if actor is not None:
-            with suppress(ray.exceptions.RayActorError):  # gone in between, and with it the workers
+            with suppress(ray.exceptions.ActorDiedError):  # gone in between, and with it the workers
                 ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
         give_back(run_name(job_id, attempt))
 
