@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +16,8 @@ from graft.serving.residency import Ref
 from graft.settings import cache_folder
 from graft.storage import LOCAL, Storage, is_url
 
+PULLS_AT_ONCE = 8
+"""More would not come faster over one link; the others wait."""
 KEPT_POLICIES = 2
 """Of a run: the newest, and the one that is unloaded once that is loaded."""
 
@@ -27,7 +30,7 @@ class Registry(Protocol):
 
 
 class ProvingPuller:
-    """Pulls in a thread. `open_registry` is called once, at the first need or by `warm`."""
+    """Pulls in threads of its own. `open_registry` is called once, at the first need or by `warm`."""
 
     def __init__(
         self,
@@ -42,10 +45,12 @@ class ProvingPuller:
         self._base = base
         self._max_lora_rank = max_lora_rank
         self._open_registry = open_registry
+        # Not asyncio's own threads: while a registry does not answer, an engine that has died could not be replaced.
+        self._threads = ThreadPoolExecutor(PULLS_AT_ONCE, thread_name_prefix="pull")
 
     async def pull(self, ref: Ref) -> Path:
         """The proven folder. Raises FailedPrecondition naming the file and fault, or what the registry raises."""
-        return await asyncio.to_thread(self._pull, ref)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._pull, ref)
 
     def warm(self) -> None:
         """Opens the registry, whose client takes seconds to import, before the first request needs it. Blocks."""
