@@ -29,7 +29,9 @@ async def validate(context: Context) -> None:
     if not context.job.resolved:
         material = await context.material()
         job = await with_start(context)
-        prepared = await call(context.parts.preparer.prepare, job, material.base, material.dataset, material.validation)
+        data = (material.dataset, material.validation)
+        prepare = context.parts.preparer.prepare
+        prepared = await context.patiently("The storage", lambda: call(prepare, job, material.base, *data))
         resolved = say_start(context.job, prepared.resolved)
         await _tell_data(context, prepared)
         if prepared.memory is not None:
