@@ -46,6 +46,8 @@ PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".yaml", ".
 RETAINED = "delta_retained_fraction"
 """Name of a job's metric."""
 TASK_TAG = "graft.task"
+_NEEDED_TAGS = {"graft.digest", "graft.base_model_digest", "graft.dataset_digest", "graft.job", "graft.rank"}
+_NEEDED_TAGS |= {"graft.size_bytes", "graft.metrics"}
 PARAM_BATCH = 100
 """MLflow's limit of parameters in one call."""
 
@@ -89,17 +91,16 @@ class Registry:
             experiment = self._experiment(f"graft-{project}")
             mine = f"tags.`graft.job` = '{job_id}' and tags.`graft.attempt` = '{attempt}'"
             found = self._client.search_runs([experiment], mine, max_results=1)
-            if found:
-                return str(found[0].info.run_id)
             all_tags = {
                 "graft.job": job_id,
                 "graft.attempt": str(attempt),
                 "graft.code_version": code_version(),
                 **tags,
             }
-            run = self._client.create_run(experiment, tags=all_tags, run_name=f"{job_id}-{attempt}")
+            run = found[0] if found else self._client.create_run(experiment, None, all_tags, f"{job_id}-{attempt}")
             run_id = str(run.info.run_id)
-            entries = [Param(key, value[:6000]) for key, value in params.items()]
+            # One that was found has its parameters, unless the call that made it did not come to write them.
+            entries = [] if run.data.params else [Param(key, value[:6000]) for key, value in params.items()]
             for start in range(0, len(entries), PARAM_BATCH):
                 self._client.log_batch(run_id, params=entries[start : start + PARAM_BATCH])
             return run_id
@@ -369,7 +370,8 @@ def _changed(registered_model: str, version: int, expected: str, found: str) -> 
 
 
 def _is_ours(entry: Any) -> bool:
-    return parse_registered_model(entry.name) is not None and "graft.digest" in entry.tags
+    """Whether Graft published it, and nobody has taken off a tag since: one such version would hide all others."""
+    return parse_registered_model(entry.name) is not None and entry.tags.keys() >= _NEEDED_TAGS
 
 
 def _time(milliseconds: int) -> datetime:
