@@ -165,10 +165,10 @@ async def _scored(engine: Engine, asked: Asked, row: int, item: Rank | Predict) 
     started = time.monotonic()
     tokenizer = await call(asked.tokenizer)
     if isinstance(item, Predict):
-        texts = [_windows(tokenizer, asked.context_tokens, item)]
+        texts = [await call(_windows, tokenizer, asked.context_tokens, item)]
     else:
         try:
-            texts = [[example] for example in _pair(tokenizer, asked.context_tokens, item)]
+            texts = [[example] for example in await call(_pair, tokenizer, asked.context_tokens, item)]
         except _TooLongError as error:
             return Answer(row, (), (0.0, 0.0), seconds=time.monotonic() - started, unanswered=str(error))
     nats: list[float] = []
