@@ -81,3 +81,31 @@ async def test_pulls_that_wait_for_the_registry_leave_the_replica_its_threads(tm
         await asyncio.to_thread(threading.get_ident)  # as an engine that is started
     registry.answering.set()
     assert all(isinstance(found, NotFound) for found in await asyncio.gather(*pulls, return_exceptions=True))
+
+
+class KeepingRegistry:
+    """Keeps what it has downloaded, as the real one does."""
+
+    def __init__(self, published: Path, cache: Path) -> None:
+        self._published = published
+        self._kept = cache / "kept"
+
+    def pull(self, *_: object) -> Path:
+        if not self._kept.is_dir():
+            shutil.copytree(self._published, self._kept)
+        return self._kept
+
+
+async def test_a_kept_adapter_that_the_disk_has_lost_a_part_of_is_pulled_again(tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "trained")
+    digest = adapter_digest(adapter)
+    puller = ProvingPuller(tiny_base(base), 64, lambda: KeepingRegistry(adapter, tmp_path), cache=tmp_path)
+    folder = await puller.pull(Ref("tiny:a@1", digest, "m", 1))
+    for damage in ((lambda weights: weights.write_bytes(b"")), Path.unlink):
+        damage(folder / "adapter_model.safetensors")
+        assert adapter_digest(await puller.pull(Ref("tiny:a@1", digest, "m", 1))) == digest
+    low = ProvingPuller(tiny_base(base), 1, lambda: KeepingRegistry(adapter, tmp_path), cache=tmp_path)
+    shutil.rmtree(adapter)  # what is whole and refused is not pulled again
+    with pytest.raises(FailedPrecondition, match="max_lora_rank"):
+        await low.pull(Ref("tiny:a@1", digest, "m", 1))

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from graft.domain.errors import FailedPrecondition
 from graft.domain.resources import BaseModel
+from graft.registry.digest import adapter_digest
 from graft.serving.prove import BaseShapes, base_shapes, prove
 from graft.serving.residency import Ref
 from graft.settings import cache_folder
@@ -65,12 +66,19 @@ class ProvingPuller:
         return base_shapes(self._base)
 
     def _pull(self, ref: Ref) -> Path:
-        if is_url(ref.path):
-            folder = self._fetch(ref)
-        elif ref.path:
-            folder = Path(ref.path)
-        else:
-            folder = self._registry.pull(ref.registered_model, ref.version, ref.digest)
+        if ref.path:
+            return self._proven(ref, self._fetch(ref) if is_url(ref.path) else Path(ref.path))
+        folder = self._registry.pull(ref.registered_model, ref.version, ref.digest)
+        try:
+            return self._proven(ref, folder)
+        except FailedPrecondition:
+            if _is(folder, ref.digest):
+                raise
+            # What was downloaded had been proven: a machine that lost its power may keep a part of it.
+            shutil.rmtree(folder, ignore_errors=True)
+            return self._proven(ref, self._registry.pull(ref.registered_model, ref.version, ref.digest))
+
+    def _proven(self, ref: Ref, folder: Path) -> Path:
         if not folder.is_dir():
             raise FailedPrecondition(
                 f"Adapter {ref.model} cannot be served: its folder does not exist.",
@@ -96,3 +104,10 @@ class ProvingPuller:
         for old in sorted(there, key=lambda path: path.stat().st_mtime)[:-KEPT_POLICIES]:
             shutil.rmtree(old, ignore_errors=True)
         return fetched
+
+
+def _is(folder: Path, digest: str) -> bool:
+    try:
+        return adapter_digest(folder) == digest
+    except FileNotFoundError:
+        return False
