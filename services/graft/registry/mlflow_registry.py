@@ -363,7 +363,7 @@ def _prove(folder: Path, digest_of: Callable[[Path], str], expected: str, regist
 def _changed(registered_model: str, version: int, expected: str, found: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"The files of version {version} of registered model {registered_model} have changed: {expected} was "
-        f"registered, {found} was downloaded.",
+        f"registered, {found} was downloaded. Restore them in MLflow's artifacts, or train it again.",
         reason="ADAPTER_DIGEST_MISMATCH",
         metadata={"expected": expected, "found": found},
     )
