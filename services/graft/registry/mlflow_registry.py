@@ -313,8 +313,8 @@ class Registry:
             ) from error
         except HTTPError as error:  # of files MLflow's client passes on what other calls wrap
             raise Unavailable(
-                f"MLflow at {self._uri}, or what stands before it, refuses files with HTTP "
-                f"{error.response.status_code}: whoever runs it has to allow them, also as large as models are.",
+                f"MLflow at {self._uri}, or what stands before it, refuses files "
+                f"({str(error).partition(' for url')[0]}): whoever runs it has to allow them, also as large as models.",
                 reason="REGISTRY_UNAVAILABLE",
                 retry_after_seconds=2.0,
             ) from error
