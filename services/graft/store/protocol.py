@@ -273,8 +273,8 @@ class Store(Protocol):
 
     # Deployments (orchestrator)
     async def every_deployment(self) -> tuple[Deployment, ...]: ...
-    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
-        """Tells how far it is. A wish to undeploy that came meanwhile stays."""
+    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> bool:
+        """Tells how far it is. False where a wish to undeploy came meanwhile, or it has failed: both stay."""
         ...
 
     async def remove_deployment(self, base: str) -> None:
