@@ -10,30 +10,21 @@ import pytest
 import yaml
 
 from graft import settings
-from graft.domain.placement import Demand, Node, count
 from tests.support.chart import CHART, EXAMPLES, LAPTOP, ROOT, Object, helm, helm_path, of_kind, render, run, template
-from tests.support.kubernetes_schemas import KUBERAY, VERSIONS, kuberay_archive, kuberay_faults, kubernetes_faults
+from tests.support.chart_values import EVERYTHING
+from tests.support.kubernetes_schemas import (
+    ELSEWHERE,
+    KUBERAY,
+    VERSIONS,
+    elsewhere_faults,
+    kuberay_archive,
+    kuberay_faults,
+    kubernetes_faults,
+)
 
 __all__ = ["helm"]
 
 pytestmark = pytest.mark.integration
-
-EVERYTHING: Object = {
-    "baseModel": "theirs",
-    "catalog": {"theirs": {"hub": "org/theirs", "revision": "v1", "license": "MIT"}},
-    "gateway": {"tlsSecret": "tls"},
-    "training": {"workerGroups": {"gpu": {"enabled": True}}},
-    "inference": {
-        "workers": {"gpus": 2, "labels": {"pool": "large"}},
-        "replica": {"cpus": 1, "gpus": 0.5, "labelSelector": {"pool": "large"}},
-        "pools": {"other": {"replicas": 2, "labelSelector": {"pool": "in(small, none)"}}},
-        "workerGroups": {"small": {"labels": {"pool": "small"}, "resources": {"requests": {"cpu": "1"}}}},
-    },
-    "ingress": {"className": "nginx", "http": {"enabled": True}, "grpc": {"enabled": True, "tlsSecret": "tls"}},
-    "gatewayApi": {"parentRefs": [{"name": "a"}], "httpRoute": {"enabled": True}, "grpcRoute": {"enabled": True}},
-    "networkPolicy": {"mlflowClients": [{"podSelector": {}}], "clients": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
-    "hub": {"existingTokenSecret": "hub", "endpoint": "https://mirror.internal"},
-}
 
 
 @pytest.mark.parametrize("values", EXAMPLES, ids=lambda file: file.stem)
@@ -62,6 +53,26 @@ def test_kuberay_takes_what_every_example_renders(values: Path | Object) -> None
     objects = [one for one in render(helm_path("helm4"), values) if one["kind"] in KUBERAY]
     assert {one["kind"] for one in objects} == set(KUBERAY)
     assert [fault for one in objects for fault in kuberay_faults(archive, one)] == []
+
+
+def test_gateway_api_and_prometheus_take_what_every_example_renders(helm: Path) -> None:
+    objects = [one for values in (*EXAMPLES, EVERYTHING) for one in render(helm, values)]
+    kinds = {one["kind"] for one in objects if one["apiVersion"].partition("/")[0] in ELSEWHERE}
+    assert kinds == {"HTTPRoute", "GRPCRoute", "ServiceMonitor", "PodMonitor", "PrometheusRule"}
+    assert elsewhere_faults(objects) == []
+
+
+def test_their_definitions_find_what_does_not_exist_and_what_is_mistyped(helm: Path) -> None:
+    objects = render(helm, EVERYTHING)
+    wrong = {kind: next(iter(of_kind(objects, kind).values())) for kind in ("HTTPRoute", "GRPCRoute", "ServiceMonitor")}
+    wrong["HTTPRoute"]["spec"]["rules"][0]["backendRef"] = {}
+    wrong["GRPCRoute"]["spec"]["rules"][0]["backendRefs"][0]["port"] = "grpc"
+    wrong["ServiceMonitor"]["spec"]["endpoints"][0]["scheme"] = "gopher"
+    assert {fault.partition(" {")[0] for fault in elsewhere_faults(list(wrong.values()))} == {
+        "HTTPRoute r-graft /spec/rules/0/backendRef: unknown",
+        "GRPCRoute r-graft /spec/rules/0/backendRefs/0/port: type",
+        "ServiceMonitor r-graft-gateway /spec/endpoints/0/scheme: enum",
+    }
 
 
 def test_strict_schemas_find_a_field_that_does_not_exist(helm: Path) -> None:
@@ -101,56 +112,6 @@ def test_every_graft_yaml_is_one_that_the_processes_read(helm: Path, values: Pat
             assert read.tracking_uri == "http://r-graft-mlflow:5000"
 
 
-def _read(helm: Path, values: Path | Object, folder: Path) -> tuple[settings.Settings, list[Object]]:
-    """The orchestrator's settings, and all objects."""
-    objects = render(helm, values)
-    file = folder / "graft.yaml"
-    file.write_text(of_kind(objects, "ConfigMap")["r-graft-orchestrator"]["data"]["graft.yaml"])
-    return settings.load({"GRAFT_HOME": str(folder), "GRAFT_CONFIG": str(file)}), objects
-
-
-def test_groups_of_training_nodes_may_be_at_zero_and_the_orchestrator_is_told_what_they_grow_to(
-    helm: Path, tmp_path: Path
-) -> None:
-    groups: Object = {
-        "cpu": {"minReplicas": 0, "maxReplicas": 3, "resources": {"limits": {"cpu": "2500m"}}},
-        "gpu": {"enabled": True, "maxReplicas": 1, "labels": {"pool": "on"}},
-    }
-    asked: Object = {"worker": {"cpus": 2}, "pools": {"yes": {"gpus": 0.5, "labelSelector": {"pool": "on"}}}}
-    read, objects = _read(helm, {"baseModel": "smollm2-135m", "training": {"workerGroups": groups, **asked}}, tmp_path)
-    spec = of_kind(objects, "RayCluster")["r-graft-training"]["spec"]
-    assert spec["autoscalerOptions"]["version"] == "v2"
-    rendered = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
-    assert [(group["minReplicas"], group["maxReplicas"]) for group in rendered.values()] == [(0, 3), (0, 1)]
-    assert rendered["gpu"]["labels"] == {"pool": "on"}
-    cpu, gpu = Node({"CPU": 3.0, "GPU": 0.0}), Node({"CPU": 4.0, "GPU": 1.0}, {"pool": "on"})
-    assert read.training.largest == [cpu, cpu, cpu, gpu]
-    assert read.training.demand("smollm2-135m") == Demand({"CPU": 2.0, "GPU": 0.0})
-    assert count(read.training.largest, read.training.demand("yes")) == 2
-
-
-def test_engines_of_every_base_model_have_nodes_that_hold_them(helm: Path, tmp_path: Path) -> None:
-    from graft.serving.applications import check_nodes  # imports Ray
-
-    for example in EXAMPLES:
-        read, objects = _read(helm, example, tmp_path)
-        groups = of_kind(objects, "RayService")["r-graft-inference"]["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-        nodes = [
-            Node(
-                {"CPU": 8.0, "GPU": float(resources.get("limits", {}).get("nvidia.com/gpu", 0))},
-                group.get("labels", {}),
-            )
-            for group in groups
-            for resources in [group["template"]["spec"]["containers"][0]["resources"]]
-            for _ in range(group["replicas"])
-        ]
-        for base in {read.serving.base_model, *read.serving.pools}:
-            check_nodes(base, read.serving.pool(base), nodes)
-        assert read.training.largest
-        for base in {read.serving.base_model, *read.training.pools}:
-            assert count(read.training.largest, read.training.demand(base)) > 0, (example.stem, base)
-
-
 def test_the_engine_is_told_what_the_gateway_is_told(helm: Path) -> None:
     objects = render(helm, LAPTOP, "--set", "inference.maxLoras=7")
     (application,) = yaml.safe_load(of_kind(objects, "RayService")["r-graft-inference"]["spec"]["serveConfigV2"])[
@@ -185,6 +146,17 @@ def test_serve_is_configured_as_for_a_cluster_of_ones_own(helm: Path) -> None:
         assert chart[key] == own[key]
     for key in ("name", "route_prefix", "import_path"):
         assert chart["applications"][0][key] == own["applications"][0][key]
+
+
+def test_kuberay_keeps_the_internal_grpc_in_the_service_of_inference(helm: Path) -> None:
+    spec = of_kind(render(helm, LAPTOP), "RayService")["r-graft-inference"]["spec"]
+    head = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    # What its operator does (BuildServeService of 1.7.0): of the ports it is given it keeps those that the head has as
+    # well, by names that are `serve` or begin with `serve-`.
+    serving = {port["name"] for port in head["ports"] if port["name"] == "serve" or port["name"].startswith("serve-")}
+    kept = {port["port"] for port in spec["serveService"]["spec"]["ports"] if port["name"] in serving}
+    assert serving
+    assert kept == {8000, 9000}
 
 
 def test_the_store_is_migrated_before_an_upgrade_and_an_external_one_before_the_install(helm: Path) -> None:
@@ -323,6 +295,38 @@ WRONG: list[tuple[Object, str, str]] = [
         "'/inference/workerGroups/small': missing property 'resources'",
     ),
     ({"gatewayApi": {"httpRoute": {"enabled": True}}}, "gatewayApi.parentRefs is empty", ""),
+    (
+        {"training": {"pools": {"large": {"gpus": 1}}}},
+        "training.pools.large: no group of training.workerGroups that is on has 1 CPU, 1 GPU on one node",
+        "",
+    ),
+    (
+        {"training": {"worker": {"labelSelector": {"pool": "a"}}}},
+        "training.worker: no group of training.workerGroups that is on has 1 CPU, 0 GPU and the labels pool=a on",
+        "",
+    ),
+    ({"training": {"quantizedBase": True}}, "training.quantizedBase is set, and training.worker asks for no GPU", ""),
+    (
+        {"inference": {"replicas": 4, "workers": {"gpus": 2}}},
+        "inference.replica: 4 engines ask for 0 CPU, 1 GPU each, and inference.workers and workerGroups have room",
+        "",
+    ),
+    ({"pods": {"labels": {"app.kubernetes.io/name": "x"}}}, "pods.labels: app.kubernetes.io/name is a label by", ""),
+    (
+        {"pods": {"volumeMounts": [{"name": "own"}]}},
+        "pods.volumeMounts.0: mountPath is required",
+        "'/pods/volumeMounts/0': missing property 'mountPath'",
+    ),
+    (
+        {"gateway": {"env": [{"name": "A", "vlue": "1"}]}},
+        "gateway.env.0: Additional property vlue is not allowed",
+        "at '/gateway/env/0': additional properties 'vlue' not allowed",
+    ),
+    (
+        {"networkPolicy": {"storage": {"cidrs": []}}},
+        "networkPolicy.storage: cidrs and peers are both empty",
+        "",
+    ),
     (
         {"networkPolicy": {"database": {"cidrs": ["db.internal"]}}},
         "networkPolicy.database.cidrs.0: Does not match pattern",

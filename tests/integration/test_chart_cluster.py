@@ -32,6 +32,8 @@ POD_ADDRESS = "192.168.192.168"
 PROBED_PORTS = (5000, 8080)
 KINDS = "all,pvc,cm,secret,sa,role,rolebinding,networkpolicy,ingress,raycluster,rayservice"
 WAIT = ("--wait", "--timeout", "120s")
+CLIENT_SIDE = {"helm3": (), "helm4": ("--server-side=false",)}
+"""With Helm 4's default Ray's autoscaler would own the list of groups: said once, it holds for the release."""
 
 
 def kubectl(*arguments: str, stdin: str | None = None, check: bool = True) -> str:
@@ -126,6 +128,19 @@ def held(secret: str) -> Any:
     return json.loads(kubectl("-n", NAMESPACE, "get", "secret", secret, "-o", "json"))["data"]
 
 
+def scale_as_rays_autoscaler(replicas: int) -> None:
+    """By the patch that it sends."""
+    patch = json.dumps([{"op": "replace", "path": "/spec/workerGroupSpecs/0/replicas", "value": replicas}])
+    manager = "--field-manager=python-requests"
+    kubectl("-n", NAMESPACE, "patch", "raycluster", "graft-training", "--type=json", "-p", patch, manager)
+
+
+def training_nodes() -> int:
+    (cluster,) = items("raycluster")
+    (group,) = cluster["spec"]["workerGroupSpecs"]
+    return int(group["replicas"])
+
+
 def available(deployment: str) -> int:
     told = json.loads(kubectl("-n", NAMESPACE, "get", "deployment", deployment, "-o", "json"))
     return int(told["status"].get("availableReplicas", 0))
@@ -134,8 +149,9 @@ def available(deployment: str) -> int:
 @pytest.mark.timeout(900)
 def test_a_release_is_installed_upgraded_rolled_back_and_leaves_nothing(helm: Path, namespace: list[str]) -> None:
     before = {(one["kind"], one["metadata"]["name"]) for one in items(KINDS)}
-    values = ("--values", str(LAPTOP))
-    told = helm_does(helm, "install", "graft", str(CHART), *values, *WAIT)
+    # The simulated node has one CPU, which two gateways as they come would not leave enough of.
+    values = ("--values", str(LAPTOP), "--set", "gateway.resources.requests.cpu=50m")
+    told = helm_does(helm, "install", "graft", str(CHART), *values, *CLIENT_SIDE[helm.name], *WAIT)
     assert "for trials only" in told.stdout
     assert namespace == []  # a trial's database is made by the install, so that nothing is migrated before it
     assert available("graft-gateway") == available("graft-orchestrator") == available("graft-mlflow") == 1
@@ -144,9 +160,13 @@ def test_a_release_is_installed_upgraded_rolled_back_and_leaves_nothing(helm: Pa
         for name in ("graft-api-key", "graft-ray-token", "graft-engine-token", "graft-mlflow", "graft-database")
     }
 
-    helm_does(helm, "upgrade", "graft", str(CHART), *values, "--set", "orchestrator.replicas=2", *WAIT)
+    scale_as_rays_autoscaler(3)
+    # This Kubernetes has no autoscaling/v2: there are as many gateways as without it.
+    more = ("--set", "orchestrator.replicas=2,gateway.replicas=2,gateway.autoscaling.enabled=true")
+    helm_does(helm, "upgrade", "graft", str(CHART), *values, *more, *WAIT)
     assert namespace == ["graft-migrate"]
-    assert available("graft-orchestrator") == 2
+    assert available("graft-orchestrator") == available("graft-gateway") == 2
+    assert training_nodes() == 3  # a job goes on, on the nodes that it has
     assert {name: held(name) for name in secrets} == secrets
 
     # What cannot be scheduled: the gateway that answers stays.
@@ -155,9 +175,11 @@ def test_a_release_is_installed_upgraded_rolled_back_and_leaves_nothing(helm: Pa
         helm, "upgrade", "graft", str(CHART), *values, *too_much, "--wait", "--timeout", "20s", check=False
     )
     assert failed.returncode != 0
-    assert available("graft-gateway") == 1
+    assert available("graft-gateway") >= 1
 
+    scale_as_rays_autoscaler(2)
     helm_does(helm, "rollback", "graft", "1", *WAIT)
+    assert training_nodes() == 2
     assert available("graft-gateway") == available("graft-orchestrator") == 1
     assert {name: held(name) for name in secrets} == secrets
 
@@ -228,13 +250,36 @@ def test_without_kuberay_the_install_is_refused_before_anything_is_made(helm: Pa
             for one in json.loads(kubectl("-n", NAMESPACE, "get", "all,cm,secret,sa", "-o", "json"))["items"]
         } <= before
     finally:
-        fresh = json.loads(definitions)
-        for one in fresh["items"]:
-            one["metadata"] = {key: one["metadata"][key] for key in ("name", "annotations") if key in one["metadata"]}
-            one.pop("status", None)
-        kubectl("create", "-f", "-", stdin=json.dumps(fresh))
-        kubectl("wait", "--for=condition=established", "--timeout=60s", "crd", "--all")
-        deadline = time.monotonic() + 60
-        while "ray.io/v1\n" not in kubectl("api-versions") and time.monotonic() < deadline:
-            time.sleep(1)
+        _create_definitions(definitions)
+    assert namespace == []
+
+
+def _create_definitions(told: str) -> None:
+    """Those that kubectl has told of."""
+    fresh = json.loads(told)
+    for one in fresh["items"]:
+        one["metadata"] = {key: one["metadata"][key] for key in ("name", "annotations") if key in one["metadata"]}
+        one.pop("status", None)
+    kubectl("create", "-f", "-", stdin=json.dumps(fresh))
+    kubectl("wait", "--for=condition=established", "--timeout=60s", "crd", "--all")
+    deadline = time.monotonic() + 60
+    while "ray.io/v1\n" not in kubectl("api-versions") and time.monotonic() < deadline:
+        time.sleep(1)
+
+
+@pytest.mark.timeout(300)
+def test_definitions_that_would_drop_rays_token_are_refused(helm: Path, namespace: list[str]) -> None:
+    held = json.loads(kubectl("get", "crd", "rayclusters.ray.io", "-o", "json"))
+    (place,) = [number for number, one in enumerate(held["spec"]["versions"]) if one["name"] == "v1"]
+    path = f"/spec/versions/{place}/schema/openAPIV3Schema/properties/spec/properties/authOptions"
+    known = held["spec"]["versions"][place]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    patch = [{"op": "remove", "path": f"{path}/properties/secretName"}]
+    kubectl("patch", "crd", "rayclusters.ray.io", "--type=json", "-p", json.dumps(patch))
+    try:
+        told = helm_does(helm, "install", "graft", str(CHART), "--values", str(LAPTOP), check=False)
+        assert told.returncode != 0
+        assert "KubeRay's definitions are older than 1.6" in told.stderr
+    finally:
+        patch = [{"op": "replace", "path": path, "value": known["authOptions"]}]
+        kubectl("patch", "crd", "rayclusters.ray.io", "--type=json", "-p", json.dumps(patch))
     assert namespace == []

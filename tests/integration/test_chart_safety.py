@@ -1,4 +1,4 @@
-"""What the chart's pods may do: as whom they run, which token they hold, and whom they may reach."""
+"""What the chart's pods may do: as whom they run, and which tokens and secrets they hold."""
 
 import json
 import shutil
@@ -9,47 +9,11 @@ import pytest
 import yaml
 
 from graft.internal.token import VARIABLE
-from tests.support.chart import EXAMPLES, LAPTOP, ROOT, Object, Pod, helm, helm_path, of_kind, pods, render
+from tests.support.chart import EXAMPLES, LAPTOP, ROOT, Object, helm, helm_path, of_kind, pods, render
 
 __all__ = ["helm"]
 
 pytestmark = pytest.mark.integration
-
-DATABASE, STORAGE, API = "10.0.1.0/24", "10.0.2.0/24", "10.0.3.0/24"
-OUTSIDE: Object = {
-    "baseModel": "smollm2-135m",
-    "database": {"existingSecret": "db"},
-    "storage": {"kind": "s3", "s3": {"url": "s3://bucket/x"}},
-    "networkPolicy": {
-        "database": {"cidrs": [DATABASE]},
-        "storage": {"cidrs": [STORAGE]},
-        "kubernetesApi": {"cidrs": [API], "ports": [6443]},
-    },
-}
-ARROWS = {
-    ("gateway", "inference", 9000),
-    ("gateway", DATABASE, 5432),
-    ("gateway", STORAGE, 443),
-    ("orchestrator", "inference", 9000),
-    ("orchestrator", "mlflow", 5000),
-    ("orchestrator", "training", 10001),
-    ("orchestrator", DATABASE, 5432),
-    ("orchestrator", STORAGE, 443),
-    ("training", "training", 0),
-    ("training", "inference", 9000),
-    ("training", "mlflow", 5000),
-    ("training", STORAGE, 443),
-    ("training", API, 6443),
-    ("inference", "inference", 0),
-    ("inference", "mlflow", 5000),
-    ("inference", STORAGE, 443),
-    ("mlflow", DATABASE, 5432),
-    ("mlflow", STORAGE, 443),
-    ("migrate", DATABASE, 5432),
-    ("test", "gateway", 8080),
-    ("test", "gateway", 50051),
-}
-"""Who may open a connection to whom, on which port; 0 is every port. The table of docs/kubernetes.md."""
 
 
 @pytest.mark.parametrize("values", EXAMPLES, ids=lambda file: file.stem)
@@ -74,6 +38,16 @@ def test_every_container_is_confined_and_has_its_resources(helm: Path, values: P
             assert set(container["resources"]["requests"]) == {"cpu", "memory"}, where
             assert "memory" in container["resources"]["limits"], where
             assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"], where
+
+
+def test_the_container_that_kuberay_adds_for_the_autoscaler_is_confined_too(helm: Path) -> None:
+    spec = of_kind(render(helm, LAPTOP), "RayCluster")["r-graft-training"]["spec"]
+    options, head = spec["autoscalerOptions"], spec["headGroupSpec"]["template"]["spec"]
+    assert options["securityContext"] == head["containers"][0]["securityContext"]
+    assert set(options["resources"]["requests"]) == {"cpu", "memory"}
+    # Its root is read-only; the volume is one of the head's pod, of which it is a part.
+    (tmp,) = [mount for mount in options["volumeMounts"] if mount["mountPath"] == "/tmp"]
+    assert tmp["name"] in {volume["name"] for volume in head["volumes"]}
 
 
 def test_mounts_have_their_volumes(helm: Path) -> None:
@@ -179,86 +153,6 @@ def test_mlflow_answers_to_its_own_names_and_to_its_user_alone(helm: Path) -> No
     names = hosts.partition("=")[2].split(",")
     assert {"r-graft-mlflow:5000", "r-graft-mlflow.ns.svc:5000"} <= set(names)
     assert "*" not in names
-
-
-def selects(selector: Object, pod: Pod) -> bool:
-    """Whether a label selector without expressions takes a pod."""
-    return selector.get("matchLabels", {}).items() <= pod.labels.items()
-
-
-@pytest.mark.parametrize("values", [*EXAMPLES, OUTSIDE], ids=lambda values: getattr(values, "stem", "outside"))
-def test_network_policies_cover_every_pod_in_both_directions(helm: Path, values: Path | Object) -> None:
-    objects = render(helm, values)
-    policies = of_kind(objects, "NetworkPolicy")
-    for pod in pods(objects):
-        taking = {name for name, one in policies.items() if selects(one["spec"]["podSelector"], pod)}
-        assert taking == {"r-graft-default", f"r-graft-{pod.component}"}, pod.name
-    for name, policy in policies.items():
-        assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"], name
-
-
-def test_network_policies_allow_the_arrows_of_the_design_and_no_others(helm: Path) -> None:
-    objects = render(helm, OUTSIDE)
-    policies = of_kind(objects, "NetworkPolicy")
-    outgoing: set[tuple[str, str, int]] = set()
-    incoming: set[tuple[str, str, int]] = set()
-    for name, policy in policies.items():
-        component = name.removeprefix("r-graft-")
-        for direction, peers, found in (("egress", "to", outgoing), ("ingress", "from", incoming)):
-            for rule in policy["spec"].get(direction, []):
-                for peer in rule.get(peers, []):
-                    for port in [port["port"] for port in rule.get("ports", [])] or [0]:
-                        if "ipBlock" in peer:
-                            found.add((component, peer["ipBlock"]["cidr"], port))
-                        elif "namespaceSelector" not in peer:
-                            found.add(
-                                (component, peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"], port)
-                            )
-    assert outgoing == ARROWS
-    # The same arrows, seen from where they end; whoever is a client of the gateway may be anybody here.
-    assert {(source, target, port) for target, source, port in incoming} == {
-        arrow for arrow in ARROWS if arrow[1] in ("inference", "mlflow", "training")
-    }
-    anybody = [
-        name for name, one in policies.items() for rule in one["spec"].get("ingress", []) if not rule.get("from")
-    ]
-    assert anybody == ["r-graft-gateway"]
-
-
-def test_prometheus_knows_its_targets_by_the_names_of_the_rules_and_is_let_in(helm: Path) -> None:
-    objects = render(helm, LAPTOP)
-    monitors = {**of_kind(objects, "ServiceMonitor"), **of_kind(objects, "PodMonitor")}
-    endpoints = {
-        name: endpoint
-        for name, one in monitors.items()
-        for endpoint in one["spec"].get("endpoints", one["spec"].get("podMetricsEndpoints", []))
-    }
-    jobs = {rule["replacement"] for one in endpoints.values() for rule in one["relabelings"] if "replacement" in rule}
-    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yaml").read_text())
-    assert jobs == {scrape["job_name"] for scrape in config["scrape_configs"]}
-    (orchestrator,) = [pod for pod in pods(objects) if pod.component == "orchestrator"]
-    (port,) = orchestrator.containers[-1]["ports"]
-    assert port["name"] == endpoints["r-graft-orchestrator"]["port"]
-    settings = yaml.safe_load(of_kind(objects, "ConfigMap")["r-graft-orchestrator"]["data"]["graft.yaml"])
-    assert settings["orchestrator"]["metrics_port"] == port["containerPort"]
-    policies = of_kind(objects, "NetworkPolicy")
-    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
-    for part in ("gateway", "orchestrator", "training", "inference"):
-        opened = [rule for rule in policies[f"r-graft-{part}"]["spec"]["ingress"] if monitoring in rule.get("from", [])]
-        assert [rule["ports"] for rule in opened] == [[{"port": 8080, "protocol": "TCP"}]], part
-    closed = render(helm, {"baseModel": "smollm2-135m", "networkPolicy": {"monitoringNamespace": None}})
-    assert "ingress" not in of_kind(closed, "NetworkPolicy")["r-graft-orchestrator"]["spec"]
-
-
-def test_the_bundled_database_is_reached_by_those_that_store(helm: Path) -> None:
-    policies = of_kind(render(helm, LAPTOP), "NetworkPolicy")
-    (rule,) = policies["r-graft-postgresql"]["spec"]["ingress"]
-    assert {peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in rule["from"]} == {
-        "gateway",
-        "orchestrator",
-        "mlflow",
-        "migrate",
-    }
 
 
 def test_kuberay_finds_its_own_label_on_the_pods_of_ray(helm: Path) -> None:

@@ -17,16 +17,22 @@ NAMES = st.one_of(
     st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True),
 )
 FLAGS = st.booleans()
-QUANTITIES = st.sampled_from(["250m", "1", "2", "512Mi", "1.5Gi", "10G"])
+BYTES = st.sampled_from(["512Mi", "1.5Gi", "10G"])
 RESOURCES = st.fixed_dictionaries(
-    {"requests": st.fixed_dictionaries({"cpu": QUANTITIES, "memory": QUANTITIES})},
-    optional={"limits": st.fixed_dictionaries({"memory": QUANTITIES})},
+    {"requests": st.fixed_dictionaries({"cpu": st.sampled_from(["250m", "1", 2]), "memory": BYTES})},
+    optional={"limits": st.fixed_dictionaries({"memory": BYTES})},
 )
+TEXTS = st.dictionaries(NAMES, NAMES, max_size=2)
+VARIABLES = st.lists(st.fixed_dictionaries({"name": NAMES, "value": NAMES}), max_size=2)
 PLACEMENT: dict[str, st.SearchStrategy[Any]] = {
-    "nodeSelector": st.dictionaries(NAMES, NAMES, max_size=2),
+    "nodeSelector": TEXTS,
     "tolerations": st.lists(st.fixed_dictionaries({"key": NAMES, "operator": st.just("Exists")}), max_size=2),
     "resources": RESOURCES,
+    "priorityClassName": NAMES,
+    "podAnnotations": TEXTS,
+    "env": VARIABLES,
 }
+PODS = st.fixed_dictionaries({}, optional={"labels": TEXTS, "annotations": TEXTS, "env": VARIABLES})
 PEERS = st.lists(
     st.fixed_dictionaries({"namespaceSelector": st.fixed_dictionaries({"matchLabels": st.dictionaries(NAMES, NAMES)})}),
     max_size=2,
@@ -34,9 +40,10 @@ PEERS = st.lists(
 ASKED = st.fixed_dictionaries(
     {},
     optional={
-        "cpus": st.sampled_from([1, 0.5, 8]),
-        "gpus": st.sampled_from([0, 0.25, 1]),
-        "labelSelector": st.dictionaries(NAMES, st.one_of(NAMES, st.just("!in(a, b)")), max_size=2),
+        # What every node has room for: test_chart_placement.py asks for more.
+        "cpus": st.just(0.1),
+        "gpus": st.just(0),
+        "labelSelector": st.dictionaries(NAMES, st.sampled_from(["!9", "!in(8, 9)"]), max_size=2),
     },
 )
 GROUPS = st.dictionaries(
@@ -75,6 +82,7 @@ VALUES = st.fixed_dictionaries(
     {"baseModel": st.just("smollm2-135m")},
     optional={
         "fullnameOverride": NAMES,
+        "pods": PODS,
         "gateway": st.fixed_dictionaries(
             {},
             optional={
@@ -98,7 +106,7 @@ VALUES = st.fixed_dictionaries(
                 "replica": ASKED,
                 "pools": st.dictionaries(NAMES, ASKED, max_size=2),
                 "maxLoraRank": st.sampled_from([8, 64, 512]),
-                "workers": st.fixed_dictionaries({}, optional={**PLACEMENT, "gpus": st.integers(0, 8)}),
+                "workers": st.fixed_dictionaries({}, optional={**PLACEMENT, "gpus": st.sampled_from([0, 8])}),
             },
         ),
         "mlflow": st.fixed_dictionaries({}, optional={"auth": st.fixed_dictionaries({"enabled": FLAGS})}),

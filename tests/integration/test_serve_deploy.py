@@ -21,7 +21,8 @@ import yaml
 
 from graft.internal.engine_client import EngineClient
 from graft.internal.token import engine_token
-from graft.settings import Settings, load
+from graft.serving.declared import Arguments, application
+from graft.settings import ServingSettings, Settings, StorageSettings, load
 from graft.stack.processes import ray_environment
 from tests.support.dashboards import metric_names
 from tests.support.serving_stack import free_ports, ray_cluster, request
@@ -117,28 +118,26 @@ def declared(cluster: Cluster) -> dict[str, Any]:
     return document
 
 
-async def ready(client: EngineClient, cluster: Cluster) -> None:
+def until_it_runs(cluster: Cluster) -> None:
+    """KubeRay moves its Service to a new cluster as soon as Serve says this of its applications."""
     deadline = time.monotonic() + 240
     while True:
-        assert time.monotonic() < deadline, cluster.serve("status")
-        try:
-            replicas = (await client.residency()).replicas
-        except Exception:  # noqa: BLE001 - whatever it is, the deadline tells it
-            replicas = []
-        if replicas and all(replica.ready for replica in replicas):
+        application = yaml.safe_load(cluster.serve("status"))["applications"].get("graft-engine", {})
+        if application.get("status") == "RUNNING":
             return
-        await asyncio.sleep(0.5)
+        assert time.monotonic() < deadline, application
+        time.sleep(0.5)
 
 
-def test_the_shipped_file_deploys_an_application_that_answers(cluster: Cluster) -> None:
+def test_the_shipped_file_deploys_an_application_that_answers_as_soon_as_it_runs(cluster: Cluster) -> None:
     file = cluster.folder / "serve.yaml"
     file.write_text(yaml.safe_dump(declared(cluster)))
     cluster.serve("deploy", str(file))
+    until_it_runs(cluster)
 
     async def ask() -> None:
         client = cluster.client()
         try:
-            await ready(client, cluster)
             response = await client.generate(request(None, "hi"), timeout_seconds=60)
             assert response.http_status == 200
             assert json.loads(response.body)["model"] == "tiny"
@@ -146,8 +145,6 @@ def test_the_shipped_file_deploys_an_application_that_answers(cluster: Cluster) 
             await client.close()
 
     asyncio.run(ask())
-    status = yaml.safe_load(cluster.serve("status"))
-    assert status["applications"]["graft-engine"]["status"] == "RUNNING"
 
 
 def test_the_declared_application_asks_for_the_token_of_the_file_that_is_named(cluster: Cluster) -> None:
@@ -179,6 +176,22 @@ async def _answers(cluster: Cluster) -> int:
         return (await client.generate(request(None, "hi"), timeout_seconds=60)).http_status
     finally:
         await client.close()
+
+
+def test_a_bucket_gets_the_base_model_for_engines_on_nodes_that_have_none(tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base")
+    (tmp_path / "base_models.yaml").write_text(yaml.safe_dump({"tiny": {"folder": str(base), "license": "MIT"}}))
+    bucket = tmp_path / "bucket"
+    application(
+        Arguments(
+            home=tmp_path,
+            tracking_uri="http://nowhere",
+            storage=StorageSettings(url=f"file://{bucket}"),
+            serving=ServingSettings(base_model="tiny"),
+        )
+    )
+    (shared,) = (bucket / "base_models").iterdir()
+    assert (shared / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 def test_ray_exports_each_metric_that_rules_and_dashboards_ask_of_it(cluster: Cluster) -> None:

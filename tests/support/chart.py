@@ -3,6 +3,8 @@
 Knows where tools and objects are, and not what they should be.
 """
 
+import copy
+import functools
 import io
 import json
 import os
@@ -70,19 +72,30 @@ def run(helm: Path, *arguments: str, stdin: str | None = None) -> "subprocess.Co
 
 
 def template(
-    helm: Path, values: Path | Object, *options: str, capabilities: tuple[str, ...] = CAPABILITIES
+    helm: Path,
+    values: Path | Object,
+    *options: str,
+    capabilities: tuple[str, ...] = CAPABILITIES,
+    release: str = "r",
 ) -> "subprocess.CompletedProcess[str]":
     """`helm template` of a file of values, or of values."""
     # JSON: PyYAML and Go's YAML do not agree on which words are booleans.
     file, stdin = (str(values), None) if isinstance(values, Path) else ("-", json.dumps(values))
     versions = [option for version in capabilities for option in ("--api-versions", version)]
-    arguments = ("template", "r", str(CHART), "--namespace", "ns", "--values", file, *versions, *options)
+    arguments = ("template", release, str(CHART), "--namespace", "ns", "--values", file, *versions, *options)
     return run(helm, *arguments, stdin=stdin)
 
 
-def render(helm: Path, values: Path | Object, *options: str) -> list[Object]:
+def render(helm: Path, values: Path | Object, *options: str, release: str = "r") -> list[Object]:
     """The objects. Fails the test when Helm does."""
-    told = template(helm, values, *options)
+    key = values if isinstance(values, Path) else json.dumps(values)
+    return copy.deepcopy(_rendered(helm, key, options, release))
+
+
+@functools.cache
+def _rendered(helm: Path, values: Path | str, options: tuple[str, ...], release: str) -> list[Object]:
+    """Most tests look at the same values: once is enough."""
+    told = template(helm, values if isinstance(values, Path) else json.loads(values), *options, release=release)
     assert told.returncode == 0, told.stderr
     return [one for one in yaml.load_all(told.stdout, yaml.CSafeLoader) if one]
 
@@ -92,8 +105,13 @@ class Pod:
     """A pod, or the template of one."""
 
     name: str
-    labels: dict[str, str]
+    metadata: Object
     spec: Object
+
+    @property
+    def labels(self) -> dict[str, str]:
+        labels: dict[str, str] = self.metadata["labels"]
+        return labels
 
     @property
     def component(self) -> str:
@@ -111,14 +129,14 @@ def pods(objects: list[Object]) -> Iterator[Pod]:
         name = f"{one['kind']}/{one['metadata']['name']}"
         spec = one.get("spec", {})
         if one["kind"] == "Pod":
-            yield Pod(name, one["metadata"]["labels"], spec)
+            yield Pod(name, one["metadata"], spec)
         elif one["kind"] in ("Deployment", "StatefulSet", "Job"):
-            yield Pod(name, spec["template"]["metadata"]["labels"], spec["template"]["spec"])
+            yield Pod(name, spec["template"]["metadata"], spec["template"]["spec"])
         elif one["kind"] in ("RayCluster", "RayService"):
             cluster = spec.get("rayClusterConfig", spec)
             for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
                 inner = group["template"]
-                yield Pod(f"{name}/{group.get('groupName', 'head')}", inner["metadata"]["labels"], inner["spec"])
+                yield Pod(f"{name}/{group.get('groupName', 'head')}", inner["metadata"], inner["spec"])
 
 
 def of_kind(objects: list[Object], kind: str) -> dict[str, Object]:

@@ -161,7 +161,7 @@ class _AsksForToken(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
     ) -> Any:
         try:
-            engine_token.check(self._token, details.invocation_metadata or ())
+            engine_token.check([self._token], details.invocation_metadata or ())
         except Unauthenticated as error:
             status = rpc_status.to_status(to_status(error))
 

@@ -1,11 +1,15 @@
-"""What Kubernetes and KubeRay would refuse: strict schemas of each version, without a cluster.
+"""What Kubernetes, KubeRay, Gateway API and Prometheus' operator would refuse: strict schemas, without a cluster.
 
 KubeRay's definitions are test data beside the repository (`../shared/k8s`), or in the archive that GRAFT_TEST_KUBERAY
-names.
+names. Those of the last two are in npm's packages, as code: `deploy/setup/definitions` installs them, `definitions.mjs`
+asks them.
 """
 
 import functools
+import json
 import os
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,8 @@ from tests.support.chart import ROOT, Object
 VERSIONS = tuple(f"1.{minor}" for minor in range(29, 38))
 KUBERAY = {"RayCluster": "rayclusters", "RayService": "rayservices"}
 ELSEWHERE = ("gateway.networking.k8s.io", "monitoring.coreos.com")
-"""Groups whose definitions are in no package: their objects are rendered and read, and not checked."""
+"""Groups that are no part of Kubernetes, nor of KubeRay."""
+DEFINITIONS = ROOT / "build" / "definitions"
 
 
 def kuberay_archive() -> Path:
@@ -69,6 +74,22 @@ def kuberay_faults(archive: Path, one: Object) -> list[str]:
         f"{one['kind']} {'.'.join(map(str, error.absolute_path))}: {error.message}"
         for error in _kuberay(archive, one["kind"]).iter_errors(one)
     ]
+
+
+def elsewhere_faults(objects: list[Object]) -> list[str]:
+    """What the definitions of ELSEWHERE say against their objects. Skips the test, saying so, without them."""
+    node = shutil.which("node")
+    if node is None or not (DEFINITIONS / "done").is_file():
+        pytest.skip("Definitions of Gateway API and Prometheus are not here: deploy/setup/definitions installs them.")
+    told = subprocess.run(
+        [node, ROOT / "tests" / "support" / "definitions.mjs", DEFINITIONS],
+        input=json.dumps([one for one in objects if one["apiVersion"].partition("/")[0] in ELSEWHERE]),
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    faults: list[str] = json.loads(told.stdout)
+    return faults
 
 
 @functools.cache

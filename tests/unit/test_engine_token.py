@@ -14,7 +14,16 @@ from ray.serve.grpc_util import RayServegRPCContext
 from graft.domain.errors import FailedPrecondition, Unauthenticated, Unavailable
 from graft.domain.jobs import Reinforcement
 from graft.internal.engine_client import EngineClient
-from graft.internal.token import VARIABLE, check, engine_token, host_token, metadata, own_token_file, read_token
+from graft.internal.token import (
+    VARIABLE,
+    TakenTokens,
+    check,
+    engine_token,
+    host_token,
+    metadata,
+    own_token_file,
+    read_tokens,
+)
 from graft.internal.v1 import engine_pb2
 from graft.serving.app import EngineReplica
 from graft.settings import Settings, load
@@ -92,8 +101,8 @@ class _ServeContext(RayServegRPCContext):
 
 
 @pytest.mark.parametrize("method", SERVICE.methods, ids=lambda method: method.name)
-async def test_each_method_of_a_replica_asks_for_the_token_before_it_does_anything(method: Any) -> None:
-    replica = SimpleNamespace(token=TOKEN)  # whatever else a method uses is missing
+async def test_each_method_of_a_replica_asks_for_the_token_before_it_does_anything(method: Any, tmp_path: Path) -> None:
+    replica = SimpleNamespace(tokens=TakenTokens(token_in(tmp_path)))  # whatever else a method uses is missing
 
     async def ask(context: _ServeContext) -> None:
         answer = getattr(EngineReplica, method.name)(replica, None, grpc_context=context)
@@ -112,19 +121,47 @@ async def test_each_method_of_a_replica_asks_for_the_token_before_it_does_anythi
 @pytest.mark.parametrize("brought", ["", "Bearer", f"bearer {TOKEN}", f"Bearer {TOKEN} ", "Bearer ünïcode"])
 def test_only_the_token_itself_is_taken(brought: str) -> None:
     with pytest.raises(Unauthenticated):
-        check(TOKEN, [("authorization", brought)])
-    check(TOKEN, metadata(TOKEN))
+        check([TOKEN], [("authorization", brought)])
+    check([TOKEN], metadata(TOKEN))
 
 
-def test_a_file_may_end_with_a_line_break_and_must_hold_one_long_word(tmp_path: Path) -> None:
-    assert read_token(None) == ""
-    assert read_token(token_in(tmp_path, f"{TOKEN}\n")) == TOKEN
-    for text in ("", "short", f"{TOKEN}\n{TOKEN}", f"{TOKEN} {TOKEN}", f"{TOKEN}é"):
+def test_each_line_of_a_file_must_be_one_long_word_and_the_first_is_what_is_sent(tmp_path: Path) -> None:
+    assert read_tokens(None) == ()
+    assert read_tokens(token_in(tmp_path, f"{TOKEN}\n")) == (TOKEN,)
+    two = token_in(tmp_path, f"{TOKEN}\r\n\n{WRONG}")
+    assert read_tokens(two) == (TOKEN, WRONG)
+    assert engine_token(settings_in(tmp_path, SERVING_TOKEN_FILE=two)) == TOKEN
+    for text in ("", "short", f"{TOKEN}\nshort", f"{TOKEN} {TOKEN}", f"{TOKEN}é"):
         with pytest.raises(FailedPrecondition, match=VARIABLE) as caught:
-            read_token(token_in(tmp_path, text))
+            read_tokens(token_in(tmp_path, text))
         assert not text or text not in caught.value.message.replace(str(tmp_path), "")
     with pytest.raises(FailedPrecondition, match=r"nowhere.*No such file"):
-        read_token(tmp_path / "nowhere")
+        read_tokens(tmp_path / "nowhere")
+
+
+async def test_a_token_follows_another_without_a_restart_of_the_engine_or_a_refused_call(tmp_path: Path) -> None:
+    old, new = metadata(TOKEN), metadata(WRONG)
+    file = token_in(tmp_path)
+    replica = SimpleNamespace(tokens=TakenTokens(file))
+
+    async def taken(brought: tuple[tuple[str, str], ...]) -> bool:
+        context = _ServeContext(brought)
+        with suppress(AttributeError):
+            await EngineReplica.Residency(replica, None, grpc_context=context)  # type: ignore[call-arg, arg-type, misc]
+        return context.code() is None
+
+    assert [await taken(old), await taken(new)] == [True, False]
+    for text, expected in (
+        (f"{TOKEN}\n{WRONG}\n", [True, True]),  # added
+        (f"{WRONG}\n{TOKEN}\n", [True, True]),  # sent by those who start now
+        (f"{WRONG}\n", [False, True]),  # the old one removed
+        ("", [False, True]),  # a mistake opens no door, and closes none
+        (None, [False, True]),
+    ):
+        file.unlink()
+        if text is not None:
+            token_in(tmp_path, text)
+        assert [await taken(old), await taken(new)] == expected, text
 
 
 def test_a_stack_of_one_machine_makes_a_token_that_its_user_alone_may_read(tmp_path: Path) -> None:

@@ -128,6 +128,24 @@ async def test_an_engine_that_does_not_start_says_why_and_is_tried_again(stand: 
     assert attempts == 3
 
 
+async def test_who_waits_for_the_first_engine_goes_on_when_it_answers(stand: Stand) -> None:
+    await stand.keeper.started()
+    assert stand.keeper.ready
+
+
+async def test_who_waits_for_the_first_engine_is_told_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "MAX_BACKOFF_SECONDS", 0.01)
+
+    async def fail() -> FakeEngine:
+        raise ValueError("Free memory is too small.")
+
+    keeper = Keeper(fail)
+    task = asyncio.create_task(keeper.run(Residency(2, keeper, Puller())))
+    with pytest.raises(Unavailable, match=r"does not start: Free memory is too small\.$"):
+        await keeper.started()
+    task.cancel()
+
+
 async def test_loading_while_there_is_no_engine_is_unavailable() -> None:
     with pytest.raises(Unavailable):
         await Keeper(never).add("graft-a", 1, Path("a"))

@@ -11,30 +11,40 @@ metadata:
   labels: {{- include "graft.labels" . | nindent 4 }}
 {{- end }}
 
+{{/* What lies outside of the release: (list to port), the first with cidrs and peers. */}}
+{{- define "graft.outside" }}
+- to:
+    {{- range (index . 0).cidrs }}
+    - ipBlock: {cidr: {{ . | quote }}}
+    {{- end }}
+    {{- with (index . 0).peers }}{{ toYaml . | nindent 4 }}{{ end }}
+  ports: [{port: {{ index . 1 }}, protocol: TCP}]
+{{- end }}
+
+{{/* The port of a URL. */}}
+{{- define "graft.urlPort" -}}
+{{- $parts := urlParse . }}
+{{- if regexMatch ":[0-9]+$" $parts.host }}{{ regexFind "[0-9]+$" $parts.host }}{{ else }}{{ ternary 80 443 (eq $parts.scheme "http") }}{{ end }}
+{{- end }}
+
 {{- define "graft.databaseEgress" }}
 {{- if not .Values.database.existingSecret }}
 {{- include "graft.arrow" (list . "postgresql" 5432) }}
 {{- else }}
-- to: {{- range .Values.networkPolicy.database.cidrs }}
-    - ipBlock: {cidr: {{ . | quote }}}
-  {{- end }}
-  ports: [{port: {{ .Values.networkPolicy.database.port }}, protocol: TCP}]
+{{- include "graft.outside" (list .Values.networkPolicy.database .Values.networkPolicy.database.port) }}
 {{- end }}
 {{- end }}
 
 {{- define "graft.storageEgress" }}
 {{- if eq .Values.storage.kind "s3" }}
-- to: {{- range .Values.networkPolicy.storage.cidrs }}
-    - ipBlock: {cidr: {{ . | quote }}}
-  {{- end }}
-  ports: [{port: {{ .Values.networkPolicy.storage.port }}, protocol: TCP}]
+{{- include "graft.outside" (list .Values.networkPolicy.storage (.Values.networkPolicy.storage.port | default (include "graft.urlPort" .Values.storage.s3.endpointUrl))) }}
 {{- end }}
 {{- end }}
 
+{{/* Of those that fetch base models: (list $ bases). */}}
 {{- define "graft.hubEgress" }}
-{{- if hasKey (get .Values.catalog .Values.baseModel | default dict) "hub" }}
-- to: [{ipBlock: {cidr: 0.0.0.0/0}}]
-  ports: [{port: 443, protocol: TCP}]
+{{- if index . 1 }}
+{{- include "graft.outside" (list (dict "cidrs" (list "0.0.0.0/0")) (include "graft.urlPort" (index . 0).Values.hub.endpoint)) }}
 {{- end }}
 {{- end }}
 

@@ -1,4 +1,4 @@
-{{/* Pods of Ray: (list $ component placement serviceAccount), and their container: (list $ image). */}}
+{{/* Pods of Ray: (list $ component part serviceAccount), and their container: (list $ image part). */}}
 {{- define "graft.rayContainer" }}
 {{- $ := index . 0 }}
 image: {{ index . 1 }}
@@ -10,6 +10,7 @@ env: {{- include "graft.env" $ | nindent 2 }}
   {{- range $key, $value := dict "DO_NOT_TRACK" "1" "MLFLOW_DISABLE_TELEMETRY" "true" "RAY_USAGE_STATS_ENABLED" "0" "VLLM_NO_USAGE_STATS" "1" "HF_HUB_OFFLINE" "1" "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING" "0" }}
   - {name: {{ $key }}, value: {{ $value | quote }}}
   {{- end }}
+  {{- include "graft.moreEnv" (list $ (index . 2)) | nindent 2 }}
 securityContext: {{- include "graft.containerSecurity" $ | nindent 2 }}
 volumeMounts: {{- include "graft.stateMounts" $ | nindent 2 }}
   - {name: settings, mountPath: /etc/graft, readOnly: true}

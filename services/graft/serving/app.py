@@ -1,7 +1,9 @@
 """A Ray Serve application of one base model: its deployment answers `graft.internal.v1.Engine` behind Serve's proxy.
 
 A replica's constructor returns at once and the engine starts in the background, so that the door answers early:
-requests get Unavailable with a retry hint, and Residency says `ready: false`. Every error is told inside the response,
+requests get Unavailable with a retry hint, and Residency says `ready: false`. That of an application which others
+declare waits for the engine, since who replaces a whole cluster (KubeRay) takes a running application's word that
+requests are answered. Every error is told inside the response,
 because an exception that leaves a replica reaches the client with Ray's trace and addresses in it.
 """
 
@@ -23,7 +25,7 @@ from graft.domain.errors import GraftError, Internal, InvalidArgument, Unavailab
 from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, RETRY_SECONDS, STARTING
 from graft.internal.status import to_status
-from graft.internal.token import read_token, token_file
+from graft.internal.token import TakenTokens, token_file
 from graft.internal.v1 import engine_pb2
 from graft.placement_settings import ReplicaPoolSettings
 from graft.process_memory import tree_bytes
@@ -61,10 +63,16 @@ class EngineReplica:
     """One replica: an engine, what it holds, and the RPCs of `Engine` as methods of the same names."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: ServingSettings, base: BaseModel, tracking_uri: str, cache: Path, storage: Storage
+        self,
+        settings: ServingSettings,
+        base: BaseModel,
+        tracking_uri: str,
+        cache: Path,
+        storage: Storage,
+        waits: bool = False,
     ) -> None:
         self._settings = settings
-        self.token = read_token(settings.token_file)
+        self.tokens = TakenTokens(settings.token_file)
         self._pool = settings.pool(base.id)
         base = replace(base, path=str(await asyncio.to_thread(fetch_base_model, storage, base.path, base.digest)))
         self._base = base
@@ -93,6 +101,12 @@ class EngineReplica:
         self._warming: asyncio.Task[None] | None = None
         self._weighed = float("-inf")
         self._held_bytes = 0
+        if waits:
+            try:
+                await self._keeper.started()
+            except Unavailable:
+                self._keeping.cancel()
+                raise
 
     async def _build(self) -> "Engine":
         engine = await asyncio.to_thread(self._build_blocking)
@@ -350,10 +364,13 @@ def actor_options(pool: ReplicaPoolSettings) -> dict[str, Any]:
     return options | ({"label_selector": dict(pool.label_selector)} if pool.label_selector else {})
 
 
-def build_app(settings: Settings, base: BaseModel) -> Any:
-    """The application, for `serve.run` under the name `engine_client.application_name`."""
+def build_app(settings: Settings, base: BaseModel, *, waits: bool = False) -> Any:
+    """The application, for `serve.run` under the name `engine_client.application_name`.
+
+    `waits`: it is running when its engines are.
+    """
     serving = settings.serving.model_copy(update={"token_file": token_file(settings)})
-    return bind(serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings))
+    return bind(serving, base, settings.tracking_uri, settings.home.cache, open_storage(settings), waits=waits)
 
 
 def bind(
@@ -362,7 +379,9 @@ def bind(
     tracking_uri: str,
     cache: Path,
     storage: Storage,
+    *,
     replica: type = EngineReplica,
+    waits: bool = False,
 ) -> Any:
     """The application of one base model, on the nodes of its pool. `replica`: another class that takes the same."""
     pool = settings.pool(base.id)
@@ -377,4 +396,4 @@ def bind(
         graceful_shutdown_timeout_s=10,
         logging_config=QUIET,
     )
-    return deployment.bind(settings, base, tracking_uri, cache, storage)
+    return deployment.bind(settings, base, tracking_uri, cache, storage, waits)

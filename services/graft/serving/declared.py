@@ -13,6 +13,7 @@ import pydantic
 from graft.registry.base_models import ensure_base_model
 from graft.serving.app import build_app
 from graft.settings import HomeSettings, RegistrySettings, ServingSettings, Settings, StorageSettings
+from graft.storage import open_storage, share_base_model
 
 
 class Arguments(pydantic.BaseModel):
@@ -33,9 +34,10 @@ class Arguments(pydantic.BaseModel):
 
 
 def application(arguments: Arguments) -> Any:
-    """The application of `serving.base_model`, which is converted first if it is not yet.
+    """The application of `serving.base_model`, which is converted first if it is not yet, and shared with other nodes.
 
-    Raises NotFound for a base model that is not in the catalogue, FailedPrecondition when its package is missing.
+    It is running once its engines answer. Raises NotFound for a base model that is not in the catalogue,
+    FailedPrecondition when its package is missing, and as `Storage`.
     """
     settings = Settings(
         home=HomeSettings(path=arguments.home, cache=arguments.cache or arguments.home / "cache"),
@@ -43,4 +45,6 @@ def application(arguments: Arguments) -> Any:
         serving=arguments.serving,
         registry=RegistrySettings(tracking_uri=arguments.tracking_uri),
     )
-    return build_app(settings, ensure_base_model(settings, arguments.serving.base_model))
+    base = ensure_base_model(settings, arguments.serving.base_model)
+    share_base_model(open_storage(settings), base.path, base.digest)
+    return build_app(settings, base, waits=True)

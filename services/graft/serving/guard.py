@@ -1,4 +1,4 @@
-"""Who may ask an engine: those whose calls bring its token, where it has one.
+"""Who may ask an engine: those whose calls bring a token of its file, where it has one.
 
 Owns how the others are refused, by a status of the call itself. Ray Serve hands a call's metadata to methods that take
 `grpc_context`; an exception would leave the replica with a trace and without the status' details, so none is raised.
@@ -21,16 +21,16 @@ from graft.internal.v1 import engine_pb2
 class Guarded(Protocol):
     """What has methods that are guarded."""
 
-    token: str
-    """Empty: anybody may ask."""
+    tokens: token.TakenTokens
 
 
-def refusal(held: str, context: RayServegRPCContext) -> status_pb2.Status | None:
+def refusal(tokens: token.TakenTokens, context: RayServegRPCContext) -> status_pb2.Status | None:
     """None when the call may be answered; else what it was refused with, which is the call's status by then."""
-    if not held:
+    taken = tokens.now()
+    if not taken:
         return None
     try:
-        token.check(held, context.invocation_metadata())
+        token.check(taken, context.invocation_metadata())
     except Unauthenticated as error:
         refused = to_status(error)
         status = rpc_status.to_status(refused)
@@ -46,7 +46,7 @@ def guarded(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any,
 
     async def call(self: Guarded, request: Any, grpc_context: RayServegRPCContext) -> Any:
         # gRPC sends no message with a status that is not OK; Serve wants one all the same.
-        refused = refusal(self.token, grpc_context)
+        refused = refusal(self.tokens, grpc_context)
         return refused if refused is not None else await method(self, request)
 
     call.__name__, call.__doc__ = method.__name__, method.__doc__
@@ -59,7 +59,7 @@ def guarded_stream(
     """The same of a method that answers piece by piece."""
 
     async def call(self: Guarded, request: Any, grpc_context: RayServegRPCContext) -> AsyncGenerator[Any, None]:
-        if (refused := refusal(self.token, grpc_context)) is not None:
+        if (refused := refusal(self.tokens, grpc_context)) is not None:
             # Serve takes the status over with a piece.
             yield engine_pb2.StreamResponse(error=refused)
             return

@@ -20,6 +20,8 @@ _log = structlog.get_logger("graft.serving")
 POLL_SECONDS = 0.05
 """vLLM tells a death by a flag only. Twenty reads of it a second cost nothing."""
 MAX_BACKOFF_SECONDS = 30.0
+START_ATTEMPTS = 3
+"""Who waits for the first engine is told why there is none after as many: about a minute of backing off."""
 
 
 class KeptEngine(Protocol):
@@ -50,6 +52,7 @@ class Keeper(Generic[EngineT]):
         self._engine: EngineT | None = None
         self._ready = False
         self._failure = ""
+        self._failures = 0
         self.restarts = 0
         """Engines replaced after they died."""
 
@@ -81,6 +84,13 @@ class Keeper(Generic[EngineT]):
             retry_after_seconds=RETRY_SECONDS,
         )
 
+    async def started(self) -> None:
+        """Returns once requests are answered. Raises Unavailable, with the reason, after START_ATTEMPTS in vain."""
+        while not self.ready:
+            if self._failures >= START_ATTEMPTS:
+                self.engine()
+            await asyncio.sleep(POLL_SECONDS)
+
     async def add(self, name: str, int_id: int, path: Path) -> None:
         """Residency's `add`. Raises Unavailable while there is no engine."""
         if self._engine is None:
@@ -95,7 +105,6 @@ class Keeper(Generic[EngineT]):
 
     async def run(self, residency: Residency) -> None:
         """Keeps an engine until it is cancelled."""
-        failures = 0
         while True:
             started = time.perf_counter()
             try:
@@ -103,13 +112,13 @@ class Keeper(Generic[EngineT]):
                 await residency.restore()
             # Whatever vLLM raises at start, the next attempt may succeed: memory frees up, a disk empties.
             except Exception as error:  # noqa: BLE001
-                failures += 1
+                self._failures += 1
                 self._failure = str(error).splitlines()[0] if str(error) else type(error).__name__
-                _log.error("engine did not start", attempt=failures, exc_info=error)
+                _log.error("engine did not start", attempt=self._failures, exc_info=error)
                 await self._discard(residency)
-                await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 2.0**failures))
+                await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 2.0**self._failures))
                 continue
-            failures, self._failure, self._ready = 0, "", True
+            self._failures, self._failure, self._ready = 0, "", True
             _log.info("engine ready", seconds=round(time.perf_counter() - started, 1), restarts=self.restarts)
             while not self._engine.dead:  # noqa: ASYNC110  # vLLM has a flag and no event
                 await asyncio.sleep(POLL_SECONDS)
