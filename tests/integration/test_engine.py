@@ -34,7 +34,7 @@ from ..support.serving_stack import (
 )
 from ..support.token_contract import refuses_all_without
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from graft.training.worker import run_worker
 from tests.support.serving_stack import Stack, serving_stack
 from tests.support.tiny_llama import make_tiny_llama
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 
 Told = list[tuple[str, dict[str, Any]]]
 STEPS = 12
