@@ -17,10 +17,10 @@ demo: setup ## Trains two adapters on real data, serves them and compares them w
 	@$(BIN)/graft demo
 
 # A run each, of which only the first uses every core: a process that has been a Ray driver is no place for the gRPC
-# servers of unit tests, and a Ray cluster or the whole stack shares two cores with nothing else. Modules start in the
-# order given: those of tests/integration take longest, and so begin first.
+# servers of unit tests, and a Ray cluster or the whole stack shares two cores with nothing else. The first has a process
+# more than there are cores, since some of its modules mostly wait, and begins with tests/integration: they take longest.
 test: setup ## Runs every test
-	$(BIN)/pytest tests/integration tests/unit -m "not ray" $(PARALLEL) --no-loadscope-reorder
+	$(BIN)/pytest tests/integration tests/unit -m "not ray" --numprocesses=$$(($$(nproc) + 1)) --dist=loadfile --no-loadscope-reorder
 	$(BIN)/pytest tests/integration -m ray
 	$(BIN)/pytest tests/e2e
 
