@@ -4,7 +4,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 PARALLEL := --numprocesses=logical --dist=loadfile
 SHOWCASES := $(addprefix showcase-,sentiment boolq descriptions docstrings code dpo grpo grpo-number jargon small-vs-large)
-.PHONY: help setup demo test test-unit test-k8s bench showcase $(SHOWCASES) lint stubs lock
+.PHONY: help setup demo test test-unit test-k8s test-images bench showcase $(SHOWCASES) lint stubs lock
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-24s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-unit: setup ## Runs the tests that need no server
 
 test-k8s: setup ## Tests the Helm chart on a real Kubernetes control plane (root; the first time builds it, six minutes)
 	@helm/test-k8s
+
+test-images: setup ## Builds both images and runs the chart's release in them (root, buildah, mmdebstrap; half an hour)
+	GRAFT_TEST_IMAGES=$${GRAFT_TEST_IMAGES:-fresh} $(BIN)/pytest tests/images
 
 bench: setup ## Measures against TRL, PEFT, vLLM and Ray Serve; BENCH=training runs one, --quick in it a smoke run
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -22,11 +22,9 @@ QUICK_SIZES_MB = (5, 50)
 PARAGRAPHS = 1000
 PARAGRAPH_WORDS = 150
 """About a kilobyte; a row has two of them."""
-ROW_BYTES = 32
-"""That may stay in memory of each row: `graft.data.analysis` keeps three hashes of 8 bytes in arrays, which grow by an
-eighth at a time."""
-NOISE_BYTES = 16 * MB
-"""Two runs on one file differ by less; a command that held its file would show fifty times as much."""
+NOISE_BYTES = 8 * MB
+"""Two runs on one file differ by less. What is cached of the rows' hashes, which lie on disk, has 2 MB; in memory they
+would take 10 MB more for 900 MB more, and sorting them 25."""
 
 
 def write_rows(path: Path, size_bytes: int) -> int:
@@ -63,11 +61,11 @@ def validated(path: Path, home: Path) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Exit code 1 when memory grew by more than the few bytes that are kept of a row."""
+    """Exit code 1 when memory grew with the file."""
     quick = arguments(__doc__).quick
     sizes = {f"{size} MB": size * MB for size in (QUICK_SIZES_MB if quick else SIZES_MB)}
     rounds = 1 if quick else LEAST_ROUNDS
-    settings = {"rounds": rounds, "row_bytes_allowed": ROW_BYTES, "noise_bytes_allowed": NOISE_BYTES}
+    settings = {"rounds": rounds, "noise_bytes_allowed": NOISE_BYTES}
     report = Report("data_memory", quick, settings, {name: f"JSONL of {size} bytes" for name, size in sizes.items()})
     with temporary_folder() as folder:
         files = {name: folder / f"{size}.jsonl" for name, size in sizes.items()}
@@ -82,9 +80,10 @@ def main() -> int:
     report.check("every row was read", counted == rows, counted)
     small, large = sizes
     grown = max(peaks[large]) - min(peaks[small])
-    allowed = NOISE_BYTES + ROW_BYTES * (rows[large] - rows[small])
-    told = f"{grown / MB:.1f} MB more for {(sizes[large] - sizes[small]) / MB:.0f} MB more; {allowed / MB:.1f} allowed"
-    report.check("memory does not grow with the file", grown <= allowed, told)
+    told = (
+        f"{grown / MB:.1f} MB more for {(sizes[large] - sizes[small]) / MB:.0f} MB more; {NOISE_BYTES / MB:.1f} allowed"
+    )
+    report.check("memory does not grow with the file", grown <= NOISE_BYTES, told)
     return report.finish()
 
 

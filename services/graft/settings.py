@@ -241,8 +241,18 @@ class Settings(_Section):
     @property
     def gateway_address(self) -> str:
         """`host:port` of the gateway's gRPC, from this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.gateway.host, self.gateway.host)
-        return f"{host}:{self.gateway.grpc_port}"
+        return f"{self._gateway_host}:{self.gateway.grpc_port}"
+
+    @property
+    def gateway_url(self) -> str:
+        """Of the gateway's HTTP, from this machine."""
+        scheme = "http" if self.gateway.tls_certificate is None else "https"
+        return f"{scheme}://{self._gateway_host}:{self.gateway.http_port}"
+
+    @property
+    def _gateway_host(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.gateway.host, self.gateway.host)
+        return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
     @property
     def orchestrator_pid_file(self) -> Path:

@@ -3,18 +3,19 @@
 By what Ray reports. The GPUs are numbers that Ray counts: nothing here has any.
 """
 
+import asyncio
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from graft.domain.placement import Demand
 from graft.domain.resources import BaseModel
+from graft.internal.v1 import engine_pb2
 from graft.settings import ServingSettings
 from graft.storage import LOCAL
 from graft.training.run import RayRuns
@@ -23,6 +24,7 @@ from graft.training.sweep import SearchSpec, Trial
 from tests.support.run_specs import tiny_run, validated_on
 from tests.support.tiny_llama import make_tiny_llama
 
+State = engine_pb2.Application.State
 pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 
 NODES: dict[str, dict[str, Any]] = {
@@ -36,7 +38,9 @@ SERVING = ServingSettings.model_validate(
         "base_model": "tiny",
         "replica": {"label_selector": {"pool": "small"}},
         "pools": {
-            "other": {"num_replicas": 2, "cpus": 0.5, "gpus": 0.5, "label_selector": {"pool": "!in(small, none)"}}
+            "other": {"num_replicas": 2, "cpus": 0.5, "gpus": 0.5, "label_selector": {"pool": "!in(small, none)"}},
+            "waiting": {"gpus": 0.5, "label_selector": {"pool": "large"}},
+            "small": {},
         },
     }
 )
@@ -196,26 +200,40 @@ def test_a_run_that_is_cancelled_while_it_waits_for_nodes_asks_for_them_no_longe
     _wait(lambda: not _pending())
 
 
-def test_replicas_of_two_base_models_are_in_their_pools_and_training_does_not_get_their_gpu(
-    placed: Placed, spec: RunSpec, tmp_path: Path
-) -> None:
+class _Replica:
+    """In the place of one with an engine; Serve is told of it all that it is told of those."""
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+
+def _base(name: str) -> BaseModel:
+    return BaseModel(name, "nowhere", "sha256:b", 1, 1, 64, "", "", (), 8)
+
+
+@pytest.fixture(scope="module")
+def served(
+    placed: Placed,  # noqa: ARG001 - it is connected
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[BaseModel], Any]]:
+    """Ray Serve without its proxies on the cluster, and what makes an application of a base model."""
     from ray import serve
 
     from graft.serving.app import bind
 
-    class Replica:
-        """In the place of one with an engine; Serve is told of it all that it is told of those."""
-
-        def __init__(self, *given: Any) -> None:
-            self.given = given
-
-    def base(name: str) -> BaseModel:
-        return BaseModel(name, "nowhere", "sha256:b", 1, 1, 64, "", "", (), 8)
-
+    folder = tmp_path_factory.mktemp("served")
     serve.start(proxy_location="Disabled")
+    yield lambda base: bind(SERVING, base, "http://nowhere", folder, LOCAL, replica=_Replica)
+    serve.shutdown()
+
+
+def test_replicas_of_two_base_models_are_in_their_pools_and_training_does_not_get_their_gpu(
+    placed: Placed, spec: RunSpec, served: Callable[[BaseModel], Any]
+) -> None:
+    from ray import serve
+
     for name in ("tiny", "other"):
-        bound = bind(SERVING, base(name), "http://nowhere", tmp_path, LOCAL, replica=Replica)
-        serve.run(bound, name=name, route_prefix=f"/{name}")
+        serve.run(served(_base(name)), name=name, route_prefix=f"/{name}")
     # `!in(small, none)` passes two pools; only one of them has a GPU.
     assert placed.actors("ServeReplica:tiny:") == ["small"]
     assert placed.actors("ServeReplica:other:") == ["large", "large"]
@@ -229,4 +247,28 @@ def test_replicas_of_two_base_models_are_in_their_pools_and_training_does_not_ge
     serve.delete("other")
     assert _until(placed, mine).kind == "finished"
     placed.runs.release(mine.job_id, 1)
-    serve.shutdown()
+
+
+async def test_a_base_model_that_waits_for_room_keeps_no_other_from_being_deployed_and_can_be_undeployed(
+    served: Callable[[BaseModel], Any],
+) -> None:
+    from graft.serving.applications import Applications
+
+    applications = Applications("tiny", SERVING, served)
+
+    async def states() -> dict[str, str]:
+        return {one.base_model: State.Name(one.state) for one in await applications.all()}
+
+    async def until(base: str, state: str) -> None:
+        while (await states()).get(base) != state:  # noqa: ASYNC110 - Ray is watched; the test's time limit ends it
+            await asyncio.sleep(0.1)
+
+    await applications.deploy(_base("other"))
+    await until("other", "STATE_RUNNING")
+    await applications.deploy(_base("waiting"))
+    await applications.deploy(_base("small"))
+    await until("small", "STATE_RUNNING")
+    assert (await states())["waiting"] == "STATE_STARTING"
+    await applications.undeploy("waiting")
+    await applications.undeploy("small")
+    assert await states() == {"other": "STATE_RUNNING"}

@@ -35,6 +35,8 @@ async def test_an_id_that_means_another_model_is_refused(store: SqlStore, other:
 async def test_a_failed_deployment_keeps_its_reason_until_it_is_asked_for_again(store: SqlStore) -> None:
     await store.create_deployment(WISH)
     await store.move_deployment("other", DeploymentState.FAILED, ERROR)
+    for state in (DeploymentState.STARTING, DeploymentState.READY, DeploymentState.FAILED):  # another orchestrator's
+        assert not await store.move_deployment("other", state, replace(ERROR, message="It is gone."))
     failed = await store.find_deployment("other")
     assert failed == replace(WISH, state=DeploymentState.FAILED, error=ERROR)
     again = replace(WISH, create_time=NOW + timedelta(hours=1))
@@ -46,7 +48,7 @@ async def test_a_wish_to_undeploy_outlasts_whatever_the_orchestrator_says_of_the
     await store.create_deployment(WISH)
     await store.remove_deployment("other")  # not asked for
     assert (await store.request_undeploy("default", "other")).state is DeploymentState.STOPPING
-    await store.move_deployment("other", DeploymentState.READY)
+    assert not await store.move_deployment("other", DeploymentState.READY)
     assert (await store.get_deployment("default", "other")).state is DeploymentState.STOPPING
     with pytest.raises(FailedPrecondition, match="still being undeployed"):
         await store.create_deployment(WISH)

@@ -1,6 +1,7 @@
 """The store's promises about evaluations, on SQLite and on a real PostgreSQL."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -18,6 +19,7 @@ from graft.domain.evaluations import (
 )
 from graft.domain.grading import GraderSpec
 from graft.domain.jobs import JobError
+from graft.domain.resources import Dataset, DatasetFormat
 from graft.store.sql import SqlStore
 
 pytestmark = pytest.mark.integration
@@ -125,3 +127,20 @@ async def test_those_to_be_cancelled_end_at_once_unless_somebody_works_on_them(s
     ended = EvaluationState.CANCELLED
     assert states == [EvaluationState.RUNNING, ended, ended, EvaluationState.QUEUED]
     assert (await store.get_evaluation("default", "ev-3")).end_time is not None
+
+
+async def test_a_data_set_of_a_live_evaluation_is_not_deleted(store: SqlStore) -> None:
+    for used in ("ds-1", "ds-2"):
+        await store.create_dataset(
+            Dataset(used, "default", used, DatasetFormat.FIELDS, 1, 1, f"sha256:{used}", "file", await store.now()),
+            None,
+        )
+    made = await store.create_evaluation("default", "ev-1", SPEC, None)
+    await store.create_evaluation("default", "ev-2", replace(SPEC, dataset="ds-3", shots_dataset=None), None)
+    for used in ("ds-1", "ds-2"):
+        with pytest.raises(FailedPrecondition, match="ev-1") as refused:
+            await store.delete_dataset("default", used)
+        assert refused.value.metadata == {"users": "ev-1"}
+    await store.cancel_evaluation("default", made.id)
+    await store.end_cancelled_evaluations()
+    assert (await store.delete_dataset("default", "ds-1")).id == "ds-1"

@@ -123,11 +123,12 @@ class Host:
                 start_new_session=True,
             )
 
-    def run(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    def run(self, arguments: Sequence[str], environment: Mapping[str, str] | None = None, stdin: str = "") -> str:
         """Runs a command on this host to its end; returns what it printed."""
         done = subprocess.run(
             self.command(arguments),
             env=self.environment(environment or {}),
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=200,

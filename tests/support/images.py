@@ -43,7 +43,7 @@ def missing() -> str:
 
 
 def run(*command: str, env: dict[str, str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -120,8 +120,8 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | {"CONTAINERS_STORAGE_CONF": str(storage), "BUILDAH_ISOLATION": "chroot"}
 
 
-def pip_options(folder: Path) -> list[str]:
-    """Of `buildah build`: packages come from where this machine's pip has them from."""
+def packages(folder: Path) -> list[str]:
+    """Of `buildah build`: packages come from where this machine's pip has them from, torch's CPU build too."""
     told = run(sys.executable, "-m", "pip", "config", "list", env=dict(os.environ))
     names = ("index-url", "extra-index-url", "find-links", "cert")
     # `:env:.cert='/etc/…'` and `global.cert='/etc/…'`, the stronger first.
@@ -136,19 +136,41 @@ def pip_options(folder: Path) -> list[str]:
     # An index in a folder, `…/simple`, links to files beside it.
     shown = {path.parent if path.name == "simple" else path for path in local if path.is_absolute()}
     volumes = [f"--volume={path}:{path}:ro" for path in sorted(shown) if path.exists()]
-    return [f"--secret=id=pip,src={configuration}", *volumes]
+    # Where an index is configured, pytorch.org is not asked: it may be out of reach, and pip tries it for each package.
+    indexes = [found[name].split()[0] for name in ("index-url", "extra-index-url") if name in found]
+    torch = [f"--build-arg=TORCH_INDEX={index}" for index in indexes[:1]]
+    return [f"--secret=id=pip,src={configuration}", *volumes, *torch]
+
+
+BASES = {
+    "gateway": ("BUILD_IMAGE=localhost/graft-build", "BASE_IMAGE=localhost/graft-base"),
+    "ray": ("BASE_IMAGE=localhost/graft-build",),
+}
 
 
 def build(name: str, folder: Path, env: dict[str, str]) -> Image:
     """Builds deploy/images/NAME.Dockerfile from the locally made bases, and mounts it."""
-    bases = ["--build-arg=BUILD_IMAGE=localhost/graft-build", "--build-arg=BASE_IMAGE=localhost/graft-base"]
+    bases = [f"--build-arg={base}" for base in BASES[name]]
     file = ROOT / "deploy" / "images" / f"{name}.Dockerfile"
     tag = f"localhost/graft-{name}"
     command = ["buildah", "build", "--format=docker", "--quiet", f"--file={file}", f"--tag={tag}"]
-    run(*command, *bases, *pip_options(folder), str(ROOT), env=env)
+    run(*command, *bases, *packages(folder), str(ROOT), env=env)
+    return mounted(name, folder, env)
+
+
+def known(tag: str, env: dict[str, str]) -> bool:
+    """Whether it was built already."""
+    return subprocess.run(["buildah", "inspect", "--type=image", tag], env=env, capture_output=True).returncode == 0
+
+
+def mounted(name: str, folder: Path, env: dict[str, str]) -> Image:  # noqa: ARG001 - as `build` is called
+    """The image, which is built."""
+    tag = f"localhost/graft-{name}"
     (listed,) = json.loads(run("buildah", "images", "--json", tag, env=env))
     inspected = json.loads(run("buildah", "inspect", "--type=image", tag, env=env))
-    container = run("buildah", "from", tag, env=env).strip()
+    container = f"graft-{name}-mounted"
+    if subprocess.run(["buildah", "inspect", container], env=env, capture_output=True).returncode != 0:
+        run("buildah", "from", "--name", container, tag, env=env)
     root = Path(run("buildah", "mount", container, env=env).strip())
     size = sum(file.lstat().st_size for file in root.rglob("*") if not file.is_dir())
     return Image(listed["names"][0], size, inspected["Docker"]["config"], root)

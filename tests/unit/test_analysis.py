@@ -213,7 +213,6 @@ import sys
 from pathlib import Path
 from graft.data.analysis import analyse
 from graft.data.formats import validate_file
-import numpy
 
 def status(name):
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve.schema import ApplicationStatus
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from graft.domain.placement import Node
@@ -35,6 +36,14 @@ async def test_the_first_application_cannot_be_deployed_or_undeployed() -> None:
     for base in ("first", ""):
         with pytest.raises(InvalidArgument):
             await applications.undeploy(base)
+
+
+async def test_applications_of_others_on_the_same_cluster_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = SimpleNamespace(status=ApplicationStatus.RUNNING)
+    status = SimpleNamespace(applications=dict.fromkeys(("graft-engine", "graft-engine-large", "small"), running))
+    monkeypatch.setattr("graft.serving.applications.serve.status", lambda: status)
+    applications = Applications("first", ServingSettings(), build=lambda _: pytest.fail("nothing may be built"))
+    assert [one.base_model for one in await applications.all()] == ["first", "large"]
 
 
 def test_replicas_that_no_nodes_could_hold_are_refused_and_not_waited_for() -> None:

@@ -222,6 +222,11 @@ def _without_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
+def _with_a_link_to_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "blobs" / "0a1b")
+
+
 def _with_a_broken_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("[]")
 
@@ -236,6 +241,7 @@ def _quantized(folder: Path) -> None:
     [
         (_without_tokenizer, "BASE_MODEL_TOKENIZER_MISSING", r"no tokenizer \(tokenizer\.json or"),
         (_without_a_shard, "BASE_MODEL_WEIGHTS_MISSING", r"lacks 1 of the 2 .*: model-00002-of-00002\.safetensors\. F"),
+        (_with_a_link_to_nothing, "BASE_MODEL_UNREADABLE", r"model\.safetensors cannot be used \(No such file"),
         (_with_a_broken_index, "BASE_MODEL_WEIGHTS_DAMAGED", r"index\.json cannot be read"),
         (_quantized, "BASE_MODEL_QUANTIZED", r"is quantized"),
     ],

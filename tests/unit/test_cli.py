@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from graft.cli.output import print_json, print_table
 from graft.domain.errors import Unavailable
 from tests.support.command import Ran, graft
 from tests.support.gateways import BASE, ROWS, Gateway, gateway, registry
@@ -322,3 +323,21 @@ async def test_commands_without_a_gateway_import_no_grpc_and_nothing_heavier(
     )
     _, err = await process.communicate()
     assert process.returncode == 0, err.decode()
+
+
+def test_off_a_terminal_a_row_of_a_table_is_one_line_whatever_its_cells_hold(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_table(["ID", "RESULT"], [["ft-1", "It failed.\nSee the log."], ["ft-2", "ok"]])
+    assert capsys.readouterr().out.splitlines() == ["ID    RESULT", "ft-1  It failed. See the log.", "ft-2  ok"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("a prompt", "--input", "review=x")])
+async def test_generate_takes_a_prompt_or_inputs_and_says_so(arguments: tuple[str, ...]) -> None:
+    refused = await graft("generate", BASE, *arguments, GRAFT_ADDRESS="127.0.0.1:1")
+    assert (refused.code, refused.err.startswith("Give either a PROMPT")) == (2, True)
+
+
+def test_what_is_printed_as_json_is_json_also_where_a_number_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": float("nan"), "steps": [1, float("-inf"), 0.5]}, line=True)
+    assert capsys.readouterr().out == '{"loss": null, "steps": [1, null, 0.5]}\n'

@@ -97,6 +97,7 @@ async def test_compare_uploads_a_file_adds_few_shot_bases_and_shows_who_wins(tmp
         assert [(one.model, one.shots) for one in stored.spec.contestants] == [(BASE, 0), (BASE, 8), (ADAPTER, 0)]
         assert (stored.spec.metrics, stored.spec.shots_dataset) == (("accuracy",), train)
         assert shown.code == 0, shown.err
+        assert f"{rows} is uploaded as data set {stored.spec.dataset}." in shown.out
         assert "70.0%" in shown.out
         assert f"{BASE}, 8-shot" in shown.out
         assert f"{ADAPTER} beats {BASE}, 8-shot" in shown.out
@@ -104,6 +105,11 @@ async def test_compare_uploads_a_file_adds_few_shot_bases_and_shows_who_wins(tmp
         assert shown.out.count("It has no answer to 3 of 300 questions.") == 1
         assert "MLflow run r-1" in shown.out
         assert report.read_bytes() == REPORT
+
+        unwritten = await ran(it, "evaluations", "get", stored.id, "--report", rows / "below" / "a-file.html")
+        assert unwritten.code == 2
+        assert "70.0%" in unwritten.out
+        assert "a-file.html cannot be written: Not a directory." in unwritten.err
 
         again = await ran(it, "evaluations", "get", stored.id, "--json")
         assert again.json["results"][2]["figures"][0]["value"] == pytest.approx(0.7)
@@ -128,6 +134,7 @@ async def test_a_comparison_that_fails_says_why_and_exits_with_an_error(tmp_path
     ("arguments", "told"),
     [
         ((f"{BASE}/many",), "write MODEL, or MODEL/8"),
+        ((f"{BASE}/99999999999",), "contestants: "),
         ((BASE, "--metric", "acuracy"), "'acuracy' is not a metric"),
         ((BASE, "--shots", "4"), "shots_dataset: is required"),
         ((BASE, "--task", "sentiment", "--set", "grader.field=x"), "without --grader"),

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from graft.domain.jobs import Checkpoint, EventLevel, Job, JobError, JobState, Progress, Resolved
 from tests.support.command import Ran, ended, graft, printed, started, waiting
 from tests.support.gateways import BASE, NOW, Gateway, eventually, gateway
@@ -126,7 +128,22 @@ async def test_create_uploads_files_as_the_format_that_is_given(tmp_path: Path) 
         made = await ran(it, "tune", "create", BASE, rows, "--format", "fields", *options)
         names = [made.json[side].rsplit("/", 1)[1] for side in ("training_dataset", "validation_dataset")]
         found = [await it.store.get_dataset("default", name) for name in names]
+        by_url = await ran(it, "tune", "create", BASE, rows.as_uri(), "--format", "fields", *options[2:-1])
+        assert by_url.code == 0, by_url.err
+        assert f"{rows.as_uri()} is uploaded as data set ds-" in by_url.out
     assert [(one.display_name, one.format) for one in found] == [("rows.jsonl", "fields"), ("held-out.jsonl", "fields")]
+
+
+@pytest.mark.parametrize("given", ["rows.jsnl", "./rows", "data/rows"])
+async def test_a_mistyped_path_is_told_as_that_and_not_as_an_id(given: str) -> None:
+    for command in (
+        ("tune", "create", BASE, given),
+        ("compare", given, BASE),
+        ("compare", "ds-1", BASE, "--shots-from", given),
+    ):
+        refused = await graft(*command, GRAFT_ADDRESS="127.0.0.1:1")
+        assert refused.code == 2
+        assert refused.err.startswith(f"{given} is neither a file here nor the id of a data set")
 
 
 async def test_a_failed_job_is_exit_code_1_with_its_reason(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """`graft up`, `down` and `status`: what they print, and what is refused before anything starts."""
 
 import asyncio
+import errno
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from graft.domain.errors import FailedPrecondition
 from graft.settings import load
 from graft.stack import local, preflight
+from graft.stack.processes import Port, port_taken, ray_environment
 from tests.support.command import Ran, ended, environment, graft, printed, short_home, started
 
 UP = """
@@ -204,3 +207,40 @@ def test_the_deepest_home_that_is_let_through_leaves_room_for_rays_sockets() -> 
 @pytest.mark.parametrize("port", [10000, 20000])
 def test_ports_beside_those_that_ray_keeps_are_let_through(port: int) -> None:
     preflight.check(load({"GRAFT_HOME": "/h", "GRAFT_RAY_PORT": str(port)}))
+
+
+async def test_a_record_that_was_cut_short_by_a_power_cut_is_of_no_stack(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for left in ("", '{"pid": 1, "create'):
+        (tmp_path / "run" / "stack.json").write_text(left)
+        shown = await graft("status", "--json", GRAFT_HOME=tmp_path)
+        assert (shown.code, shown.json) == (4, {"ready": False, "processes": []})
+
+
+def test_a_token_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    with monkeypatch.context() as patched:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            ray_environment(settings)
+    token = Path(ray_environment(settings)["RAY_AUTH_TOKEN_PATH"])
+    assert len(token.read_text()) == 64
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in token.parent.iterdir()] == [token.name]
+
+
+def test_a_port_is_looked_for_at_an_address_of_either_kind() -> None:
+    for host, family in (("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)):
+        with socket.socket(family) as taken:
+            try:
+                taken.bind((host, 0))
+            except OSError:
+                continue  # a machine without IPv6
+            taken.listen()
+            number = taken.getsockname()[1]
+            assert port_taken(Port(host, number, "GRAFT_X"))
+        assert not port_taken(Port(host, number, "GRAFT_X"))

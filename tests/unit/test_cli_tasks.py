@@ -4,12 +4,8 @@ import asyncio
 import json
 from pathlib import Path
 
-import pytest
-
-from graft.cli.tasks import task_arguments
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import load
-from graft.domain.errors import InvalidArgument
 from tests.support.command import graft
 
 ROWS = 'review,sentiment,year\n"A joy, all of it.",positive,1950\nDull.,negative,1951\n'
@@ -61,19 +57,31 @@ async def test_a_check_shows_the_prompt_of_the_first_row(tmp_path: Path) -> None
     assert alone.out.startswith("sentiment, version 1: review → sentiment")
 
 
+BROKEN = {
+    "list": "list.jsonl, line 2: is not a JSON object.",
+    "cut": "cut.jsonl, line 1: is not JSON: ",
+    "latin": "latin.jsonl, after line 0: is not UTF-8.",
+}
+
+
 async def test_a_check_names_what_is_wrong_with_definition_and_rows(tmp_path: Path) -> None:
     data, bad = tmp_path / "rows.jsonl", tmp_path / "bad.yaml"
     data.write_text("".join(json.dumps({"review": "x" * n, "sentiment": "fine"}) + "\n" for n in range(12)))
     bad.write_text("name: bad\nfields: {review: x}\ncompletion: y\nuser: '{{ film }}'\n")
     (tmp_path / "empty.jsonl").touch()
-    rows, definition, empty, absent, unlabelled = await asyncio.gather(
+    (tmp_path / "list.jsonl").write_text('{"review": "x"}\n[1, 2]\n')
+    (tmp_path / "cut.jsonl").write_text('{"review": "x"')
+    (tmp_path / "latin.jsonl").write_bytes(b'{"review": "\xe9"}')
+    rows, definition, empty, absent, unlabelled, *broken = await asyncio.gather(
         graft("tasks", "check", "sentiment", "--data", data),
         graft("tasks", "check", bad),
         graft("tasks", "check", "sentiment", "--data", tmp_path / "empty.jsonl"),
         graft("tasks", "check", "sentiment", "--data", tmp_path / "absent.jsonl"),
         graft("tasks", "check", "text-classification", "--data", data),
+        *(graft("tasks", "check", "sentiment", "--data", tmp_path / f"{name}.jsonl") for name in BROKEN),
     )
-    assert {one.code for one in (rows, definition, empty, absent, unlabelled)} == {2}
+    assert {one.code for one in (rows, definition, empty, absent, unlabelled, *broken)} == {2}
+    assert [one.err.startswith(told) for one, told in zip(broken, BROKEN.values(), strict=True)] == [True] * 3
     assert rows.err.startswith("12 of 12 rows do not fit the task 'sentiment'.")
     assert "row 1: sentiment: 'fine' is no label of the task: positive, negative; review: is missing" in rows.err
     assert rows.err.count("\n  row") == 10
@@ -81,16 +89,3 @@ async def test_a_check_names_what_is_wrong_with_definition_and_rows(tmp_path: Pa
     assert "has no rows" in empty.err
     assert "cannot be read: No such file" in absent.err
     assert "text: is missing" in unlabelled.err
-
-
-def test_the_task_of_a_job_is_a_name_or_the_text_of_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text(catalog.text("custom"))
-    assert task_arguments("") == {}
-    assert task_arguments("sentiment") == {"task": "sentiment"}
-    assert task_arguments(str(file)) == {"task_definition": catalog.text("custom")}
-    with pytest.raises(InvalidArgument, match="cannot be read"):
-        task_arguments("mine.yaml")
-    file.write_text("name: x")
-    with pytest.raises(InvalidArgument, match="fields: is missing"):
-        task_arguments(str(file))

@@ -99,6 +99,13 @@ async def test_a_failure_is_the_same_domain_error_that_the_gateway_raised(tmp_pa
     async with gateways.gateway(tmp_path) as running, AsyncGraft(Connection(address=_address(running))) as graft:
         with pytest.raises(NotFound, match=f"'nope'.*{gateways.BASE}"):
             await graft.generate("nope", prompt="x")
+        sent: list[int] = []
+        rows = bad.with_name("many.jsonl")
+        rows.write_bytes(gateways.ROWS * 10_000)
+        await graft.upload_dataset(rows, progress=sent.append)
+        assert sent[-1] == rows.stat().st_size
+        assert sent == sorted(set(sent))
+        assert len(sent) > 2
         with pytest.raises(InvalidArgument) as caught:
             await graft.upload_dataset(bad)
         assert caught.value.violations[0].field.startswith("line 1")
@@ -114,6 +121,18 @@ async def test_wrong_arguments_are_refused_before_anything_is_sent(tmp_path: Pat
             await graft.create_job("base", "ds-1", hyperparameters={"epoch": 1})
         with pytest.raises(InvalidArgument, match="sampling"):
             await graft.generate("base", prompt="x", max_tokens=2**40)
+        for messages, told in (
+            ([{"role": "user", "text": "x"}], "messages"),
+            ([{"role": 1, "content": "x"}], "messages"),
+        ):
+            with pytest.raises(InvalidArgument, match=told):
+                await graft.generate("base", messages=messages)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="prompt"):
+            await graft.generate("base", prompt="half a pair: \ud800")
+        with pytest.raises(InvalidArgument, match="fine_tuning_job"):
+            await graft.create_job("base", "ds-1", suffix=5)  # type: ignore[typeddict-item]
+        with pytest.raises(InvalidArgument, match="contestants"):
+            await graft.create_evaluation("ds-1", [("base", 2**40)])
         with pytest.raises(InvalidArgument, match="version"):
             await graft.set_alias("base:reviews", "candidate", 2**40)
 
@@ -159,7 +178,7 @@ async def test_no_gateway_is_told_with_the_address_and_the_fix() -> None:
 
 
 def test_a_connection_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRAFT_ADDRESS", "https://graft.example:443")
+    monkeypatch.setenv("GRAFT_ADDRESS", "https://graft.example:443/")
     monkeypatch.setenv("GRAFT_API_KEY", "secret")
     monkeypatch.setenv("GRAFT_PROJECT", "team")
     connection = Connection()

@@ -1,5 +1,4 @@
 import io
-import json
 import math
 import re
 from dataclasses import replace
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from graft.cli.comparing import comparison_json, comparison_table, confusion_table, print_comparison
+from graft.cli.comparing import comparison_table, confusion_table, print_comparison
 from graft.domain.errors import InvalidArgument
 from graft.evaluation import figures
 from graft.evaluation.comparison import Candidate, ComparedTask, Comparison, Result, Speed
@@ -216,7 +215,8 @@ def test_figures_alone_give_the_same_answer_as_the_rows_that_they_were_computed_
         for result in TASK.results
     )
     found = replace(COMPARISON, tasks=(replace(TASK, results=known, inputs=(), labels=()),))
-    assert comparison_json(found) == comparison_json(COMPARISON)
+    assert found.tasks[0].figures == TASK.figures
+    assert (found.headline, found.remarks) == (COMPARISON.headline, COMPARISON.remarks)
     assert _printed(found) == _printed(COMPARISON)
     assert "Confusion" in Page(render(found)).text()
 
@@ -444,21 +444,3 @@ def test_all_that_is_printed_takes_names_as_they_are() -> None:
     assert text.count("[red]x[/]") >= 3
     assert "[bold], 60 rows" in text
     assert "Yes. On [bold], tuned@2 (135M) beats the larger [red]x[/] (361M) by 40.0 points" in text
-
-
-def test_the_json_holds_every_figure_and_the_answer() -> None:
-    found = json.loads(json.dumps(comparison_json(COMPARISON)))
-    assert (found["outcome"], found["verdict"]) == ("better", COMPARISON.headline)
-    (task,) = found["tasks"]
-    assert task["advantage"]["fine_tuned"] == "tuned@2"
-    assert task["advantage"]["value"] == pytest.approx(0.4)
-    assert [each["candidate"] for each in task["results"]] == list(ANSWERS)
-    large = task["results"][0]
-    assert large["figures"]["accuracy"] == {
-        **{key: pytest.approx(large["figures"]["accuracy"][key]) for key in ("low", "high")},
-        "value": pytest.approx(0.6),
-        "n": 60,
-    }
-    assert large["latency_p50_seconds"] == 0.25
-    assert large["confusion"] == {"labels": ["p", "n", None], "counts": [[18, 12, 0], [12, 18, 0]]}
-    assert found["candidates"][0]["parameters"] == 361_000_000

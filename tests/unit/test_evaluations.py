@@ -66,6 +66,13 @@ class Bytes:
         return list(text.encode())
 
 
+class Ended(Bytes):
+    """The same, with the end of text behind each, as after `add_eos_token` in a tokenizer's configuration."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [*super().encode(text), *([self.eos_token_id] * add_special_tokens)]
+
+
 class Scoring(Answering):
     """An engine to which each letter is likelier than the next."""
 
@@ -222,10 +229,11 @@ async def test_rows_of_fields_are_asked_by_the_task_and_judged_by_the_grader(tmp
         assert all((body["max_tokens"], body["stop"]) == (5, ["."]) for _, body in engine.bodies)
 
 
+@pytest.mark.parametrize("tokenizer", [Bytes(), Ended()], ids=["plain", "with an end"])
 async def test_texts_and_pairs_are_scored_token_by_token_over_the_whole_of_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Bytes
 ) -> None:
-    monkeypatch.setattr("graft.orchestrator.evaluations.load_tokenizer", lambda _path: Bytes())
+    monkeypatch.setattr("graft.orchestrator.evaluations.load_tokenizer", lambda _path: tokenizer)
     async with world(tmp_path, GRAFT_SERVING_CONTEXT_TOKENS="12") as it:
         texts = [{"text": "abcdefghijklmnopqrstuvwxyz"}, {"text": "b"}]
         await stored(it, tmp_path, "ds-h", texts, DatasetFormat.TEXT)

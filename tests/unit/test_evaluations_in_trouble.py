@@ -19,6 +19,7 @@ from graft.domain.resources import DatasetFormat
 from graft.grading import Grade, GradeItem
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.asking import Answer, Answers
+from graft.storage import Storage
 from tests.support.orchestration import BASE, PROJECT, World, world
 from tests.unit.test_evaluations import Answering, Bytes, Scoring, evaluated, reviews, stored, until_ended
 
@@ -40,6 +41,32 @@ async def test_memory_that_the_engine_does_not_tell_costs_no_evaluation(tmp_path
         found = await evaluated(it, Silent(), ONE)
         assert found.state is EvaluationState.SUCCEEDED, found.error
         assert found.results[0].memory_bytes == 0
+
+
+async def test_a_storage_that_is_away_for_a_moment_costs_no_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = {"fetch", "read", "put_file"}
+
+    def away_once(name: str) -> Any:
+        method = getattr(Storage, name)
+
+        def call(*given: Any) -> Any:
+            if name in away:
+                away.discard(name)
+                raise Unavailable("The storage does not answer.", reason="STORAGE_UNAVAILABLE")
+            return method(*given)
+
+        return call
+
+    (tmp_path / "shared").mkdir()
+    for name in tuple(away):
+        monkeypatch.setattr(Storage, name, away_once(name))
+    async with world(tmp_path, GRAFT_STORAGE_URL=f"file://{tmp_path}/shared") as it:
+        await with_reviews(it, tmp_path, 4)
+        found = await evaluated(it, Answering(), ONE)
+        assert found.state is EvaluationState.SUCCEEDED, found.error
+    assert away == set()
 
 
 async def test_an_evaluation_that_mlflow_does_not_take_succeeds_and_says_so(

@@ -134,6 +134,15 @@ async def test_a_full_disk_is_told_in_a_sentence_and_leaves_nothing(
         assert files(it) == []
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "rows\x1b[2J.jsonl", "two\nlines", "\x9b31m"])
+async def test_a_name_that_a_terminal_would_obey_or_that_has_no_end_is_refused(tmp_path: Path, name: str) -> None:
+    async with gateway(tmp_path) as it:
+        error = await refused(DatasetServiceStub(it.channel).UploadDataset(pieces(ROWS, display_name=name)))
+        assert (error.code, error.reason) == ("INVALID_ARGUMENT", "INVALID_DISPLAY_NAME")
+        assert error.violations[0].field == "display_name"
+        assert files(it) == []
+
+
 async def test_an_upload_without_its_header_is_refused(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         error = await refused(DatasetServiceStub(it.channel).UploadDataset(iter([Request(chunk=ROWS)])))

@@ -8,6 +8,8 @@ import pytest
 
 from graft.api.v1 import evaluation_pb2, evaluation_service_pb2
 from graft.api.v1.dataset_pb2 import DatasetFormat as Format
+from graft.api.v1.dataset_service_pb2 import DeleteDatasetRequest
+from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
 from graft.api.v1.evaluation_service_pb2_grpc import EvaluationServiceStub
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import load
@@ -40,9 +42,21 @@ async def test_an_evaluation_is_queued_with_versions_in_the_place_of_aliases(tmp
         assert (made.state, list(made.metrics)) == (Evaluation.STATE_QUEUED, ["accuracy", "macro_f1"])
         stub = EvaluationServiceStub(it.channel)
         assert await created(it, evaluation(made.dataset), "r-1") == made
+        assert await created(it, evaluation("ds-gone"), "r-1") == made  # whatever has changed since
         assert await stub.GetEvaluation(evaluation_service_pb2.GetEvaluationRequest(name=made.name)) == made
         page = await stub.ListEvaluations(evaluation_service_pb2.ListEvaluationsRequest(parent="projects/default"))
         assert list(page.evaluations) == [made]
+        shown = DeleteDatasetRequest(name=await uploaded(it, b'{"prompt": "another?", "completion": "yes"}'))
+        second = evaluation(made.dataset, shots_dataset=shown.name)
+        second.contestants[0].shots = 1
+        second = await created(it, second)
+        for used, users in ((made.dataset, (made, second)), (shown.name, (second,))):
+            error = await refused(DatasetServiceStub(it.channel).DeleteDataset(DeleteDatasetRequest(name=used)))
+            assert (error.code, error.reason) == ("FAILED_PRECONDITION", "DATASET_IN_USE")
+            assert all(user.name.rsplit("/", 1)[1] in error.message for user in users)
+        await stub.CancelEvaluation(evaluation_service_pb2.CancelEvaluationRequest(name=second.name))
+        await it.store.end_cancelled_evaluations()
+        await DatasetServiceStub(it.channel).DeleteDataset(shown)
         cancelled = await stub.CancelEvaluation(evaluation_service_pb2.CancelEvaluationRequest(name=made.name))
         assert cancelled.cancel_requested
         error = await refused(
@@ -61,6 +75,9 @@ async def test_an_evaluation_is_queued_with_versions_in_the_place_of_aliases(tmp
         (("No Name",), {}, "contestants[0].model", "is not a name"),
         ((), {"samples": 4}, "samples", "says nothing about prompt_completion rows"),
         ((), {"max_rows": -1}, "max_rows", "outside"),
+        ((), {"metrics": ["accuracy"] * 500}, "metrics", "are 500; there are 15 different ones"),
+        ((BASE,) * 500, {}, "contestants", "are 500; give 1 to 16"),
+        ((), {"display_name": "a\nb"}, "display_name", "control characters"),
         ((), {"grader": {"kind": "numeric"}}, "grader", "says nothing"),
     ],
 )

@@ -28,6 +28,7 @@ from graft.domain.jobs import Checkpoint, EventLevel, Job, JobError, JobState, P
 from tests.support.gateways import BASE, NOW, ROWS, Gateway, base_model, drained, gateway, refused, registry
 from tests.unit.test_gateway_datasets import pieces
 
+HELD_OUT = Hyperparameters(validation_fraction=0.1)
 Create = fine_tuning_service_pb2.CreateFineTuningJobRequest
 Get = fine_tuning_service_pb2.GetFineTuningJobRequest
 Watch = fine_tuning_service_pb2.WatchFineTuningJobRequest
@@ -91,6 +92,38 @@ async def test_a_retried_create_returns_the_first_ones_job(tmp_path: Path) -> No
         first = await created(it, request_id="one", training_dataset=dataset)
         assert await created(it, request_id="one", training_dataset=dataset) == first
         assert (await created(it, request_id="two", training_dataset=dataset)).name != first.name
+        # An answer may be lost for so long that what was asked for could not be asked for any more.
+        await it.store.replace_base_models(())
+        assert await created(it, request_id="one", training_dataset=dataset) == first
+
+
+async def test_a_page_that_would_be_larger_than_a_message_may_be_is_a_shorter_one(tmp_path: Path) -> None:
+    async with gateway(tmp_path, GRAFT_GATEWAY_MAX_MESSAGE_BYTES="20000") as it:
+        long = {f"{number}": "x" * 512 for number in range(16)}
+        made = [(await created(it, metadata=long)).name for _ in range(5)]
+        asked = fine_tuning_service_pb2.ListFineTuningJobsRequest(parent="projects/default", page_size=1000)
+        found: list[str] = []
+        pages = 0
+        while asked.page_token or not pages:
+            page = await FineTuningServiceStub(it.channel).ListFineTuningJobs(asked)
+            found += [job.name for job in page.fine_tuning_jobs]
+            asked.page_token = page.next_page_token
+            pages += 1
+        assert found == made[::-1]
+        assert pages > 2
+
+
+async def test_a_list_that_is_far_too_long_is_one_fault_and_is_not_looked_through(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        for fields, fault in (
+            ({"lora": LoraTuning(target_modules=["q_proj"] * 500)}, "lora.target_modules"),
+            ({"lora": LoraTuning(modules_to_save=["lm_head"] * 500)}, "lora.modules_to_save"),
+            ({"sweep": Sweep(ranks=[8] * 500), "hyperparameters": HELD_OUT}, "sweep.ranks"),
+            ({"sweep": Sweep(learning_rates=[2.0] * 500), "hyperparameters": HELD_OUT}, "sweep.learning_rates"),
+        ):
+            error = await refused(created(it, **fields))
+            assert [one.field for one in error.violations] == [fault]
+            assert "500" in error.message
 
 
 async def test_all_faults_of_a_job_are_reported_together(tmp_path: Path) -> None:

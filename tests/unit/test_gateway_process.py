@@ -31,6 +31,9 @@ from graft.gateway.auth import key_hash
 from graft.gateway.main import add_initial_key, serve
 from graft.internal.engine_client import EngineClient
 from graft.settings import Settings, load
+from graft.stack.doctor import check_gateway
+from graft.stack.processes import described
+from tests.support.command import graft
 from tests.support.fake_engine import FakeEngine, fake_engine
 from tests.support.gateways import eventually, seeded_store
 
@@ -201,6 +204,22 @@ async def test_with_tls_files_both_ports_speak_tls(tmp_path: Path) -> None:
         async with httpx.AsyncClient(verify=ssl.create_default_context(cafile=certificate)) as client:
             answer = await client.get(f"https://localhost:{settings.gateway.http_port}/healthz")
             assert answer.status_code == 200
+
+
+async def test_with_tls_files_the_stack_and_the_commands_of_this_home_speak_tls_as_well(tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    files = {"GRAFT_GATEWAY_TLS_CERTIFICATE": certificate, "GRAFT_GATEWAY_TLS_KEY": key}
+    async with served(tmp_path, GRAFT_GATEWAY_HOST="localhost", **files) as (settings, _engine, _stop):
+        assert settings.gateway_url == f"https://localhost:{settings.gateway.http_port}"
+        (probe,) = (process.probe for process in described(settings, {}) if process.name == "gateway")
+        async with asyncio.timeout(20):
+            while not await asyncio.to_thread(probe):  # noqa: ASYNC110 - it asks the socket
+                await asyncio.sleep(0.05)
+        ports = {"GRAFT_GATEWAY_GRPC_PORT": settings.gateway.grpc_port}
+        listed = await graft("models", "--json", GRAFT_HOME=tmp_path, GRAFT_GATEWAY_HOST="localhost", **files, **ports)
+        assert [model["model"] for model in listed.json] == ["smollm2-135m"]
+        (check,) = await asyncio.to_thread(lambda: [*check_gateway(settings, "", running=True)])
+        assert check.state == "ok"
 
 
 def test_tls_files_that_are_no_pair_are_refused_at_start(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import openai
 import pytest
 from openai.types import FileObject
 
+from graft.domain.resources import Dataset
 from graft.gateway.uploads import Upload
+from graft.store.protocol import Page
 from tests.support.gateways import ROWS, eventually
 from tests.support.http_gateways import HttpGateway, http_gateway
 
@@ -82,12 +84,23 @@ async def test_bad_lines_are_counted_and_the_first_twenty_told_and_nothing_is_st
         assert [one async for one in it.client.files.list()] == []
 
 
-async def test_lists_are_paged_newest_first_by_the_last_files_id(tmp_path: Path) -> None:
+async def test_lists_are_paged_newest_first_by_the_last_files_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with http_gateway(tmp_path) as it:
+        asked: list[int] = []
+        list_datasets = it.store.list_datasets
+
+        async def counted(project: str, size: int, token: str) -> Page[Dataset]:
+            asked.append(size)
+            return await list_datasets(project, size, token)
+
+        monkeypatch.setattr(it.store, "list_datasets", counted)
         made = [(await uploaded(it, name=f"{number}.jsonl")).id for number in range(5)]
         page = await it.client.files.list(limit=2)
         assert page.has_more
         assert [one.id async for one in page] == made[::-1]
+        assert asked == [2, 2, 2]  # a page reads itself, however far behind the first it is
         rest = await it.client.files.list(after=made[1])
         assert [one.id for one in rest.data] == made[:1]
         assert rest.has_more is False

@@ -87,7 +87,7 @@ async def test_events_come_newest_first_and_after_leads_to_older_ones(tmp_path: 
             assert newest.has_more is (count > 1)
         everything = [event.message async for event in jobs.list_events(made.id, limit=5)]
         assert everything == [*(f"m{count}" for count in range(11, 0, -1)), only.message]
-        for after in ("nothing", "ftevent-other-3", only.id + "x"):
+        for after in ("nothing", "ftevent-other-3", only.id + "x", f"ftevent-{made.id}-13"):
             with pytest.raises(openai.BadRequestError):
                 await jobs.list_events(made.id, after=after)
 
@@ -289,3 +289,13 @@ def test_every_state_has_a_status_that_the_client_knows() -> None:
     known = {"validating_files", "queued", "running", "succeeded", "failed", "cancelled"}
     assert set(STATUSES) == set(JobState)
     assert set(STATUSES.values()) == known
+
+
+async def test_of_many_fields_that_are_not_known_the_first_are_named_and_the_others_counted(
+    tmp_path: Path,
+) -> None:
+    async with http_gateway(tmp_path) as it:
+        body = {"model": BASE, "training_file": "ds-1", **{f"field{number}": 1 for number in range(500)}}
+        error = (await it.raw.post("/v1/fine_tuning/jobs", json=body)).json()["error"]
+        assert error["message"].count("is not a field here") == 20
+        assert error["message"].endswith("body: has 480 more fields that are not known.")

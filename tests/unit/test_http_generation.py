@@ -329,3 +329,35 @@ async def test_the_synchronous_client_works_too(tmp_path: Path) -> None:
                 return [piece.choices[0].delta.content or "" for piece in stream]
 
         assert await asyncio.to_thread(ask) == ["[base] ", "one", " two", " three"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "https://page.example"},
+        {"origin": "null"},  # of a page in a sandbox, or from a file
+        {"host": "page.example"},  # a name of the page's own that leads here: DNS rebinding
+        {"host": "page.example:8080", "origin": "http://page.example:8080"},
+        {"host": "[bad"},
+    ],
+)
+async def test_without_keys_pages_of_the_web_are_not_answered(tmp_path: Path, headers: dict[str, str]) -> None:
+    async with http_gateway(tmp_path) as it:
+        for request in (it.raw.get("/v1/models", headers=headers), it.raw.post("/v1/files", headers=headers)):
+            answer = await request
+            assert answer.status_code == 403
+            assert answer.json()["error"]["code"] == "not_local"
+        assert (await it.raw.get("/healthz", headers=headers)).status_code == 200
+
+
+async def test_without_keys_this_machine_is_answered_under_each_of_its_names_and_with_keys_under_any(
+    tmp_path: Path,
+) -> None:
+    async with http_gateway(tmp_path) as it:
+        for host in ("localhost", "127.0.0.1:1", "[::1]:8080", "graft.localhost"):
+            answer = await it.raw.get("/v1/models", headers={"host": host, "origin": f"http://{host}"})
+            assert answer.status_code == 200
+    async with http_gateway(tmp_path / "guarded", guarded=True) as it:
+        await it.store.add_key(key_hash("secret"), "default", "test")
+        named = {"host": "graft.example", "origin": "https://page.example", "authorization": "Bearer secret"}
+        assert (await it.raw.get("/v1/models", headers=named)).status_code == 200

@@ -87,6 +87,7 @@ async def test_deployments_are_asked_for_listed_and_taken_back(tmp_path: Path) -
         assert (made["id"], made["object"], made["state"]) == ("other", "deployment", "STATE_STARTING")
         assert await got(it, "/v1/deployments/other") == made
         assert (await got(it, "/v1/deployments"))["data"] == [made]
+        assert (await got(it, "/v1/deployments", after="other"))["data"] == []
         assert (await it.raw.post("/v1/deployments", json={"model": "other"})).json() == made
         refused = error_of(await it.raw.post("/v1/deployments", json={"model": BASE}), 409)
         assert refused["code"] == "base_model_served"
@@ -108,6 +109,18 @@ async def test_adapters_and_versions_are_listed_and_read_by_number_and_alias(tmp
         assert ([v["id"] for v in versions["data"]], versions["has_more"]) == ([f"{BASE}:reviews@3"], True)
         older = await got(it, f"{LINE}/versions", after=f"{BASE}:reviews@3")
         assert [v["version"] for v in older["data"]] == [1]
+        assert (await got(it, "/v1/adapters", after=one["id"], base_model=BASE))["data"] == []
+        for path, after in (
+            ("/v1/adapters", "nothing"),
+            ("/v1/adapters", f"{BASE}:none"),
+            (f"{LINE}/versions", f"{BASE}:reviews@2"),
+            (f"{LINE}/versions", f"{BASE}:reviews"),
+            (f"{LINE}/versions", f"{BASE}:other@3"),
+            ("/v1/base_models", "none"),
+            ("/v1/deployments", "none"),
+            ("/v1/evaluations", "ev-none"),
+        ):
+            assert error_of(await it.raw.get(path, params={"after": after}), 400)["param"] == "after"
         for selector in ("3", "champion"):
             assert await got(it, f"{LINE}/versions/{selector}") == versions["data"][0]
         assert versions["data"][0]["aliases"] == ["champion"]

@@ -56,6 +56,7 @@ def test_a_task_is_a_name_or_the_text_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\n")
     assert options(task=str(file))["task_definition"] == "name: mine\n"
+    assert options(task=str(file.rename(tmp_path / "mine")))["task_definition"] == "name: mine\n"
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_an_ambiguous_file_is_refused_with_the_candidates_and_what_each_would_ig
 def test_a_declaration_ignores_other_keys_and_tells_which() -> None:
     assert report({"text": "t", "label": 1, "id": 2}, declared=Format.TEXT).ignored == ("label", "id")
     assert report({"text": "t", "label": 1}, declared=Format.FIELDS).ignored == ()
+    assert len(report({"text": "t"} | {f"k{n}": n for n in range(99)}, declared=Format.TEXT).ignored) == 20
     error = refused({"text": "t", "label": 1}, declared=Format.ALPACA)
     assert [fault.field for fault in error.violations] == ["line 1: instruction"]
 

@@ -26,6 +26,8 @@ def test_a_model_is_parsed_into_base_adapter_and_selector(text: str, parsed: nam
         "base:a@",
         "base@3",
         "base:a@0",
+        "base:a@2147483648",
+        "base:a@" + "9" * 5000,
         "base:a@latest",
         "base:a@v2",
         "base:a@B",

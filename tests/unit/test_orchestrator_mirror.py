@@ -5,6 +5,9 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
+from graft.domain.errors import Unavailable
 from graft.store.protocol import AliasWish
 from tests.support.orchestration import BASE, KEY, PROJECT, World, world
 
@@ -66,6 +69,26 @@ async def test_a_wish_for_what_does_not_exist_ends_with_the_registrys_reason(tmp
         error = (await it.store.get_alias_wish("aw-7")).error
         assert error is not None
         assert (error.code, error.reason) == ("NOT_FOUND", "ADAPTER_VERSION_NOT_FOUND")
+
+
+async def test_a_wish_that_the_registry_never_carries_out_keeps_the_read_model_from_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise Unavailable("MLflow does not answer as it should (PERMISSION_DENIED).", reason="REGISTRY_UNAVAILABLE")
+
+    async with world(tmp_path) as it:
+        it.registry.add(BASE, "reviews", "job-a")
+        monkeypatch.setattr(it.registry, "set_alias", read_only)
+        await it.store.request_alias(_wish(1))
+        async with it.orchestrator():
+            it.registry.aliases[KEY] = {"champion": 1}
+
+            async def mirrored() -> bool:
+                return await _aliases(it) == {"champion": 1}
+
+            await _until(mirrored)
+        assert not (await it.store.get_alias_wish("aw-1")).done
 
 
 async def test_while_the_registry_is_down_the_read_model_stays_and_wishes_wait(tmp_path: Path) -> None:

@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from graft.domain.errors import Unavailable
-from graft.domain.jobs import Lora
+from graft.domain.jobs import EventLevel, Lora, ServedAs, Tuning
 from graft.storage import Storage, share_base_model
-from graft.training import places
+from graft.training import places, search
 from graft.training.objectives.objective import ALONE
-from graft.training.search import _keep, trial_spec
+from graft.training.search import trial_spec
 from graft.training.spec import Clock, RunSpec
-from graft.training.sweep import Trial
+from graft.training.sweep import SearchSpec, Trial
 from graft.training.worker import run_worker
 from tests.support.run_specs import tiny_run
 from tests.support.tiny_llama import make_tiny_llama
@@ -86,7 +87,52 @@ def test_a_storage_that_is_away_at_a_checkpoint_loses_that_checkpoint_and_not_th
     told = _run(spec)
     assert told[-1][0] == "finished"
     assert [kind for kind, _ in told if kind == "checkpoint"] == []
-    assert any("step 2 is not kept" in data["message"] for kind, data in told if kind == "message")
+    (lost,) = [data for kind, data in told if kind == "message"]
+    assert "step 2 is not kept" in lost["message"]
+    assert lost["level"] in set(EventLevel), "the orchestrator tells what it does not know as all is well"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_no_new_one_and_goes_later(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Storage, "delete", _away_once(Storage.delete, "delete", ["delete"]))
+    full = {"tuning": Tuning.FULL, "lora": Lora(), "served_as": ServedAs.MERGED_MODEL}
+    told = _run(replace(spec, total_steps=5, checkpoint_steps=1, **full))  # type: ignore[arg-type]
+    uris = [str(data["uri"]) for kind, data in told if kind == "checkpoint"]
+    assert [uri.rpartition("-")[2] for uri in uris] == ["1", "2", "3", "4"]
+    assert spec.storage is not None
+    assert [spec.storage.has_folder(uri) for uri in uris] == [False, False, True, True]
+
+
+class _Told:
+    """In the place of an actor's method by its handle."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def options(self, **_: object) -> "_Told":
+        return self
+
+    def remote(self, *given: Any) -> None:
+        self.told.append(given)
+
+
+def test_a_storage_that_is_away_for_a_moment_ends_no_trial(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = ["put_folder", "delete"]
+    for name in tuple(away):
+        monkeypatch.setattr(Storage, name, _away_once(getattr(Storage, name), name, away))
+    monkeypatch.setattr(places, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(search.ray, "get", lambda sent: sent)
+    monkeypatch.setattr("ray.tune.report", lambda _: None)
+    monkeypatch.setattr(search, "free_threads", lambda _: 1)
+    trials = SearchSpec((Trial(1, 1e-2, 4, 8.0),), 1, 3.0, 1)
+    held_out = {"validation_path": spec.dataset_path, "validation_format": spec.dataset_format, "eval_steps": 1}
+    actor: Any = SimpleNamespace(report=_Told(), place=_Told())
+    search._trial({"trial": 1}, replace(spec, search=trials, **held_out), actor, time.time())  # type: ignore[arg-type]
+    kinds = [kind for _, kind, *_ in actor.report.told]
+    assert kinds[-1] == "finished"
+    assert kinds.count("saved") > 1
+    assert away == []
 
 
 def test_a_storage_that_comes_back_is_waited_for_and_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +140,7 @@ def test_a_storage_that_comes_back_is_waited_for_and_told_of_once(monkeypatch: p
     answers: list[Callable[[], int]] = [_away, _away, lambda: 7]
     told: Told = []
     assert places.patiently(lambda: answers.pop(0)(), lambda kind, data: told.append((kind, data))) == 7
-    assert [data["level"] for _, data in told] == ["WARN"]
+    assert [data["level"] for _, data in told] == [EventLevel.WARN]
 
 
 def test_a_storage_that_stays_away_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,14 +153,32 @@ def _away() -> int:
     raise Unavailable("The storage is away.", reason="STORAGE_UNAVAILABLE")
 
 
-def test_the_best_trial_of_another_host_becomes_the_result(spec: RunSpec, tmp_path: Path) -> None:
+def _away_once(method: Callable[..., Any], name: str, away: list[str]) -> Callable[..., Any]:
+    def call(*given: Any) -> Any:
+        if name in away:
+            away.remove(name)
+            _away()
+        return method(*given)
+
+    return call
+
+
+def test_the_best_trial_of_another_host_becomes_the_result_as_soon_as_the_storage_is_there(
+    spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trial = places.on_this_host(trial_spec(spec, Trial(3, 1e-3, 4, 8.0)))
     folder = Path(trial.output_dir) / "step-2"
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     where = places.put(trial, folder)
     assert where == f"file://{tmp_path}/shared/runs/ft-1/1/trials/3/step-2"
-    _keep(places.on_this_host(spec), where)
+    monkeypatch.setattr(places, "RETRY_SECONDS", 0.0)
+    away = ["fetch_folder", "put_folder"]
+    for name in tuple(away):
+        monkeypatch.setattr(Storage, name, _away_once(getattr(Storage, name), name, away))
+    told: Told = []
+    search._keep(places.on_this_host(spec), where, lambda kind, data: told.append((kind, data)))
+    assert [data["level"] for _, data in told] == [EventLevel.WARN, EventLevel.WARN]
     assert spec.storage is not None
     assert spec.storage.has_folder(spec.storage.uri(spec.output_key, "adapter"))
 

@@ -11,7 +11,7 @@ import pytest
 
 from graft.domain.errors import FailedPrecondition
 from graft.registry.digest import adapter_digest
-from graft.serving.prove import BaseShapes, Proof, base_shapes, prove, read_header
+from graft.serving.prove import BaseShapes, base_shapes, prove, read_header
 
 from ..support.adapters import tiny_base
 
@@ -50,8 +50,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(folder: Path, *, expected_digest: str | None = None, max_lora_rank: int = 16) -> Proof:
-    return prove(
+def check(folder: Path, *, expected_digest: str | None = None, max_lora_rank: int = 16) -> None:
+    prove(
         folder,
         BASE,
         model="tiny:a@1",
@@ -76,12 +76,7 @@ def assert_refused(folder: Path, file: str, fault: str, **options: Any) -> None:
 
 
 def test_a_whole_adapter_is_proven(folder: Path) -> None:
-    assert check(folder) == Proof(rank=4, scaling=2.0)
-
-
-def test_rank_stabilised_scaling_divides_by_the_root_of_the_rank(folder: Path) -> None:
-    configure(folder, use_rslora=True)
-    assert check(folder).scaling == 4.0
+    check(folder)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

@@ -12,11 +12,13 @@ import torch
 from graft.data.graded import PromptExample
 from graft.domain.errors import Unavailable
 from graft.domain.grading import GraderSpec
-from graft.domain.jobs import Lora, Method, OverLengthPolicy, Reinforcement
+from graft.domain.jobs import EventLevel, Lora, Method, OverLengthPolicy, Reinforcement
 from graft.domain.resources import DatasetFormat
 from graft.grading.build import build_grader
 from graft.grading.items import Grade, GradeItem
 from graft.registry.digest import adapter_digest
+from graft.storage import Storage
+from graft.training import places
 from graft.training.imports import AutoModelForCausalLM, AutoTokenizer, LoraConfig, get_peft_model
 from graft.training.loop import LoopSettings, StepReport, train
 from graft.training.lora import fuse
@@ -80,7 +82,7 @@ def objective_of(
     count: int = 16,
 ) -> tuple[Reinforced, LocalSampler]:
     sampler = LocalSampler(model, tokenizer, asked.group_size, asked.max_completion_tokens)
-    policies = Policies(spec_of(folder), model, sampler, group)
+    policies = Policies(spec_of(folder), model, sampler, group, silent)
     patience = Patience(silent)
     return Reinforced(prompts_of(tokenizer, count), asked, 0, sampler, policies, grader, patience), sampler
 
@@ -219,9 +221,34 @@ def test_training_that_goes_on_from_a_version_samples_that_version_first(
 ) -> None:
     start = StartFrom("tiny:reviews@1", "default--tiny--reviews", 1, "sha256:r", "", "")
     sampler = LocalSampler(model, tokenizer, 8, 4)
-    policies = Policies(replace(spec_of(tmp_path), start_from=start), model, sampler, ALONE)
+    policies = Policies(replace(spec_of(tmp_path), start_from=start), model, sampler, ALONE, silent)
     first = policies.publish(0, ALONE)
     assert first is not None
     assert (first.model, first.path) == ("tiny:ft-1-step-0", str(tmp_path / "policy" / "step-0"))
     assert sampler.loaded == [first]
     assert adapter_digest(Path(first.path)) == first.digest
+
+
+def test_a_policy_waits_for_a_storage_that_is_away(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, away = Storage.put_folder, [True]
+
+    def away_once(self: Storage, folder: Path, uri: str) -> None:
+        if away:
+            away.clear()
+            raise Unavailable("The storage is away.", reason="STORAGE_UNAVAILABLE")
+        put(self, folder, uri)
+
+    monkeypatch.setattr(Storage, "put_folder", away_once)
+    monkeypatch.setattr(places, "RETRY_SECONDS", 0.0)
+    (tmp_path / "shared").mkdir()
+    spec = replace(spec_of(tmp_path / "run"), storage=Storage(f"file://{tmp_path}/shared"), output_key="runs/ft-1/1")
+    told: list[str] = []
+    sampler = LocalSampler(model, tokenizer, 8, 4)
+    policies = Policies(spec, model, sampler, ALONE, lambda _, data: told.append(data["level"]))
+    policy = policies.publish(1, ALONE)
+    assert policy is not None
+    assert policy.path == f"file://{tmp_path}/shared/runs/ft-1/1/policy/step-1"
+    assert sampler.loaded == [policy]
+    assert told == [EventLevel.WARN]

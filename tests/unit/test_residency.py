@@ -73,6 +73,23 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def test_an_adapter_that_is_unloaded_while_it_fails_to_come_back_leaves_its_slot_once() -> None:
+    residency, engine, _ = make(1)
+    await residency.load(ref("a"))
+    engine.held.clear()
+    residency.engine_died()
+    engine.error = FailedPrecondition("The engine refused the adapter.", reason="ADAPTER_INVALID")
+    delays = iter([0.05, 0.0])  # to come back, to leave
+    engine.delay_seconds = lambda: next(delays)
+    restoring = asyncio.create_task(residency.restore())
+    await settle()
+    await residency.unload("sha256:a")
+    await restoring
+    engine.error, engine.delay_seconds = None, lambda: 0.0
+    await residency.load(ref("b"))
+    assert [held.digest for held in residency.held()] == ["sha256:b"]
+
+
 async def test_concurrent_requests_for_one_digest_share_one_load() -> None:
     residency, engine, puller = make(2)
     puller.gate = asyncio.Event()

@@ -1,11 +1,9 @@
-"""How the command shows comparisons: a table for people, one object with `--json`.
+"""How the command shows comparisons to people: as tables and sentences.
 
 Owns the form; what is compared and what follows from it is `graft.evaluation.comparison`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,7 +13,7 @@ from rich.text import Text
 from graft.domain.units import count_text, size_text
 from graft.evaluation import figures
 from graft.evaluation.charts import Scale
-from graft.evaluation.comparison import Candidate, ComparedTask, Comparison, Speed, scale_of
+from graft.evaluation.comparison import ComparedTask, Comparison, scale_of
 from graft.evaluation.confusion import Confusion
 from graft.evaluation.figures import Figure
 
@@ -100,61 +98,6 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     say(f"{comparison.answer}. {comparison.headline}", style)
     for remark in comparison.remarks:
         say(remark)
-
-
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """What `--json` prints: figures as `{"value", "low", "high", "n"}`, `null` for what was not measured."""
-    gains = {gain.task.name: gain for gain in comparison.gains}
-    return {
-        "title": comparison.title,
-        "create_time": comparison.created.isoformat(),
-        "outcome": comparison.outcome,
-        "verdict": comparison.headline,
-        "remarks": list(comparison.remarks),
-        "candidates": [asdict(candidate) for candidate in comparison.candidates],
-        "tasks": [
-            {
-                "name": task.name,
-                "rows": task.n,
-                "metrics": list(task.metrics),
-                "results": [
-                    _result_json(task, candidate, result.speed)
-                    for candidate in comparison.candidates
-                    for result in task.results
-                    if result.candidate == candidate.name
-                ],
-                "advantage": None
-                if (gain := gains.get(task.name)) is None
-                else {
-                    "outcome": gain.outcome,
-                    "fine_tuned": gain.tuned.name,
-                    "rival": gain.rival.name,
-                    "rival_is_larger": gain.smaller,
-                    "sentence": gain.sentence,
-                    "metric": gain.advantage.metric,
-                    **_figure_json(gain.advantage),
-                },
-            }
-            for task in comparison.tasks
-        ],
-        "notes": dict(comparison.notes),
-        "machine": dict(comparison.machine),
-    }
-
-
-def _result_json(task: ComparedTask, candidate: Candidate, speed: Speed) -> dict[str, Any]:
-    measured = {name: task.figures[name].get(candidate.name) for name in task.metrics}
-    matrix = task.confusions.get(candidate.name)
-    return {
-        "candidate": candidate.name,
-        "figures": {name: None if figure is None else _figure_json(figure) for name, figure in measured.items()},
-        **asdict(speed),
-        "confusion": None if matrix is None else {"labels": [*matrix.labels, None], "counts": matrix.counts},
-    }
-
-
-def _figure_json(figure: Figure) -> dict[str, Any]:
-    return {"value": figure.value, "low": figure.low, "high": figure.high, "n": figure.n}
 
 
 def _figure_text(figure: Figure | None, scale: Scale) -> Text:

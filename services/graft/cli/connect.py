@@ -15,4 +15,5 @@ def connect() -> "Graft":
         return Graft()
     from graft.settings import load
 
-    return Graft(Connection(address=load().gateway_address))
+    settings = load()
+    return Graft(Connection(settings.gateway_address, root_certificate=settings.gateway.tls_certificate))

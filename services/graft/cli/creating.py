@@ -42,7 +42,7 @@ SetOptions = Annotated[
 ]
 Follow = Annotated[bool, typer.Option(help="Follow the job until it ends.")]
 Model = Annotated[str, typer.Argument(help="Base model, as `graft models` shows it.")]
-Dataset = Annotated[str, typer.Argument(help="A data set's id, or a file that is uploaded first.")]
+Dataset = Annotated[str, typer.Argument(help="A data set's id, or a file or URL that is uploaded first.")]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def create_job(
     graft: "Graft", model: str, dataset: str, options: "JobOptions", format: str, *, follow: bool, as_json: bool
 ) -> None:
     """Uploads what is a file, as `format`; creates the job, says so, and follows it if asked to."""
-    options["validation_dataset"] = uploaded(graft, options.get("validation_dataset", ""), format)
-    job = graft.create_job(model, uploaded(graft, dataset, format), **options)
+    validation = options.get("validation_dataset", "")
+    options["validation_dataset"] = uploaded(graft, validation, format, as_json=as_json)
+    job = graft.create_job(model, uploaded(graft, dataset, format, as_json=as_json), **options)
     if as_json:
         print_json({"fine_tuning_job": as_dict(job)} if follow else as_dict(job), line=follow)
     else:

@@ -61,8 +61,7 @@ class Demo:
         self._console = console
         self._home = settings.home.path
         self._report_path = report_path
-        gateway = settings.gateway
-        self._connection = Connection(address=f"{gateway.host}:{gateway.grpc_port}")
+        self._connection = Connection(settings.gateway_address, root_certificate=settings.gateway.tls_certificate)
         self._base = settings.serving.base_model
 
     def run(self, *, keep: bool) -> Outcome:

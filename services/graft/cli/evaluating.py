@@ -44,7 +44,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compare(
-    dataset: Annotated[str, typer.Argument(help="Held-out data: a data set's id, or a file that is uploaded first.")],
+    dataset: Annotated[
+        str, typer.Argument(help="Held-out data: a data set's id, or a file or URL that is uploaded first.")
+    ],
     models: Annotated[
         list[str], typer.Argument(help="Who is compared: base, base:adapter@version; MODEL/8 with eight shots.")
     ],
@@ -85,10 +87,11 @@ def compare(
         }
         if grader:
             options["grader"] = job["method_options"]["grader"]
-        if shots_from:
-            options["shots_dataset"] = uploaded(graft, shots_from, format)
         contestants = _contestants(models, shots)
-        made = graft.create_evaluation(uploaded(graft, dataset, format), contestants, **options)
+        if shots_from:
+            options["shots_dataset"] = uploaded(graft, shots_from, format, as_json=as_json)
+        asked = uploaded(graft, dataset, format, as_json=as_json)
+        made = graft.create_evaluation(asked, contestants, **options)
         done = _follow(graft, made, as_json=as_json)
         _show(graft, done, report, as_json=as_json)
 
@@ -173,12 +176,27 @@ def _follow(graft: "Graft", evaluation: "Evaluation", *, as_json: bool) -> "Eval
 
 
 def _show(graft: "Graft", evaluation: "Evaluation", report: Path | None, *, as_json: bool) -> None:
-    if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_bytes(graft.evaluation_report(evaluation.name))
+    """What was found, and then the report: a file that cannot be written must not take the figures with it."""
     if as_json:
         print_json(as_dict(evaluation))
-        return
+    else:
+        _print(evaluation)
+    if report is not None:
+        page = graft.evaluation_report(evaluation.name)
+        try:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_bytes(page)
+        except OSError as error:
+            raise InvalidArgument(
+                f"{report} cannot be written: {error.strerror}. The report is kept: `graft evaluations get "
+                f"{short_id(evaluation.name)} --report FILE` writes it.",
+                reason="UNWRITABLE_FILE",
+            ) from None
+        if not as_json:
+            print(f"Report: {report}.")
+
+
+def _print(evaluation: "Evaluation") -> None:
     from graft.cli.comparing import print_comparison
 
     comparison = comparison_of(evaluation)
@@ -187,8 +205,7 @@ def _show(graft: "Graft", evaluation: "Evaluation", report: Path | None, *, as_j
         if remark not in comparison.remarks:
             print(remark)
     mlflow = f" MLflow run {evaluation.mlflow_run_id}." if evaluation.mlflow_run_id else ""
-    page = f" Report: {report}." if report else ""
-    print(f"Evaluation {short_id(evaluation.name)}.{mlflow}{page}")
+    print(f"Evaluation {short_id(evaluation.name)}.{mlflow}")
 
 
 def comparison_of(evaluation: "Evaluation") -> "Comparison":

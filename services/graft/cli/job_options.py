@@ -5,9 +5,9 @@ Knows the contract's messages, so that each of their fields can be set by name; 
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.cli.tasks import is_definition, read_definition
 from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.jobs import Memory
 
@@ -41,11 +41,8 @@ def job_options(settings: Sequence[str], *, method: str, tuning: str, task: str,
         options["method_options"] = {**options.get("method_options", {}), **own}
     if method:
         options["method"] = method
-    if task.endswith((".yaml", ".yml", ".json")):
-        try:
-            options["task_definition"] = Path(task).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgument(f"--task {task} cannot be read: {error}.", reason="UNREADABLE_FILE") from None
+    if is_definition(task):
+        options["task_definition"] = read_definition(task)
     elif task:
         options["task"] = task
     return options

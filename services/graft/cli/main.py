@@ -107,7 +107,7 @@ def _print_status(status: "Status", *, as_json: bool) -> None:
 
 
 def _print_ready(settings: "Settings", *, as_json: bool) -> None:
-    http = f"http://{settings.gateway.host}:{settings.gateway.http_port}/v1"
+    http = f"{settings.gateway_url}/v1"
     if as_json:
         where = {"grpc": settings.gateway_address, "http": http, "mlflow": settings.tracking_uri}
         print_json({"ready": True, **where, "logs": str(settings.home.path / "logs")}, line=True)

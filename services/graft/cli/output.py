@@ -5,6 +5,7 @@ Everything that is slow to import is imported where it is used, so that `graft -
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,8 +83,20 @@ def as_dict(message: Any) -> Any:
 
 
 def print_json(value: Any, *, line: bool = False, file: Any = None) -> None:
-    """`value`, indented, or on one `line`. Sent off at once, for those who read it as it comes."""
-    print(json.dumps(value, indent=None if line else 1, ensure_ascii=False), file=file, flush=True)
+    """`value`, indented, or on one `line`. Sent off at once, for those who read it as it comes.
+
+    A number that is none, as the loss of a training that ran away, is null: JSON has no NaN.
+    """
+    told = json.dumps(_finite(value), indent=None if line else 1, ensure_ascii=False, allow_nan=False)
+    print(told, file=file, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(
@@ -120,7 +133,9 @@ def show_fields(message: Any, fields: Mapping[str, object], *, as_json: bool) ->
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Columns without lines around them, folded to a terminal's width. Elsewhere each row is one line, for grep."""
     if not console.is_terminal:
-        lines = [[str(cell) for cell in line] for line in ([headers] if headers else []) + list(rows)]
+        lines = [
+            [" ".join(str(cell).splitlines()) for cell in line] for line in ([headers] if headers else []) + list(rows)
+        ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -7,7 +7,7 @@ import typer
 
 from graft.cli.connect import connect
 from graft.cli.output import Json, failures, local_time, print_json, short_id, show, show_fields, show_one, size_text
-from graft.cli.uploading import Format
+from graft.cli.uploading import Format, upload
 from graft.cli.validating import datasets_validate
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def datasets_upload(
     with failures(as_json=as_json), connect() as graft:
         from graft.client.requests import format_name
 
-        data = graft.upload_dataset(file, name, format=format)
+        data = upload(graft, file, name, format=format)
         found = f"{format_name(data.format)}, {data.row_count} rows, {size_text(data.size_bytes)}"
         show_one(data, f"{short_id(data.name)}  {found}", as_json=as_json)
 
@@ -86,7 +86,7 @@ def datasets_get(dataset: DatasetId, as_json: Json = False) -> None:
 
 @datasets.command("delete")
 def datasets_delete(dataset: DatasetId, as_json: Json = False) -> None:
-    """Delete a data set. Refused while a running job uses it."""
+    """Delete a data set. Refused while a job or an evaluation that has not ended uses it."""
     with failures(as_json=as_json), connect() as graft:
         graft.delete_dataset(dataset)
     if as_json:

@@ -50,6 +50,12 @@ def generate(
 ) -> None:
     """Continue a raw PROMPT, without a chat template, or answer the --input fields of MODEL's task."""
     with failures(as_json=as_json), connect() as graft:
+        if (prompt is None) is not bool(inputs):
+            raise InvalidArgument(
+                "Give either a PROMPT (`-` reads it from standard input) or the fields of MODEL's task as --input "
+                "NAME=TEXT.",
+                reason="INVALID_INPUT",
+            )
         answer = graft.generate(
             model,
             prompt=sys.stdin.read() if prompt == "-" else prompt,

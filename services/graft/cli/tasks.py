@@ -108,30 +108,22 @@ def tasks_check(
         print(f"\n{count} rows fit." if count < CHECKED_ROWS else f"\nThe first {count} rows fit.")
 
 
-def task_arguments(value: str) -> dict[str, str]:
-    """`--task NAME|FILE` as the field of a job: `task` for a name, `task_definition` for a file's text.
-
-    Raises InvalidArgument for a file that cannot be read or holds no good definition.
-    """
-    if not _is_file(value):
-        return {"task": value} if value else {}
-    loaded_task(value)  # its faults are told before anything is sent
-    return {"task_definition": _read(value)}
-
-
 def loaded_task(value: str) -> "TaskDefinition":
-    """The definition of `--task NAME|FILE`. Raises NotFound, or InvalidArgument as `task_arguments`."""
+    """The definition of `--task NAME|FILE`. Raises NotFound, and InvalidArgument for a file that cannot be
+    read or holds no good definition."""
     from graft.data.tasks import catalog
     from graft.data.tasks.definition import load
 
-    return load(_read(value)) if _is_file(value) else catalog.builtin(value)
+    return load(read_definition(value)) if is_definition(value) else catalog.builtin(value)
 
 
-def _is_file(value: str) -> bool:
+def is_definition(value: str) -> bool:
+    """Whether `--task NAME|FILE` names a file."""
     return value.endswith(SUFFIXES) or "/" in value or Path(value).is_file()
 
 
-def _read(value: str) -> str:
+def read_definition(value: str) -> str:
+    """The text of a definition's file. Raises InvalidArgument when it cannot be read."""
     try:
         return Path(value).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -153,9 +145,8 @@ def _tried(task: "TaskDefinition", data: Path) -> "tuple[TaskDefinition, dict[st
 
     try:
         rows = list(islice(read_rows(data), CHECKED_ROWS))
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"it is not JSONL: {error}"
-        raise InvalidArgument(f"{data} cannot be read: {why}.", reason="UNREADABLE_FILE") from None
+    except OSError as error:
+        raise InvalidArgument(f"{data} cannot be read: {error.strerror}.", reason="UNREADABLE_FILE") from None
     if not rows:
         raise InvalidArgument(f"{data} has no rows.", reason="BAD_DATASET")
     if task.labels_from_data and task.completion.field in rows[0]:

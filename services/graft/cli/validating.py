@@ -1,16 +1,14 @@
 """`graft datasets validate`: checks a file here, without a gateway, and shows what a job would find in it."""
 
 import os
-import time
 from dataclasses import asdict
 from itertools import dropwhile
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from graft.cli.bar import Bar
 from graft.cli.output import Json, failures, print_json, print_table, size_text
 from graft.domain.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from graft.domain.reports import DatasetReport, FoundRows
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from graft.data.analysis import Base
     from graft.data.formats import FileReport
 
-BAR_SECONDS = 2.0
-"""What takes longer shows a progress bar."""
 BAR_CHARACTERS = 40
 MOST_LABELS_SHOWN = 12
 
@@ -53,7 +49,7 @@ def datasets_validate(
     from graft.cli.tasks import loaded_task
     from graft.data.analysis import analyse
 
-    with failures(as_json=as_json), _Bar(Console(stderr=True)) as bar:
+    with failures(as_json=as_json), Bar() as bar:
         definition = loaded_task(task) if task else None
         checked = _validate(file, format, bar)
         other = None if held_out is None else (held_out, _validate_held_out(held_out, format, checked, bar))
@@ -77,7 +73,7 @@ def datasets_validate(
         _show(report, note)
 
 
-def _validate_held_out(path: Path, format: str, training: "FileReport", bar: "_Bar") -> "FileReport":
+def _validate_held_out(path: Path, format: str, training: "FileReport", bar: Bar) -> "FileReport":
     """Its own format, or the training file's where it may have several."""
     try:
         return _validate(path, format, bar)
@@ -87,7 +83,7 @@ def _validate_held_out(path: Path, format: str, training: "FileReport", bar: "_B
         return _validate(path, training.format.value, bar)
 
 
-def _validate(path: Path, format: str, bar: "_Bar") -> "FileReport":
+def _validate(path: Path, format: str, bar: Bar) -> "FileReport":
     from graft.data.formats import validate_file
     from graft.domain.resources import DatasetFormat
 
@@ -209,41 +205,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-class _Bar:
-    """A progress bar on standard error, if that is a terminal, for what has taken BAR_SECONDS and goes on."""
-
-    def __init__(self, out: Console) -> None:
-        self._out = out
-        self._began = time.monotonic()
-        self._progress: Any = None
-        self._task: Any = None
-        self._description = ""
-        self._total = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def begin(self, description: str, total: int) -> None:
-        """The next part of the work."""
-        self._description, self._total = description, total
-        if self._progress is not None:
-            self._progress.update(self._task, description=description, total=total, completed=0)
-
-    def at(self, done: int) -> None:
-        """How much of the part is done."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done)
-        elif self._out.is_terminal and time.monotonic() - self._began > BAR_SECONDS:
-            from rich.progress import Progress
-
-            self._progress = Progress(console=self._out, transient=True)
-            self._task = self._progress.add_task(self._description, total=self._total, completed=done)
-            self._progress.start()

@@ -142,14 +142,20 @@ class AsyncGraft:
     # Data sets
 
     async def upload_dataset(
-        self, path: str | Path, display_name: str = "", *, format: str = ""
+        self,
+        path: str | Path,
+        display_name: str = "",
+        *,
+        format: str = "",
+        progress: Callable[[int], None] = lambda _: None,
     ) -> dataset_pb2.Dataset:
         """Streams a JSONL, CSV or Parquet file up, or what an fsspec URL names.
 
-        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. Raises
-        InvalidArgument with the first 20 bad rows as violations, or the formats that the file may have.
+        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. `progress` is
+        told the bytes sent so far, in another thread. Raises InvalidArgument with the first 20 bad rows as violations,
+        or the formats that the file may have.
         """
-        upload = await asyncio.to_thread(Upload, self.connection.parent, path, display_name, format)
+        upload = await asyncio.to_thread(Upload, self.connection.parent, path, display_name, format, progress)
 
         async def parts() -> AsyncIterator[dataset_service_pb2.UploadDatasetRequest]:
             while (part := await asyncio.to_thread(next, upload, None)) is not None:
@@ -181,7 +187,7 @@ class AsyncGraft:
         return result
 
     async def delete_dataset(self, dataset: str) -> None:
-        """Raises FailedPrecondition while a live job uses it."""
+        """Raises FailedPrecondition while a live job or evaluation uses it."""
         request = dataset_service_pb2.DeleteDatasetRequest(name=requests.dataset(self.connection.parent, dataset))
         await self._call(self._datasets.DeleteDataset, request)
 

@@ -140,13 +140,21 @@ class Graft:
 
     # Data sets
 
-    def upload_dataset(self, path: str | Path, display_name: str = "", *, format: str = "") -> dataset_pb2.Dataset:
+    def upload_dataset(
+        self,
+        path: str | Path,
+        display_name: str = "",
+        *,
+        format: str = "",
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> dataset_pb2.Dataset:
         """Streams a JSONL, CSV or Parquet file up, or what an fsspec URL names.
 
-        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. Raises
-        InvalidArgument with the first 20 bad rows as violations, or the formats that the file may have.
+        `format` declares the rows' layout, for example `alpaca`, where it is not to be recognised. `progress` is
+        told the bytes sent so far, in another thread. Raises InvalidArgument with the first 20 bad rows as violations,
+        or the formats that the file may have.
         """
-        with Upload(self.connection.parent, path, display_name, format) as parts:
+        with Upload(self.connection.parent, path, display_name, format, progress) as parts:
             result: dataset_pb2.Dataset = self._call(self._datasets.UploadDataset, parts)
         return result
 
@@ -172,7 +180,7 @@ class Graft:
         return result
 
     def delete_dataset(self, dataset: str) -> None:
-        """Raises FailedPrecondition while a live job uses it."""
+        """Raises FailedPrecondition while a live job or evaluation uses it."""
         request = dataset_service_pb2.DeleteDatasetRequest(name=requests.dataset(self.connection.parent, dataset))
         self._call(self._datasets.DeleteDataset, request)
 

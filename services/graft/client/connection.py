@@ -32,7 +32,7 @@ class Connection:
     @property
     def target(self) -> str:
         """`host:port`."""
-        return self.address.removeprefix("https://").removeprefix("http://")
+        return self.address.removeprefix("https://").removeprefix("http://").rstrip("/")
 
     @property
     def parent(self) -> str:

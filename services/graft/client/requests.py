@@ -122,7 +122,9 @@ def create_job(
     if unknown:
         raise _invalid(unknown[0], f"is not an option of a job; use: {', '.join(JobOptions.__annotations__)}")
     validation = options.get("validation_dataset", "")
-    job = fine_tuning_job_pb2.FineTuningJob(
+    job: fine_tuning_job_pb2.FineTuningJob = _built(
+        "fine_tuning_job",
+        fine_tuning_job_pb2.FineTuningJob,
         base_model=base_model,
         training_dataset=dataset(parent, training_dataset),
         validation_dataset=dataset(parent, validation) if validation else "",
@@ -197,7 +199,7 @@ def create_evaluation(
         "evaluation",
         evaluation_pb2.Evaluation,
         dataset=dataset(parent, dataset_name),
-        contestants=[evaluation_pb2.Contestant(model=model, shots=shots) for model, shots in pairs],
+        contestants=[_built("contestants", evaluation_pb2.Contestant, model=one, shots=shots) for one, shots in pairs],
         **given,
     )
     return evaluation_service_pb2.CreateEvaluationRequest(
@@ -294,14 +296,13 @@ def generate(
     Raises InvalidArgument otherwise, and for a value that does not fit its field."""
     if sum(given is not None for given in (prompt, messages, inputs)) != 1:
         raise InvalidArgument("Give either a prompt or messages, or the inputs of a task.", reason="INVALID_INPUT")
-    request = generation_service_pb2.GenerateRequest(parent=parent, model=model)
-    if prompt is not None:
-        request.prompt = prompt
-    elif inputs is not None:
+    request: generation_service_pb2.GenerateRequest = _built(
+        "prompt", generation_service_pb2.GenerateRequest, parent=parent, model=model, prompt=prompt
+    )
+    if inputs is not None:
         request.inputs.CopyFrom(_built("inputs", generation_pb2.TaskInputs, values=inputs))
-    else:
-        for message in messages or ():
-            request.chat.messages.append(generation_pb2.ChatMessage(role=message["role"], content=message["content"]))
+    for message in messages or ():
+        request.chat.messages.append(_built("messages", generation_pb2.ChatMessage, **message))
     request.sampling.CopyFrom(
         _built(
             "sampling",

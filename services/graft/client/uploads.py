@@ -1,6 +1,7 @@
 """An upload as requests: its header and its chunks, from a local file or whatever fsspec opens."""
 
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -20,13 +21,23 @@ class Upload:
     went wrong with the file meanwhile is kept in `failure`.
     """
 
-    def __init__(self, parent: str, source: str | Path, display_name: str, format: str = "") -> None:
-        """`format` declares the rows' layout, for example `alpaca`; empty: it is recognised.
+    def __init__(
+        self,
+        parent: str,
+        source: str | Path,
+        display_name: str,
+        format: str = "",
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`format` declares the rows' layout, for example `alpaca`; empty: it is recognised. `progress` is told the
+        bytes read so far, in whatever thread reads.
 
         Raises InvalidArgument, before anything is sent, when the file cannot be read or the format is none.
         """
         self.failure: InvalidArgument | None = None
         self._name = str(source)
+        self._progress = progress
+        self._read_bytes = 0
         number = dataset_format(format)
         is_url = "://" in self._name
         self._file = _open_url(self._name) if is_url else _open_file(Path(source))
@@ -55,6 +66,8 @@ class Upload:
             raise
         if not chunk:
             raise StopIteration
+        self._read_bytes += len(chunk)
+        self._progress(self._read_bytes)
         return dataset_service_pb2.UploadDatasetRequest(chunk=chunk)
 
     def __enter__(self) -> Self:

@@ -1,16 +1,14 @@
 """Measures a validated data set: lengths, duplicates, leakage, balance, conflicts, and how long training would take.
 
-Reads each file once, row by row. What stays in memory is 24 bytes a row (three 64-bit hashes) and a count for each
-distinct length: 240 MB for ten million rows, among which two different ones share a hash with a chance of 3 in a
-million.
+Reads each file once, row by row, in memory that does not grow with it: a count for each distinct length is kept there,
+and what rows are compared by on disk (`graft.data.row_hashes`).
 """
 
 import hashlib
 import json
 import unicodedata
-from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from graft.data.canonical import Canonical, Chat, GradedPrompt, Messages, Pair, 
 from graft.data.formats import FileReport
 from graft.data.reading import read_rows
 from graft.data.rendering import Tokenizer, prompt_ids, render
+from graft.data.row_hashes import FIRST_ROWS, RowHashes
 from graft.data.tasks.definition import TaskDefinition
 from graft.data.tasks.rows import CONVERSATIONS, FORMATS, labelled, trained_as
-from graft.domain.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from graft.domain.errors import FieldViolation, InvalidArgument
 from graft.domain.reports import DatasetReport, FoundRows, LabelCount, LengthBin, TrainingEstimate
 from graft.domain.resources import DatasetFormat
 
@@ -31,7 +30,6 @@ MEASURED_PARAMETERS = 135_000_000
 MOST_LABELS = 50
 """Distinct completions beyond it are texts and not labels."""
 LONGEST_LABEL_CHARACTERS = 80
-FIRST_ROWS = 5
 BINS = 10
 
 
@@ -64,22 +62,24 @@ def analyse(
 
     Rows of fields are measured as the `task` renders them; their labels and conflicts are of the field that it learns,
     and what is no field of it is not compared. Raises InvalidArgument for a task that the file does not fit
-    (TASK_UNFIT), or whose labels it does not have (INVALID_LABELS).
+    (TASK_UNFIT), or whose labels it does not have (INVALID_LABELS), and ResourceExhausted when the disk for temporary
+    files is full.
     """
     if task is not None:
         _check_task(task, file.format)
         task = labelled(task, read_rows(path))
-    rows = _Rows(file.format, base, task)
-    for number, row in enumerate(read_rows(path), start=1):
-        rows.add(row, number)
-        progress(number)
-    others = None
-    if held_out is not None:
-        others = _Rows(held_out[1].format, None, task)
-        for number, row in enumerate(read_rows(held_out[0]), start=1):
-            others.add(row, number)
-            progress(file.row_count + number)
-    return rows.report(file, others, epochs, tokens_per_second)
+    with RowHashes() as hashes, RowHashes() as held_out_hashes:
+        rows = _Rows(file.format, base, task, hashes)
+        for number, row in enumerate(read_rows(path), start=1):
+            rows.add(row, number)
+            progress(number)
+        others = None
+        if held_out is not None:
+            others = _Rows(held_out[1].format, None, task, held_out_hashes)
+            for number, row in enumerate(read_rows(held_out[0]), start=1):
+                others.add(row, number)
+                progress(file.row_count + number)
+        return rows.report(file, others, epochs, tokens_per_second)
 
 
 def default_tokens_per_second(parameter_count: int) -> float:
@@ -90,14 +90,16 @@ def default_tokens_per_second(parameter_count: int) -> float:
 class _Rows:
     """What is remembered of the rows of one file."""
 
-    def __init__(self, format: DatasetFormat, base: Base | None, task: TaskDefinition | None) -> None:
+    def __init__(
+        self, format: DatasetFormat, base: Base | None, task: TaskDefinition | None, hashes: RowHashes
+    ) -> None:
         """`task` applies to formats whose rows are fields for a template, as training applies it."""
         self._format = format
         self._task = task if format in FORMATS else None
         self._base = base
         self._lengths: Counter[int] = Counter()
         self._labels: Counter[str] | None = Counter()
-        self._whole, self.inputs, self._answers = array("Q"), array("Q"), array("Q")
+        self._hashes = hashes
         self._empty = _Found()
         self._over = _Found()
         self._unusable = _Found()
@@ -110,9 +112,7 @@ class _Rows:
         """Takes the row of this number."""
         shape, known = self._shape(row, number), self._task is None and self._format is not DatasetFormat.FIELDS
         asked, answer = _parts(shape) if shape is not None and known else _fields(row, self._task)
-        self._whole.append(_hash([asked, answer] if known or self._task else row))
-        self.inputs.append(_hash(asked))
-        self._answers.append(_hash(answer))
+        self._hashes.add(_hash([asked, answer] if known or self._task else row), _hash(asked), _hash(answer))
         self._empty.add(number, not _text_of(asked).strip())
         self._label(answer)
         if shape is None:
@@ -188,17 +188,17 @@ class _Rows:
             median=_median(self._lengths),
             longest=max(self._lengths, default=0),
             histogram=_histogram(self._lengths),
-            duplicates=_duplicates(self._whole),
+            duplicates=self._hashes.duplicates(),
             empty=self._empty.told(),
-            conflicting=_conflicts(self.inputs, self._answers),
+            conflicting=self._hashes.conflicts(),
             labels=self._label_counts(file.row_count),
             tokens=self._tokens if base else None,
             learned_tokens=self._learned if base else None,
             context_tokens=base.context_tokens if base else None,
             over_length=self._over.told() if base else None,
             unusable=self._unusable.told() if base or self._task else None,
-            held_out_row_count=len(others.inputs) if others is not None else None,
-            leaked=_leaked(self.inputs, others.inputs) if others is not None else None,
+            held_out_row_count=len(others._hashes) if others is not None else None,
+            leaked=self._hashes.leaked(others._hashes) if others is not None else None,
             estimate=estimate,
             notes=tuple(notes),
             task=self._task.name if self._task else "",
@@ -278,7 +278,7 @@ def _text_of(asked: Any) -> str:
 
 def _hash(value: Any) -> int:
     content = json.dumps(_normal(value), sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _normal(value: Any) -> Any:
@@ -358,42 +358,3 @@ def _histogram(lengths: Mapping[int, int]) -> tuple[LengthBin, ...]:
     for length, count in lengths.items():
         counts[length // width] += count
     return tuple(LengthBin(index * width, (index + 1) * width, count) for index, count in enumerate(counts))
-
-
-def _duplicates(whole: Sequence[int]) -> FoundRows:
-    np = _numpy()
-    hashes = np.asarray(whole, dtype=np.uint64)
-    order = np.argsort(hashes, kind="stable")  # equal rows stay in their order: the first is none of them
-    return _numbers(order[1:][hashes[order][1:] == hashes[order][:-1]])
-
-
-def _conflicts(inputs: Sequence[int], answers: Sequence[int]) -> FoundRows:
-    np = _numpy()
-    asked = np.asarray(inputs, dtype=np.uint64)
-    given = np.asarray(answers, dtype=np.uint64)
-    _, first, group = np.unique(asked, return_index=True, return_inverse=True)
-    differing = np.zeros(len(first), dtype=bool)
-    differing[group[given != given[first][group]]] = True
-    return _numbers(np.flatnonzero(differing[group]))
-
-
-def _leaked(inputs: Sequence[int], held_out: Sequence[int]) -> FoundRows:
-    np = _numpy()
-    trained = np.asarray(inputs, dtype=np.uint64)
-    held = np.asarray(held_out, dtype=np.uint64)
-    return _numbers(np.flatnonzero(np.isin(held, trained)))
-
-
-def _numpy() -> Any:
-    try:
-        import numpy
-    except ImportError:
-        raise FailedPrecondition(
-            "Comparing rows needs numpy, which is not installed. Install it with `pip install numpy`.",
-            reason="NUMPY_MISSING",
-        ) from None
-    return numpy
-
-
-def _numbers(indices: Any) -> FoundRows:
-    return FoundRows(len(indices), tuple(int(index) + 1 for index in sorted(indices)[:FIRST_ROWS]))

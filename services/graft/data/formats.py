@@ -94,7 +94,7 @@ class FileValidator:
             row_count=self._rows.count,
             size_bytes=self._size_bytes,
             digest=f"sha256:{self._hash.hexdigest()}",
-            ignored=tuple(self._rows.ignored),
+            ignored=tuple(self._rows.ignored)[:REPORTED_KEYS],
             labels=self._rows.values.found(),
         )
 

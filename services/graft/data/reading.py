@@ -74,15 +74,28 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     if container is None:
         raise unreadable(f"{path.name} is neither JSONL, CSV nor Parquet.")
     if container is Container.JSONL:
-        with open(path, encoding="utf-8-sig", newline="\n") as lines:
-            for line in lines:
-                if line.strip():
-                    yield json.loads(line)
+        yield from _jsonl_rows(path)
         return
     for number, record in enumerate(records(path, container), start=1):
         if isinstance(record, tuple):
             raise unreadable(f"{path.name}, row {number}: {' '.join(filter(None, record))}")
         yield record
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
+    with open(path, encoding="utf-8-sig", newline="\n") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise unreadable(f"{path.name}, line {number}: is not a JSON object.")
+                    yield row
+        except UnicodeDecodeError:  # some lines are read ahead
+            raise unreadable(f"{path.name}, after line {number}: is not UTF-8.") from None
+        except (ValueError, RecursionError) as error:
+            raise unreadable(f"{path.name}, line {number}: is not JSON: {error}.") from None
 
 
 def records(path: Path, container: Container) -> Iterator[Record]:
@@ -161,11 +174,13 @@ def _csv_records(path: Path) -> Iterator[Record]:
 
 def _header(names: list[str]) -> list[str]:
     names = [name.strip() for name in names]
+    seen: set[str] = set()
     for name in names:
         if not name:
             raise unreadable("The header has a column without a name. Give every column a name in the first row.")
-        if names.count(name) > 1:
+        if name in seen:
             raise unreadable(f"The header names the column `{name[:80]}` twice.")
+        seen.add(name)
     for separator, called in ((";", "semicolons"), ("\t", "tabs")):
         if len(names) == 1 and separator in names[0]:
             raise unreadable(f"Columns are separated by {called}; write commas between them (RFC 4180).")

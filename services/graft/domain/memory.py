@@ -45,11 +45,6 @@ def sharing_workers(spec: JobSpec) -> int:
     return (asked.num_workers or 1) if asked.sharding is Sharding.ALWAYS else 1
 
 
-def trained_parameters(shape: Shape, tuning: Tuning, lora: Lora, last_layers: LastLayers) -> int:
-    """How many parameters change."""
-    return sum(_trained(shape, tuning, lora, last_layers))
-
-
 def _trained(shape: Shape, tuning: Tuning, lora: Lora, last_layers: LastLayers) -> tuple[int, int]:
     """How many change in the blocks, and how many beside them."""
     head = shape.head_parameters

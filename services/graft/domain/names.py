@@ -9,6 +9,9 @@ DEFAULT_PROJECT = "default"
 CHAMPION = "champion"
 """The alias that a name without `@` means."""
 
+HIGHEST_VERSION = 2**31 - 1
+"""An int32 of the contract, and an INTEGER of the store."""
+
 ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 """Projects, base models and adapters: as in DNS labels, plus `.` and `_`. `--` is kept for MLflow's names."""
 ALIAS = re.compile(r"[a-z][a-z0-9-]{0,61}")
@@ -68,9 +71,10 @@ def parse_model(text: str, field: str = "model") -> ModelName:
     if not at:
         return ModelName(base, adapter, alias=CHAMPION)
     if selector.isdecimal():
-        if int(selector) < 1:
-            raise _invalid(field, f"{text!r}: versions start at 1")
-        return ModelName(base, adapter, version=int(selector))
+        version = int(selector) if len(selector) <= len(str(HIGHEST_VERSION)) else HIGHEST_VERSION + 1
+        if not 1 <= version <= HIGHEST_VERSION:
+            raise _invalid(field, f"{text[:80]!r}: versions are numbers from 1 to {HIGHEST_VERSION}")
+        return ModelName(base, adapter, version=version)
     return ModelName(base, adapter, alias=check_alias(selector, field))
 
 

@@ -1,12 +1,14 @@
 """Who may ask: API keys, stored as SHA-256, on both protocols as `Authorization: Bearer <key>`.
 
-On loopback every token, or none, is accepted and the project is the one that the request names. Any other address is
-refused at start until the store has keys; there a key opens its own project only.
+On loopback every token, or none, is accepted and the project is the one that the request names; pages of the web, which
+a browser on this machine shows, are kept out. Any other address is refused at start until the store has keys; there a
+key opens its own project only.
 """
 
 import hashlib
 from contextvars import ContextVar
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from graft.domain.errors import FailedPrecondition, PermissionDenied, Unauthenticated
 from graft.domain.names import DEFAULT_PROJECT
@@ -70,6 +72,17 @@ class Authenticator:
                 reason="NO_API_KEYS",
             )
 
+    def check_local(self, host: str | None, origin: str | None) -> None:
+        """Raises PermissionDenied for a request that a page of another site makes a browser on this machine send, where
+        no key would keep it out: by its `Origin`, or by a `Host` that names this machine otherwise (DNS rebinding)."""
+        foreign = next((name for name in (origin, host and f"//{host}") if name and not _is_local(name)), None)
+        if self._open and foreign is not None:
+            raise PermissionDenied(
+                "Without API keys only this machine is answered, under names such as localhost, and not "
+                f"{foreign.removeprefix('//')!r}. Set GRAFT_GATEWAY_HOST to another address, where keys are asked for.",
+                reason="NOT_LOCAL",
+            )
+
     async def authenticate(self, authorization: str | None) -> Principal:
         """The Principal of a header's value. Raises Unauthenticated for a missing, malformed or unknown key."""
         if self._open:
@@ -81,3 +94,12 @@ class Authenticator:
         if project is None:
             raise Unauthenticated("The API key is not known here.", reason="API_KEY_UNKNOWN")
         return Principal(project)
+
+
+def _is_local(origin: str) -> bool:
+    """Whether the host of an origin is this machine by name; `null`, as of a page in a sandbox, is not."""
+    try:
+        host = urlsplit(origin).hostname or ""
+    except ValueError:  # an address in brackets that is none
+        return False
+    return is_loopback(host) or host.endswith(".localhost")  # RFC 6761

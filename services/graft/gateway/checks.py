@@ -1,4 +1,7 @@
-"""What any request must satisfy: its page size, its idempotency key. Jobs are `graft.gateway.checks_jobs`'s."""
+"""What any request must satisfy: its page size, its idempotency key, a name for people. Jobs are
+`graft.gateway.checks_jobs`'s."""
+
+import re
 
 from graft.domain.errors import FieldViolation, InvalidArgument
 
@@ -6,6 +9,10 @@ DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 MAX_REQUEST_ID_CHARACTERS = 128
 """A UUID4 has 36; the `openai` client's own idempotency keys are longer."""
+MAX_NAME_CHARACTERS = 255
+"""As long as a file's name may be."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys."""
 
 
 def check_page_size(page_size: int) -> int:
@@ -29,3 +36,13 @@ def check_request_id(request_id: str | None) -> str | None:
             violations=(FieldViolation("request_id", description),),
         )
     return request_id or None
+
+
+def name_faults(display_name: str) -> list[FieldViolation]:
+    """What is wrong with a name for people."""
+    if len(display_name) > MAX_NAME_CHARACTERS:
+        told = f"has {len(display_name)} characters; {MAX_NAME_CHARACTERS} are allowed"
+        return [FieldViolation("display_name", told)]
+    if CONTROL.search(display_name):
+        return [FieldViolation("display_name", "has control characters; leave them out")]
+    return []

@@ -13,6 +13,7 @@ from graft.domain.evaluations import METRICS, SAMPLES_NEEDED, Contestant, Evalua
 from graft.domain.grading import check_grader
 from graft.domain.jobs import JobSpec, Method
 from graft.domain.resources import Dataset, DatasetFormat
+from graft.gateway.checks import name_faults
 from graft.gateway.checks_graders import check_rows, with_reference
 from graft.gateway.checks_tasks import with_task
 from graft.gateway.resolving import resolve
@@ -55,7 +56,7 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, set
             missing.append(FieldViolation("shots_dataset", error.message))
     contestants: list[Contestant] = []
     learned: list[str] = []
-    for index, contestant in enumerate(spec.contestants):
+    for index, contestant in enumerate(spec.contestants[:MAX_CONTESTANTS]):
         field = f"contestants[{index}].model"
         try:
             found = await resolve(store, project, contestant.model, settings.serving.base_model)
@@ -66,6 +67,7 @@ async def check_evaluation(store: Store, project: str, spec: EvaluationSpec, set
         except NotFound as error:
             missing.append(FieldViolation(field, error.message))
     wrong += [*_check_contestants(spec, contestants), *_check_numbers(spec), *_check_metrics(spec, dataset)]
+    wrong += name_faults(spec.display_name)
     if dataset is not None and shown is not None and shown.digest == dataset.digest:  # the same file twice, perhaps
         wrong.append(FieldViolation("shots_dataset", "is the data that is asked: the answers would be shown"))
     spec, faults = await _with_task(spec, dataset, shown, learned)
@@ -106,7 +108,7 @@ async def _with_task(
 def _check_shots(spec: EvaluationSpec, dataset: Dataset, shown: Dataset | None) -> Iterator[FieldViolation]:
     """Whether every contestant's shots can be shown before what is asked. Reads a row of graded prompts."""
     if measured_from(dataset, graded=spec.grader is not None) in ("pairs", "texts"):
-        for index, contestant in enumerate(spec.contestants):
+        for index, contestant in enumerate(spec.contestants[:MAX_CONTESTANTS]):
             if contestant.shots:
                 yield FieldViolation(
                     f"contestants[{index}].shots",
@@ -142,6 +144,7 @@ def _is_chat(spec: EvaluationSpec, dataset: Dataset) -> bool:
 def _check_contestants(spec: EvaluationSpec, resolved: list[Contestant]) -> Iterator[FieldViolation]:
     if not 1 <= len(spec.contestants) <= MAX_CONTESTANTS:
         yield FieldViolation("contestants", f"are {len(spec.contestants)}; give 1 to {MAX_CONTESTANTS}")
+        return
     for index, contestant in enumerate(resolved):
         if contestant in resolved[:index]:
             yield FieldViolation(f"contestants[{index}]", f"{contestant.label} is there twice")
@@ -164,6 +167,9 @@ def _check_numbers(spec: EvaluationSpec) -> Iterator[FieldViolation]:
 
 def _check_metrics(spec: EvaluationSpec, dataset: Dataset | None) -> Iterator[FieldViolation]:
     source = dataset and measured_from(dataset, graded=spec.grader is not None)
+    if len(spec.metrics) > len(METRICS):
+        yield FieldViolation("metrics", f"are {len(spec.metrics)}; there are {len(METRICS)} different ones")
+        return
     for index, name in enumerate(spec.metrics):
         field = f"metrics[{index}]"
         if name not in METRICS:

@@ -40,6 +40,8 @@ T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
 """The one module that `modules_to_save` may name: adapters never touch norms, and embeddings are tied to it."""
+MAX_MODULES = 64
+"""Named by a job; a llama has seven kinds of linear layers."""
 
 RANGES: dict[str, tuple[float, float, bool]] = {
     # name: (least, most, whether the least itself is allowed). The upper ends catch slips of the keyboard.
@@ -317,6 +319,10 @@ def _check_lora(lora: Lora, base: BaseModel | None, settings: Settings) -> Itera
             "rounds the base, and what use_dora or modules_to_save trains is served as a change of the base as it is; "
             "leave one of them out",
         )
+    for name in ("modules_to_save", "target_modules"):
+        if (count := len(getattr(lora, name))) > MAX_MODULES:
+            yield FieldViolation(f"lora.{name}", f"names {count} modules; {MAX_MODULES} are allowed")
+            return
     for index, module in enumerate(lora.modules_to_save):
         if module != HEAD:
             yield FieldViolation(f"lora.modules_to_save[{index}]", f"{module!r} cannot be saved whole; use {HEAD!r}")

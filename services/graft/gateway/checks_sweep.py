@@ -50,6 +50,10 @@ def check_sweep(spec: JobSpec, highest_rank: int, loads_as_it_is: bool) -> Itera
 
 
 def _check_values(sweep: Sweep, highest_rank: int) -> Iterator[FieldViolation]:
+    for name in ("learning_rates", "ranks"):
+        if (count := len(getattr(sweep, name))) > MOST_VALUES:
+            yield FieldViolation(f"sweep.{name}", f"has {count} values; {MOST_VALUES} are allowed")
+            return
     yield from _check_list("learning_rates", sweep.learning_rates)
     yield from _check_list("ranks", sweep.ranks)
     for index, rate in enumerate(sweep.learning_rates):
@@ -69,8 +73,6 @@ def _check_values(sweep: Sweep, highest_rank: int) -> Iterator[FieldViolation]:
 
 
 def _check_list(name: str, values: Sequence[float]) -> Iterator[FieldViolation]:
-    if len(values) > MOST_VALUES:
-        yield FieldViolation(f"sweep.{name}", f"has {len(values)} values; {MOST_VALUES} are allowed")
     for index, value in enumerate(values):
         if value in values[:index]:
             yield FieldViolation(f"sweep.{name}[{index}]", f"{value:g} is named twice")

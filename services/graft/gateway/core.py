@@ -12,7 +12,15 @@ from pathlib import Path
 
 from graft.data.tasks import catalog
 from graft.data.tasks.definition import TaskDefinition
-from graft.domain.errors import KINDS, FailedPrecondition, Internal, InvalidArgument, NotFound, Unavailable
+from graft.domain.errors import (
+    KINDS,
+    FailedPrecondition,
+    FieldViolation,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from graft.domain.evaluations import Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import FINAL, Checkpoint, Event, Job, JobSpec, Memory, ServedAs
 from graft.domain.memory import asked_memory
@@ -20,7 +28,7 @@ from graft.domain.names import check_alias, check_id, parse_model
 from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.gateway import dataset_checks, generation, resolving, task_inputs
-from graft.gateway.checks import check_page_size, check_request_id
+from graft.gateway.checks import check_page_size, check_request_id, name_faults
 from graft.gateway.checks_evaluations import check_evaluation
 from graft.gateway.checks_jobs import check_job
 from graft.gateway.dataset_checks import CheckSpec
@@ -62,9 +70,12 @@ class Core:
     ) -> Upload:
         """An upload to be entered with `async with`, fed with `write` and ended with `finish`.
 
-        `format` declares what is recognised otherwise.
+        `format` declares what is recognised otherwise. Raises InvalidArgument for a name that cannot be shown.
         """
         check_id(project, "project")
+        if faults := name_faults(display_name):
+            told = f"{faults[0].field}: {faults[0].description}."
+            raise InvalidArgument(told, reason="INVALID_DISPLAY_NAME", violations=tuple(faults))
         return Upload(self.store, self.settings, project, display_name, check_request_id(request_id), format)
 
     async def get_dataset(self, project: str, dataset_id: str) -> Dataset:
@@ -76,7 +87,7 @@ class Core:
         return await self.store.list_datasets(project, check_page_size(page_size), page_token)
 
     async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
-        """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job uses it."""
+        """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job or evaluation uses it."""
         dataset = await self.store.delete_dataset(project, dataset_id)
         # The row first: a stop in between leaves a file that nothing names, never a row without its file.
         await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
@@ -103,17 +114,20 @@ class Core:
     async def create_job(self, project: str, spec: JobSpec, request_id: str | None = None) -> Job:
         """Checks a specification against what exists and what the engine can load, and stores it in VALIDATING.
 
+        A `request_id` seen before returns the first one's job, whatever has changed since: the answer was lost.
+
         Raises InvalidArgument with every fault as a field violation, NotFound naming what exists, or what
         `resolving.check_served` raises when the result could not be proven in the engine of its base.
         """
         check_id(project, "project")
+        request_id = check_request_id(request_id)
+        if request_id and (first := await self.store.find_job_by_request(project, request_id)):
+            return first
         spec = await check_job(self.store, self.settings, project, spec)
         if spec.served_as is not ServedAs.MERGED_MODEL:  # else its base's engine is not needed to prove the result
             await resolving.check_served(self.store, spec.base_model, self.settings.serving.base_model)
         memory = await self._memory(project, spec)
-        return await self.store.create_job(
-            project, f"ft-{secrets.token_hex(6)}", spec, check_request_id(request_id), memory
-        )
+        return await self.store.create_job(project, f"ft-{secrets.token_hex(6)}", spec, request_id, memory)
 
     async def _memory(self, project: str, spec: JobSpec) -> Memory | None:
         """What a worker will need; None where the base's shape is not known."""
@@ -142,13 +156,15 @@ class Core:
     async def list_events(
         self, project: str, job_id: str, after_sequence: int = 0, limit: int = 0
     ) -> tuple[Event, ...]:
-        """Events with a higher sequence, in order; `limit` as a page size."""
-        await self.store.get_job(project, job_id)
+        """Events with a higher sequence, in order; `limit` as a page size. Raises NotFound for an unknown job."""
         return await self.store.list_events(project, job_id, after_sequence, check_page_size(limit))
 
+    async def last_sequence(self, project: str, job_id: str) -> int:
+        """Of the job's newest event. Raises NotFound for an unknown job."""
+        return await self.store.last_sequence(project, job_id)
+
     async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]:
-        """All checkpoints in order."""
-        await self.store.get_job(project, job_id)
+        """All checkpoints in order. Raises NotFound for an unknown job."""
         return await self.store.list_checkpoints(project, job_id)
 
     async def watch_job(
@@ -185,14 +201,16 @@ class Core:
     # Evaluations
 
     async def create_evaluation(self, project: str, spec: EvaluationSpec, request_id: str | None = None) -> Evaluation:
-        """Checks a specification against what exists, and stores it in QUEUED.
+        """Checks a specification against what exists, and stores it in QUEUED; `request_id` as for a job.
 
         Raises InvalidArgument with every fault as a field violation, or NotFound naming what exists.
         """
         check_id(project, "project")
+        request_id = check_request_id(request_id)
+        if request_id and (first := await self.store.find_evaluation_by_request(project, request_id)):
+            return first
         spec = await check_evaluation(self.store, project, spec, self.settings)
-        name = f"ev-{secrets.token_hex(6)}"
-        return await self.store.create_evaluation(project, name, spec, check_request_id(request_id))
+        return await self.store.create_evaluation(project, f"ev-{secrets.token_hex(6)}", spec, request_id)
 
     async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
         """Raises NotFound naming it and what exists."""
@@ -253,8 +271,6 @@ class Core:
         self, project: str, base: str | None = None, page_size: int = 0, page_token: str = ""
     ) -> Page[Adapter]:
         """Adapters of one base model, or of all when None."""
-        if base is not None:
-            await self.store.get_base_model(base, project)
         return await self.store.list_adapters(project, base, check_page_size(page_size), page_token)
 
     async def get_version(self, project: str, base: str, adapter: str, selector: str) -> AdapterVersion:
@@ -266,7 +282,6 @@ class Core:
         self, project: str, base: str, adapter: str, page_size: int = 0, page_token: str = ""
     ) -> Page[AdapterVersion]:
         """Newest first. Raises NotFound for an unknown adapter."""
-        await self.store.get_adapter(project, base, adapter)
         return await self.store.list_versions(project, base, adapter, check_page_size(page_size), page_token)
 
     async def set_alias(self, project: str, base: str, adapter: str, alias: str, version: int) -> Adapter:
@@ -277,7 +292,8 @@ class Core:
         """
         check_alias(alias)
         if version < 1:
-            raise InvalidArgument("version: versions start at 1", reason="INVALID_VERSION")
+            fault = FieldViolation("version", "must be 1 or more")
+            raise InvalidArgument("version: must be 1 or more.", reason="INVALID_VERSION", violations=(fault,))
         await self.store.resolve_version(project, base, adapter, version=version, alias=None)
         wish = await self.store.request_alias(
             AliasWish(f"aw-{secrets.token_hex(6)}", project, base, adapter, alias, version)
@@ -325,10 +341,13 @@ class Core:
         return await self._named(project, [*response.replicas, *others])
 
     async def _named(self, project: str, replicas: list[engine_pb2.Replica]) -> list[engine_pb2.Replica]:
-        for replica in replicas:
-            for resident in replica.adapters:
-                if not await resolving.owns(self.store, project, resident.model, resident.digest):
-                    resident.model = ""
+        owned: dict[tuple[str, str], bool] = {}
+        for resident in (resident for replica in replicas for resident in replica.adapters):
+            held = resident.model, resident.digest
+            if held not in owned:  # replicas hold the same ones, mostly
+                owned[held] = await resolving.owns(self.store, project, *held)
+            if not owned[held]:
+                resident.model = ""
         return replicas
 
     # Generation

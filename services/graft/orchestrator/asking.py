@@ -165,10 +165,10 @@ async def _scored(engine: Engine, asked: Asked, row: int, item: Rank | Predict) 
     started = time.monotonic()
     tokenizer = await call(asked.tokenizer)
     if isinstance(item, Predict):
-        texts = [_windows(tokenizer, asked.context_tokens, item)]
+        texts = [await call(_windows, tokenizer, asked.context_tokens, item)]
     else:
         try:
-            texts = [[example] for example in _pair(tokenizer, asked.context_tokens, item)]
+            texts = [[example] for example in await call(_pair, tokenizer, asked.context_tokens, item)]
         except _TooLongError as error:
             return Answer(row, (), (0.0, 0.0), seconds=time.monotonic() - started, unanswered=str(error))
     nats: list[float] = []
@@ -211,7 +211,10 @@ def _windows(tokenizer: Tokenizer, context_tokens: int, item: Predict) -> list[E
     """
     plain = tokenizer.encode(item.text, add_special_tokens=False)
     whole = tokenizer.encode(item.text, add_special_tokens=True)
-    start = whole[: len(whole) - len(plain)] or [token for token in [tokenizer.eos_token_id] if token is not None]
+    # Some tokenizers put an end behind the text as well, which is no part of it.
+    extra = len(whole) - len(plain)
+    begins = next((at for at in range(extra) if whole[at : at + len(plain)] == plain), extra)
+    start = whole[:begins] or [token for token in [tokenizer.eos_token_id] if token is not None]
     if not start:  # then nothing can predict the first token
         start, plain = plain[:1], plain[1:]
     if not plain:

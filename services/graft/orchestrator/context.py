@@ -77,6 +77,7 @@ class Context:
     async def adopt(self) -> None:
         """Reads the row and what has been said, whoever said it."""
         await self.refresh()
+        self.cursor = 0  # what is known may be an earlier attempt's: the move to this one was not heard of
         for event in await stored_events(self.parts.store, self.job):
             if isinstance(key := event.data.get("key"), str):
                 self.said[key] = event.data

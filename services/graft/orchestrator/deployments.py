@@ -127,7 +127,8 @@ class Deployments:
         """To READY or FAILED; what is only away for a moment leaves it STARTING, for the next turn."""
         base = wish.base_model
         try:
-            await self._move(base, DeploymentState.STARTING)
+            if not await self._move(base, DeploymentState.STARTING):
+                return  # undeployed meanwhile, or it has failed in the hands of another orchestrator
             model = await self._model(wish)
             await call(share_base_model, open_storage(self._settings), model.path, model.digest)
             async with self._turn:
@@ -142,7 +143,9 @@ class Deployments:
                     reason="ENGINE_START_TIMEOUT",
                 )
             await self._prove(model, replicas)
-            await self._move(base, DeploymentState.READY)
+            if not await self._move(base, DeploymentState.READY):
+                await self._engine.undeploy(base)  # as above: nobody counts on it
+                return
             log.info("deployed", base_model=base, source=wish.source)
         except Unavailable as error:
             log.warning("deployment_waits", base_model=base, error=error.message)
@@ -163,8 +166,8 @@ class Deployments:
             log.warning("not_undeployed", base_model=base, error=trouble.message)
         await self._move(base, DeploymentState.FAILED, JobError(error.code, error.reason, error.message))
 
-    async def _move(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
-        await to_the_end(self._store.move_deployment(base, state, error))
+    async def _move(self, base: str, state: DeploymentState, error: JobError | None = None) -> bool:
+        return await to_the_end(self._store.move_deployment(base, state, error))
 
     async def _model(self, wish: Deployment) -> BaseModel:
         """The base model to serve; a full model joins the catalogue first."""

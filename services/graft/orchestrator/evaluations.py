@@ -2,17 +2,18 @@
 
 One at a time, and one contestant after another, so that latency and tokens/s are each contestant's own. Answers are
 kept as they come (`graft.orchestrator.asking`): a restarted orchestrator asks only what is missing. What is away once
-all answers are there does not cost them: a grader is waited for, memory and MLflow can be missing.
+all answers are there does not cost them: grader and storage are waited for, memory and MLflow can be missing.
 """
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import structlog
 
@@ -36,6 +37,8 @@ from graft.orchestrator.ports import Parts
 from graft.orchestrator.threads import call, to_the_end
 
 log = structlog.get_logger()
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TELL_SECONDS = 1.0
 """How often progress is written, and a wish to cancel is seen."""
@@ -149,22 +152,23 @@ class _Work:
         dataset = await store.get_dataset(self.evaluation.project, spec.dataset)
         task = load_task(spec.task_definition) if spec.task_definition else None
         storage, graded = self.parts.storage, spec.grader is not None
-        questions = await call(_read, await call(located, storage, dataset), task, spec.max_rows, graded=graded)
+        held_out = await self._stored(located, storage, dataset)
+        questions = await call(_read, held_out, task, spec.max_rows, graded=graded)
         shown: Questions | None = None
         if spec.shots_dataset is not None:
             others = await store.get_dataset(self.evaluation.project, spec.shots_dataset)
-            shown = await call(_read, await call(located, storage, others), task, 0)
+            shown = await call(_read, await self._stored(located, storage, others), task, 0)
         asked = [await self._asked(contestant, shown) for contestant in spec.contestants]
         files = [self.folder / f"answers-{place}.jsonl" for place in range(len(asked))]
-        await call(self._recall, files)
-        answers = [Answers(file) for file in files]
+        await self._stored(self._recall, files)
+        answers = [await call(Answers, file) for file in files]
         self.answered = sum(len(each.found) for each in answers)
         self.total = len(questions.items) * sum(1 + one.samples * graded for one in asked)
         measured = []
         for contestant, one, kept, file in zip(spec.contestants, asked, answers, files, strict=True):
             resumed = bool(kept.found)
             seconds = await ask_all(self.parts.engine.of(one.base.id), one, questions, kept, self._count)
-            await call(self._share, file)
+            await self._stored(self._share, file)
             passed = await passes(spec.grader, questions, kept, self.parts.limits, self._count) if spec.grader else []
             subject = replace(await self._subject(contestant), memory_bytes=await self._memory_bytes(one.base.id))
             measured.append(Measured(subject, _in_order(kept, questions), passed, 0.0 if resumed else seconds))
@@ -187,7 +191,7 @@ class _Work:
             comparison = replace(comparison, notes={**comparison.notes, "unanswered": " ".join(remarks)})
         report = self.folder / "report.html"
         await to_the_end(call(write, comparison, report))
-        await call(self._share, report)  # where the gateway reads it
+        await self._stored(self._share, report)  # where the gateway reads it
         results = await call(results_of, comparison, spec.contestants, measured)
         run_id, missing = await self._logged(comparison.headline, dataset, results)
         await self.tell()
@@ -200,6 +204,10 @@ class _Work:
             mlflow_run_id=run_id,
         )
         log.info("evaluation_ended", evaluation=self.evaluation.id, state="SUCCEEDED")
+
+    async def _stored(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What comes of a call to the storage, which is waited for."""
+        return await patiently("The storage", partial(call, function, *args, **kwargs), self.parts.limits)
 
     def _share(self, file: Path) -> None:
         """For the gateway, and for an orchestrator on another host that goes on from here."""

@@ -8,10 +8,7 @@ from graft.domain.errors import NotFound
 from graft.domain.jobs import Job
 from graft.domain.resources import Dataset
 from graft.storage import Storage
-from graft.training.spec import run_key
-
-RESULTS = ("adapter", "trained_adapter", "model")
-"""Folders that a run may leave (`graft.training.results`, which needs torch)."""
+from graft.training.spec import MODEL, RESULTS, TRAINED_ADAPTER, run_key
 
 
 def dataset_path(storage: Storage, dataset: Dataset) -> Path:
@@ -47,5 +44,5 @@ def fetch_results(storage: Storage, job: Job, output_dir: Path) -> None:
 def drop_copies(storage: Storage, output_dir: Path) -> None:
     """Removes what `fetch_results` has fetched and nobody reads again: models are large."""
     if storage.shared:
-        for name in ("trained_adapter", "model"):
+        for name in (TRAINED_ADAPTER, MODEL):
             shutil.rmtree(output_dir / name, ignore_errors=True)

@@ -62,7 +62,10 @@ async def follow(context: Context) -> None:
             raise error
         await _next_attempt(context, "The run has lost a training worker", error)
     else:
-        raise FailedPrecondition("The run was cancelled, and not by a request to Graft.", reason="RUN_CANCELLED")
+        raise FailedPrecondition(
+            "The run was cancelled on the Ray cluster, and not by a request to Graft. Create the job again.",
+            reason="RUN_CANCELLED",
+        )
 
 
 async def give_up_attempt(context: Context) -> None:

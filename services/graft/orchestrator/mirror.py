@@ -35,14 +35,14 @@ class Mirror:
         self._down = False
 
     async def run(self) -> None:
-        """Until cancelled: wishes at every turn, a snapshot when one is due."""
+        """Until cancelled: a snapshot when one is due, then the wishes, of which one may wait for ever."""
         due = 0.0
         while True:
             try:
-                await self.carry_out_wishes()
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._snapshot_seconds
                     await self.refresh()
+                await self.carry_out_wishes()
                 if self._down:
                     self._down = False
                     log.info("registry_back")

@@ -12,6 +12,7 @@ from graft.orchestrator.room import resolved_int
 from graft.orchestrator.threads import ask_ray, call
 from graft.registry.digest import FILES, MODEL_CONFIG
 from graft.registry.mlflow_registry import Publication
+from graft.training.spec import ADAPTER, MODEL, TRAINED_ADAPTER
 
 REGISTERED = "registered"
 """Key of the event that tells the version; EVALUATING reads it back."""
@@ -25,7 +26,7 @@ async def register(context: Context) -> None:
     served_as = job.spec.served_as or ServedAs.ADAPTER
     merged = served_as is ServedAs.MERGED_MODEL
     await context.fetch_results()
-    served = context.output_dir / ("model" if merged else "adapter")
+    served = context.output_dir / (MODEL if merged else ADAPTER)
     if missing := [name for name in ((MODEL_CONFIG,) if merged else FILES) if not (served / name).is_file()]:
         raise FailedPrecondition(
             f"The run has finished, but runs/{job.id}/{job.attempt}/{served.name} lacks {' and '.join(missing)}.",
@@ -54,15 +55,16 @@ async def register(context: Context) -> None:
             task_definition=job.spec.task_definition,
             served_as=served_as,
             tuning=job.spec.tuning,
-            model_folder=_there(context.output_dir / "model"),
-            trained_folder=_there(context.output_dir / "trained_adapter"),
+            model_folder=_there(context.output_dir / MODEL),
+            trained_folder=_there(context.output_dir / TRAINED_ADAPTER),
         )
         version = await context.patiently("The registry", lambda: call(parts.registry.publish, publication))
         await context.patiently("The registry", context.mirror.refresh)
         await call(drop_copies, parts.storage, context.output_dir)
+        await release
     finally:
+        release.cancel()  # whatever else ended the step does not wait for the cluster
         await asyncio.wait({release})
-    release.result()
     await context.say(
         REGISTERED,
         f"Registered as {version.model}.",

@@ -29,7 +29,9 @@ async def validate(context: Context) -> None:
     if not context.job.resolved:
         material = await context.material()
         job = await with_start(context)
-        prepared = await call(context.parts.preparer.prepare, job, material.base, material.dataset, material.validation)
+        data = (material.dataset, material.validation)
+        prepare = context.parts.preparer.prepare
+        prepared = await context.patiently("The storage", lambda: call(prepare, job, material.base, *data))
         resolved = say_start(context.job, prepared.resolved)
         await _tell_data(context, prepared)
         if prepared.memory is not None:
@@ -71,6 +73,7 @@ async def start(context: Context) -> None:
     spec = parts.preparer.plan(
         job, base, material.dataset, material.validation, context.output_dir, await start_from(context)
     )
+    await context.record()  # the store's fence: a run that was started too late would be nobody's
     await context.patiently("The training cluster", lambda: to_the_end(ask_ray(parts.runs.start, spec)))
     nodes = NodesWait(context)
     while not (status := await poll(context, 0)).reports:

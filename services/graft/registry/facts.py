@@ -46,8 +46,8 @@ class Facts:
 def read_facts(base: str, folder: Path, cache: Path) -> Facts:
     """Measures `folder`; digests are kept in `cache` until a file changes.
 
-    Raises FailedPrecondition: what `read_config` raises, BASE_MODEL_TOKENIZER_MISSING, BASE_MODEL_WEIGHTS_MISSING or
-    BASE_MODEL_WEIGHTS_DAMAGED.
+    Raises FailedPrecondition: what `read_config` raises, BASE_MODEL_TOKENIZER_MISSING, BASE_MODEL_WEIGHTS_MISSING,
+    BASE_MODEL_WEIGHTS_DAMAGED or BASE_MODEL_UNREADABLE.
     """
     config = read_config(base, folder)
     _check_tokenizer(base, folder)
@@ -58,7 +58,15 @@ def read_facts(base: str, folder: Path, cache: Path) -> Facts:
         raise FailedPrecondition(
             f"Base model {base!r}: {folder / 'config.json'} has no usable {error}.", reason="BASE_MODEL_CONFIG_INVALID"
         ) from None
-    return Facts(layers=layers, shape=_shape(config), context_tokens=context_tokens, **_measured(base, folder, cache))
+    try:
+        measured = _measured(base, folder, cache)
+    except OSError as error:
+        raise FailedPrecondition(
+            f"Base model {base!r}: {error.filename} cannot be used ({error.strerror}). Let whoever runs Graft read it; "
+            "of a link, fetch what it points to.",
+            reason="BASE_MODEL_UNREADABLE",
+        ) from error
+    return Facts(layers=layers, shape=_shape(config), context_tokens=context_tokens, **measured)
 
 
 def read_config(base: str, folder: Path) -> dict[str, Any]:

@@ -43,9 +43,9 @@ def main() -> int:
         *("--workers", "1"),
     ]
     environment = {**os.environ, **offline.ENVIRONMENT}
-    # MLflow runs jobs of its own (scorers, judges) in further processes; Graft uses none of them.
     if loaded.storage.endpoint_url:
         environment.setdefault("MLFLOW_S3_ENDPOINT_URL", loaded.storage.endpoint_url)
+    # MLflow runs jobs of its own (scorers, judges) in further processes; Graft uses none of them.
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.execve(sys.executable, arguments, environment)
     return 2

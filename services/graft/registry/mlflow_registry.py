@@ -36,6 +36,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from requests import HTTPError
 
 ADAPTER_PATH = "adapter"
 MODEL_PATH = "model"
@@ -45,6 +46,8 @@ PULLED_SUFFIXES = (".safetensors", ".json", ".md", ".jinja", ".txt", ".yaml", ".
 RETAINED = "delta_retained_fraction"
 """Name of a job's metric."""
 TASK_TAG = "graft.task"
+_NEEDED_TAGS = {"graft.digest", "graft.base_model_digest", "graft.dataset_digest", "graft.job", "graft.rank"}
+_NEEDED_TAGS |= {"graft.size_bytes", "graft.metrics"}
 PARAM_BATCH = 100
 """MLflow's limit of parameters in one call."""
 
@@ -88,17 +91,16 @@ class Registry:
             experiment = self._experiment(f"graft-{project}")
             mine = f"tags.`graft.job` = '{job_id}' and tags.`graft.attempt` = '{attempt}'"
             found = self._client.search_runs([experiment], mine, max_results=1)
-            if found:
-                return str(found[0].info.run_id)
             all_tags = {
                 "graft.job": job_id,
                 "graft.attempt": str(attempt),
                 "graft.code_version": code_version(),
                 **tags,
             }
-            run = self._client.create_run(experiment, tags=all_tags, run_name=f"{job_id}-{attempt}")
+            run = found[0] if found else self._client.create_run(experiment, None, all_tags, f"{job_id}-{attempt}")
             run_id = str(run.info.run_id)
-            entries = [Param(key, value[:6000]) for key, value in params.items()]
+            # One that was found has its parameters, unless the call that made it did not come to write them.
+            entries = [] if run.data.params else [Param(key, value[:6000]) for key, value in params.items()]
             for start in range(0, len(entries), PARAM_BATCH):
                 self._client.log_batch(run_id, params=entries[start : start + PARAM_BATCH])
             return run_id
@@ -309,6 +311,13 @@ class Registry:
                 reason="REGISTRY_UNAVAILABLE",
                 retry_after_seconds=2.0,
             ) from error
+        except HTTPError as error:  # of files MLflow's client passes on what other calls wrap
+            raise Unavailable(
+                f"MLflow at {self._uri}, or what stands before it, refuses files "
+                f"({str(error).partition(' for url')[0]}): whoever runs it has to allow them, also as large as models.",
+                reason="REGISTRY_UNAVAILABLE",
+                retry_after_seconds=2.0,
+            ) from error
         except ConnectionError as error:
             raise Unavailable(
                 f"MLflow at {self._uri} cannot be reached.", reason="REGISTRY_UNAVAILABLE", retry_after_seconds=2.0
@@ -354,14 +363,15 @@ def _prove(folder: Path, digest_of: Callable[[Path], str], expected: str, regist
 def _changed(registered_model: str, version: int, expected: str, found: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"The files of version {version} of registered model {registered_model} have changed: {expected} was "
-        f"registered, {found} was downloaded.",
+        f"registered, {found} was downloaded. Restore them in MLflow's artifacts, or train it again.",
         reason="ADAPTER_DIGEST_MISMATCH",
         metadata={"expected": expected, "found": found},
     )
 
 
 def _is_ours(entry: Any) -> bool:
-    return parse_registered_model(entry.name) is not None and "graft.digest" in entry.tags
+    """Whether Graft published it, and nobody has taken off a tag since: one such version would hide all others."""
+    return parse_registered_model(entry.name) is not None and entry.tags.keys() >= _NEEDED_TAGS
 
 
 def _time(milliseconds: int) -> datetime:

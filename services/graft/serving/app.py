@@ -10,7 +10,7 @@ import importlib.util
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,8 +140,10 @@ class EngineReplica:
             _check_endpoint(inner)
             async with self._adapter(inner) as model:
                 pieces = self._keeper.engine().stream(inner.endpoint, inner.body, model, inner.public_model)
-                async for piece in pieces:
-                    yield engine_pb2.StreamResponse(http_status=piece.http_status, data=piece.json())
+                # Closed before the adapter is let go: the engine must not lose one that it still computes with.
+                async with aclosing(pieces):
+                    async for piece in pieces:
+                        yield engine_pb2.StreamResponse(http_status=piece.http_status, data=piece.json())
         except Exception as error:  # noqa: BLE001  # the boundary, as above
             yield engine_pb2.StreamResponse(error=to_status(_known(error, inner.request_id)))
 

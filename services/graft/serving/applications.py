@@ -14,7 +14,7 @@ import structlog
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from graft.domain.placement import Node, amounts, count, suits, total
 from graft.domain.resources import BaseModel
 from graft.internal.engine_client import APPLICATION, application_name
@@ -80,21 +80,25 @@ class Applications:
         self._settings = settings
         self._build = build
         self._lock = asyncio.Lock()
-        """One change at a time: two engines that start at once would both count the same free memory."""
+        """One change at a time, and none for longer than Serve takes to hear of it: one without room would keep all
+        others waiting. Memory that an engine has not taken yet is its asker's to wait for."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def deploy(self, model: BaseModel) -> None:
-        """Starts an application and returns when its replicas run, or at once when it is there.
+        """Starts an application, unless it is there. `all` tells when its replicas run, or that they cannot.
 
         Raises InvalidArgument for the first base model, ResourceExhausted when memory does not suffice, and
-        FailedPrecondition when no nodes could hold it or Ray Serve does not start it.
+        FailedPrecondition when no nodes could hold it or Ray Serve does not take it.
         """
         self._check_other(model.id)
         # Shielded: a caller that goes away must not free the lock while Serve is at work in its thread.
         await asyncio.shield(self._kept(self._deploy(model)))
 
     async def undeploy(self, base: str) -> None:
-        """Ends an application and returns when its processes have; unknown ones are already gone."""
+        """Ends an application and returns when its processes have; unknown ones are already gone.
+
+        Raises InvalidArgument for the first base model, Unavailable when Ray Serve takes more than a minute.
+        """
         self._check_other(base)
         await asyncio.shield(self._kept(self._undeploy(base)))
 
@@ -110,19 +114,29 @@ class Applications:
             await asyncio.to_thread(self._run, model)
 
     async def _undeploy(self, base: str) -> None:
-        async with self._lock:
-            if base in {application.base_model for application in await self.all()}:
-                await asyncio.to_thread(serve.delete, application_name(base, self._first))
+        async with self._lock:  # a start that is under way would be missed
+            there = base in {application.base_model for application in await self.all()}
+        if not there:
+            return
+        try:
+            await asyncio.to_thread(serve.delete, application_name(base, self._first))
+        except TimeoutError:
+            raise Unavailable(
+                f"Ray Serve has not ended the application of {base} yet, and goes on. Ask again in a minute.",
+                reason="APPLICATION_ENDING",
+            ) from None
 
     async def all(self) -> list[engine_pb2.Application]:
-        """Every application, the first one too."""
+        """Every application of Graft's, the first one too: on a cluster that others run, Serve has theirs as well."""
         status = await asyncio.to_thread(serve.status)
+        prefix = application_name("", self._first)
         return [
             engine_pb2.Application(
-                base_model=self._first if name == APPLICATION else name.removeprefix(f"{APPLICATION}-"),
+                base_model=self._first if name == APPLICATION else name.removeprefix(prefix),
                 state=_STATES.get(application.status, engine_pb2.Application.STATE_STARTING),
             )
             for name, application in status.applications.items()
+            if name == APPLICATION or name.startswith(prefix)
         ]
 
     def _kept(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
@@ -141,7 +155,8 @@ class Applications:
         name = application_name(model.id, self._first)
         try:
             # Without a route Serve's proxy would not know the application at all, not even over gRPC.
-            serve.run(self._build(model), name=name, route_prefix=f"/{name}")
+            target = serve.RunTarget(self._build(model), name=name, route_prefix=f"/{name}")
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         # Whatever Serve raises may hold traces and addresses: its log has them.
         except Exception as error:
             _log.error("application did not start", application=name, exc_info=error)

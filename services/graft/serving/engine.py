@@ -5,8 +5,10 @@ that has died says so by `dead` and by Unavailable; replacing it is the keeper's
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,8 @@ class Engine:
     async def generate(self, endpoint: int, body: bytes, model: str | None, public_model: str) -> Answer:
         """Answers an OpenAI body by vLLM's handler; `model` is an adapter's engine name, None for the base.
 
-        What the handler refuses is an answer too, with OpenAI's error object. Raises Unavailable if the engine dies.
+        What the handler refuses is an answer too, with OpenAI's error object. Raises Unavailable if the engine dies,
+        and vLLM's own defects as they are.
         """
         try:
             result = await self._handle(endpoint, self._parse(endpoint, body, model, stream=False))
@@ -181,7 +184,9 @@ class Engine:
         answer["model"] = public_model
         return Answer(200, answer)
 
-    async def stream(self, endpoint: int, body: bytes, model: str | None, public_model: str) -> AsyncIterator[Answer]:
+    async def stream(
+        self, endpoint: int, body: bytes, model: str | None, public_model: str
+    ) -> AsyncGenerator[Answer, None]:
         """Like `generate`, piece by piece. A refusal is the only item, or the last one."""
         try:
             chunks = await self._handle(endpoint, self._parse(endpoint, body, model, stream=True))
@@ -193,19 +198,20 @@ class Engine:
         if isinstance(chunks, ErrorResponse):
             yield self._refused(chunks, model, public_model)
             return
-        async for chunk in chunks:
-            data = chunk.removeprefix("data: ").strip()
-            if data == "[DONE]":
-                return
-            piece = json.loads(data)
-            if "error" in piece:
-                # The handler turns every exception into an error piece, a dead engine's too.
-                if self.dead:
-                    raise _died()
-                yield Answer(int(piece["error"].get("code") or 500), piece)
-                return
-            piece["model"] = public_model
-            yield Answer(200, piece)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                data = chunk.removeprefix("data: ").strip()
+                if data == "[DONE]":
+                    return
+                piece = json.loads(data)
+                if "error" in piece:
+                    # The handler turns every exception into an error piece, a dead engine's too.
+                    if self.dead:
+                        raise _died()
+                    yield Answer(int(piece["error"].get("code") or 500), piece)
+                    return
+                piece["model"] = public_model
+                yield Answer(200, piece)
 
     def _parse(self, endpoint: int, raw: bytes, model: str | None, *, stream: bool) -> Any:
         body = json.loads(raw)
@@ -231,6 +237,8 @@ class Engine:
             response = create_error_response(f"{field}: {first['msg']}" if field else first["msg"], param=field or None)
         else:
             response = create_error_response(cause)
+            if response.error.code == HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise cause  # no refusal but a defect: the log's, and not for whoever asked
         body = response.model_dump(mode="json")
         if model is not None:
             body["error"]["message"] = body["error"]["message"].replace(model, public_model)

@@ -71,15 +71,6 @@ class BaseShapes:
     """`model.layers.0.self_attn.q_proj` → (outputs, inputs), of the layers that may be adapted."""
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What was proven."""
-
-    rank: int
-    scaling: float
-    """alpha / rank, or alpha / sqrt(rank) with rank-stabilised LoRA."""
-
-
 def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, from its header alone. Raises FailedPrecondition for a damaged file.
 
@@ -115,7 +106,7 @@ def prove(
     model: str,
     max_lora_rank: int,
     expected_digest: str,
-) -> Proof:
+) -> None:
     """Proves that `folder` holds the adapter that `expected_digest` names and that the engine can load it.
 
     `model` is the adapter's name in messages. Raises FailedPrecondition naming the file and the fault.
@@ -125,7 +116,7 @@ def prove(
             if not (folder / name).is_file():
                 raise _Fault(name, "is missing")
         config = _json(folder / CONFIG)
-        proof = _prove_config(config, max_lora_rank)
+        _prove_config(config, max_lora_rank)
         _prove_tensors(config, _header(folder / WEIGHTS), base)
         _prove_lineage(folder / LINEAGE, base)
         # Last, because it reads every byte; a cut file has been told in plainer words by then.
@@ -144,7 +135,6 @@ def prove(
             reason="ADAPTER_INVALID",
             metadata={"model": model, "fault": error.strerror or "unreadable"},
         ) from error
-    return proof
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -199,7 +189,7 @@ def _lay_out(file: str, entries: list[tuple[str, Tensor, int, int]]) -> tuple[di
     return {name: tensor for name, tensor, _, _ in entries}, end_bytes
 
 
-def _prove_config(config: dict[str, Any], max_lora_rank: int) -> Proof:
+def _prove_config(config: dict[str, Any], max_lora_rank: int) -> None:
     def refuse(fault: str) -> NoReturn:
         raise _Fault(CONFIG, fault)
 
@@ -222,8 +212,6 @@ def _prove_config(config: dict[str, Any], max_lora_rank: int) -> Proof:
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
         refuse(f"lora_alpha is {alpha!r}, not a number")
-    rank = int(config["r"])
-    return Proof(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _pattern(config: dict[str, Any], field: str) -> dict[str, Any]:

@@ -4,17 +4,21 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from graft.domain.errors import FailedPrecondition
 from graft.domain.resources import BaseModel
+from graft.registry.digest import adapter_digest
 from graft.serving.prove import BaseShapes, base_shapes, prove
 from graft.serving.residency import Ref
 from graft.settings import cache_folder
 from graft.storage import LOCAL, Storage, is_url
 
+PULLS_AT_ONCE = 8
+"""More would not come faster over one link; the others wait."""
 KEPT_POLICIES = 2
 """Of a run: the newest, and the one that is unloaded once that is loaded."""
 
@@ -27,7 +31,7 @@ class Registry(Protocol):
 
 
 class ProvingPuller:
-    """Pulls in a thread. `open_registry` is called once, at the first need or by `warm`."""
+    """Pulls in threads of its own. `open_registry` is called once, at the first need or by `warm`."""
 
     def __init__(
         self,
@@ -42,10 +46,12 @@ class ProvingPuller:
         self._base = base
         self._max_lora_rank = max_lora_rank
         self._open_registry = open_registry
+        # Not asyncio's own threads: while a registry does not answer, an engine that has died could not be replaced.
+        self._threads = ThreadPoolExecutor(PULLS_AT_ONCE, thread_name_prefix="pull")
 
     async def pull(self, ref: Ref) -> Path:
         """The proven folder. Raises FailedPrecondition naming the file and fault, or what the registry raises."""
-        return await asyncio.to_thread(self._pull, ref)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._pull, ref)
 
     def warm(self) -> None:
         """Opens the registry, whose client takes seconds to import, before the first request needs it. Blocks."""
@@ -60,12 +66,19 @@ class ProvingPuller:
         return base_shapes(self._base)
 
     def _pull(self, ref: Ref) -> Path:
-        if is_url(ref.path):
-            folder = self._fetch(ref)
-        elif ref.path:
-            folder = Path(ref.path)
-        else:
-            folder = self._registry.pull(ref.registered_model, ref.version, ref.digest)
+        if ref.path:
+            return self._proven(ref, self._fetch(ref) if is_url(ref.path) else Path(ref.path))
+        folder = self._registry.pull(ref.registered_model, ref.version, ref.digest)
+        try:
+            return self._proven(ref, folder)
+        except FailedPrecondition:
+            if _is(folder, ref.digest):
+                raise
+            # What was downloaded had been proven: a machine that lost its power may keep a part of it.
+            shutil.rmtree(folder, ignore_errors=True)
+            return self._proven(ref, self._registry.pull(ref.registered_model, ref.version, ref.digest))
+
+    def _proven(self, ref: Ref, folder: Path) -> Path:
         if not folder.is_dir():
             raise FailedPrecondition(
                 f"Adapter {ref.model} cannot be served: its folder does not exist.",
@@ -91,3 +104,10 @@ class ProvingPuller:
         for old in sorted(there, key=lambda path: path.stat().st_mtime)[:-KEPT_POLICIES]:
             shutil.rmtree(old, ignore_errors=True)
         return fetched
+
+
+def _is(folder: Path, digest: str) -> bool:
+    try:
+        return adapter_digest(folder) == digest
+    except FileNotFoundError:
+        return False

@@ -158,7 +158,8 @@ class Residency:
                 raise
             except GraftError as error:
                 _log.warning("adapter did not come back", model=entry.ref.model, error=error.message)
-                self._forget(digest, holds_slot=True)
+                if entry.leaving is None:  # else it is forgotten when it has left
+                    self._forget(digest, holds_slot=True)
         self._notify()
 
     async def _acquire(self, ref: Ref) -> _Entry:

@@ -13,6 +13,7 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from graft.client.connection import Connection
 from graft.domain.errors import FailedPrecondition, GraftError
 from graft.registry.base_models import base_model_source
 from graft.settings import Settings, load
@@ -143,11 +144,12 @@ def check_gateway(settings: Settings, address: str, *, running: bool) -> Iterato
     """
     if not address and not running:
         return
-    target = address.removeprefix("https://").removeprefix("http://") or settings.gateway_address
-    if address.startswith("https://"):
-        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials())
-    else:
-        channel = grpc.insecure_channel(target)
+    connection = Connection(
+        address or settings.gateway_address,
+        root_certificate=None if address else settings.gateway.tls_certificate,
+    )
+    target, credentials = connection.target, connection.credentials
+    channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
     with channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=ANSWER_SECONDS)

@@ -35,6 +35,8 @@ def read_status(home: Path) -> dict[str, Any] | None:
         process = psutil.Process(record["pid"])
     except (FileNotFoundError, psutil.NoSuchProcess):
         return None
+    except ValueError:  # cut short when the machine lost its power, and with it the supervisor
+        return None
     return record if process.create_time() == record["create_time"] else None
 
 

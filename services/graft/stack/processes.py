@@ -7,6 +7,7 @@ Owns the list and the probes. Does not start anything: `graft.stack.supervisor` 
 import os
 import secrets
 import socket
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -64,11 +65,12 @@ def tcp_probe(host: str, port: int) -> Probe:
 
 
 def http_probe(url: str) -> Probe:
-    """Ready when `url` answers with 200."""
+    """Ready when `url` answers with 200. Whose certificate it has does not matter: it is of this machine."""
+    anybody = ssl._create_unverified_context()
 
     def probe() -> bool:
         try:
-            with urllib.request.urlopen(url, timeout=2.0) as response:
+            with urllib.request.urlopen(url, timeout=2.0, context=anybody) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -90,12 +92,13 @@ def pid_file_probe(file: Path) -> Probe:
 
 def port_taken(port: Port) -> bool:
     """True when something else listens there."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((port.host, port.number))
-        except OSError:
-            return True
+    try:
+        family, *_, address = socket.getaddrinfo(port.host.strip("[]"), port.number, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError:
+        return True
     return False
 
 
@@ -159,11 +162,16 @@ def engine_environment(settings: Settings) -> dict[str, str]:
 
 
 def _made_once(token: Path) -> Path:
-    """A file with a random token, which its user alone may read."""
+    """A file with a random token, which its user alone may read. Whole or not there at all: an empty one would stay."""
     if not token.is_file():
         token.parent.mkdir(parents=True, exist_ok=True)
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        fresh = token.with_name(f".{token.name}.{os.getpid()}")
+        try:
+            fresh.touch(mode=0o600)
+            fresh.write_text(secrets.token_hex(32))
+            fresh.replace(token)
+        finally:
+            fresh.unlink(missing_ok=True)
     return token
 
 
@@ -188,7 +196,7 @@ def described(settings: Settings, ray_variables: dict[str, str]) -> list[Process
         Process(
             name="gateway",
             argv=_python("graft.gateway.main"),
-            probe=http_probe(f"http://{gateway.host}:{gateway.http_port}/healthz"),
+            probe=http_probe(f"{settings.gateway_url}/healthz"),
             ports=(
                 Port(gateway.host, gateway.grpc_port, "GRAFT_GATEWAY_GRPC_PORT"),
                 Port(gateway.host, gateway.http_port, "GRAFT_GATEWAY_HTTP_PORT"),

@@ -30,8 +30,10 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, OperationalErro
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from graft.domain.deployments import Deployment
 from graft.domain.errors import FieldViolation, InvalidArgument, ResourceExhausted, Unavailable
-from graft.store.protocol import Page
+from graft.domain.resources import Adapter, AdapterVersion
+from graft.store.protocol import Listed, Page
 from graft.store.tables import to_micros
 
 BUSY_TIMEOUT_MS = 10_000
@@ -235,6 +237,18 @@ async def ping(database: Database) -> None:
 
 def _encode(values: list[Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(values).encode()).decode().rstrip("=")
+
+
+def token_after(item: Listed) -> str:
+    """The token of the page that begins behind this item of its list."""
+    match item:
+        case Adapter():
+            return _encode([item.base_model, item.adapter])
+        case AdapterVersion():
+            return _encode([item.version])
+        case Deployment():
+            return _encode([item.base_model])
+    return _encode([to_micros(item.create_time), item.id])
 
 
 def _decode(token: str, types: tuple[type, ...]) -> list[Any]:

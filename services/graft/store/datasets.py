@@ -2,16 +2,17 @@
 
 from dataclasses import asdict
 
-from sqlalchemy import delete, insert, or_, select
+from sqlalchemy import delete, insert, or_, select, union_all
 from sqlalchemy.exc import IntegrityError
 
 from graft.domain.errors import FailedPrecondition, unknown
+from graft.domain.evaluations import ENDED
 from graft.domain.jobs import FINAL
 from graft.domain.resources import Dataset
 from graft.store import convert
 from graft.store.database import Database, newest_first
 from graft.store.protocol import Page
-from graft.store.tables import datasets, jobs
+from graft.store.tables import datasets, evaluations, jobs
 
 
 class DatasetStore:
@@ -58,20 +59,25 @@ class DatasetStore:
         return Page(tuple(convert.dataset(row) for row in page.items), page.next_page_token)
 
     async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
-        """Raises NotFound, or FailedPrecondition while a job that has not ended uses it."""
+        """Raises NotFound, or FailedPrecondition while a job or an evaluation that has not ended uses it."""
         dataset = await self.get_dataset(project, dataset_id)
-        using = select(jobs.c.id).where(
+        learning = select(jobs.c.id).where(
             jobs.c.project == project,
             or_(jobs.c.training_dataset == dataset_id, jobs.c.validation_dataset == dataset_id),
             jobs.c.state.not_in([state.value for state in FINAL]),
         )
+        asking = select(evaluations.c.id).where(
+            evaluations.c.project == project,
+            or_(*(evaluations.c.spec[name].as_string() == dataset_id for name in ("dataset", "shots_dataset"))),
+            evaluations.c.state.not_in([state.value for state in ENDED]),
+        )
         async with self._database.write() as connection:
-            users = (await connection.execute(using)).scalars().all()
+            users = (await connection.execute(union_all(learning, asking))).scalars().all()
             if users:
                 raise FailedPrecondition(
-                    f"Data set {dataset_id!r} is used by {', '.join(users)}. Cancel these jobs or wait for their end.",
+                    f"Data set {dataset_id!r} is used by {', '.join(users)}. Cancel these or wait for their end.",
                     reason="DATASET_IN_USE",
-                    metadata={"jobs": ", ".join(users)},
+                    metadata={"users": ", ".join(users)},
                 )
             await connection.execute(delete(datasets).where(datasets.c.id == dataset_id))
         return dataset

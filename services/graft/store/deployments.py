@@ -99,14 +99,15 @@ class DeploymentStore:
             await connection.execute(mine.values(state=DeploymentState.STOPPING, error=None))
         return await self.get_deployment(project, base)
 
-    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
-        """Tells how far it is. A wish to undeploy that came meanwhile stays."""
+    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> bool:
+        """Tells how far it is. False where a wish to undeploy came meanwhile, or it has failed: both stay."""
         moving = update(deployments).where(
-            deployments.c.base_model == base, deployments.c.state != DeploymentState.STOPPING
+            deployments.c.base_model == base,
+            deployments.c.state.in_((DeploymentState.STARTING, DeploymentState.READY)),
         )
         values = {"state": state, "error": None if error is None else asdict(error)}
         async with self._database.write() as connection:
-            await connection.execute(moving.values(values))
+            return (await connection.execute(moving.values(values))).rowcount == 1
 
     async def remove_deployment(self, base: str) -> None:
         """Forgets one whose engine has ended."""

@@ -58,13 +58,14 @@ class EvaluationStore:
                     )
                 )
         except IntegrityError:
-            first = await self._evaluation_of_request(project, request_id) if request_id else None
+            first = await self.find_evaluation_by_request(project, request_id) if request_id else None
             if first is None:  # what was violated is not that a request has one evaluation
                 raise
             return first
         return await self.get_evaluation(project, evaluation_id)
 
-    async def _evaluation_of_request(self, project: str, request_id: str) -> Evaluation | None:
+    async def find_evaluation_by_request(self, project: str, request_id: str) -> Evaluation | None:
+        """The evaluation that this request made, or None."""
         query = select(evaluations).where(evaluations.c.project == project, evaluations.c.request_id == request_id)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).mappings().one_or_none()

@@ -55,13 +55,14 @@ class JobStore:
                     (EventLevel.INFO, "state", "Job created.", state_data("VALIDATING")),
                 )
         except IntegrityError:
-            first = await self._find_by_request(project, request_id) if request_id else None
+            first = await self.find_job_by_request(project, request_id) if request_id else None
             if first is None:
                 raise
             return first
         return await self.get_job(project, job_id)
 
-    async def _find_by_request(self, project: str, request_id: str) -> Job | None:
+    async def find_job_by_request(self, project: str, request_id: str) -> Job | None:
+        """The job that this request made, or None."""
         query = select(jobs).where(jobs.c.project == project, jobs.c.request_id == request_id)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).mappings().one_or_none()
@@ -111,6 +112,15 @@ class JobStore:
             if not rows:
                 await fetch_job(connection, project, job_id)
         return tuple(convert.event(row) for row in rows)
+
+    async def last_sequence(self, project: str, job_id: str) -> int:
+        """Of the job's newest event. Raises NotFound for an unknown job."""
+        query = select(jobs.c.last_sequence).where(jobs.c.project == project, jobs.c.id == job_id)
+        async with self._database.read() as connection:
+            found: int | None = (await connection.execute(query)).scalar_one_or_none()
+            if found is None:
+                await fetch_job(connection, project, job_id)  # raises, naming what exists
+        return found or 0
 
     async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]:
         """In order of attempt and step. Raises NotFound for an unknown job."""

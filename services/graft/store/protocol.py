@@ -28,6 +28,8 @@ from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, RegistrySnapshot
 
 T = TypeVar("T")
+Listed = Dataset | Job | Evaluation | Adapter | AdapterVersion | Deployment
+"""What lists are made of."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Store(Protocol):
     async def ping(self) -> None:
         """Raises Unavailable when the database does not answer."""
 
+    def token_after(self, item: Listed) -> str:
+        """The token of the page that begins behind this item of its list."""
+        ...
+
     # Data sets (gateway)
     async def create_dataset(self, dataset: Dataset, request_id: str | None) -> Dataset:
         """Stores a row. With a `request_id` seen before in the project, returns the first one's data set."""
@@ -92,7 +98,7 @@ class Store(Protocol):
         ...
 
     async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
-        """Raises NotFound, or FailedPrecondition while a live job uses it."""
+        """Raises NotFound, or FailedPrecondition while a live job or evaluation uses it."""
         ...
 
     # Jobs (gateway)
@@ -102,6 +108,7 @@ class Store(Protocol):
         """Stores a job in VALIDATING with its first event; a repeated `request_id` returns the first one's job."""
         ...
 
+    async def find_job_by_request(self, project: str, request_id: str) -> Job | None: ...
     async def get_job(self, project: str, job_id: str) -> Job: ...
     async def list_jobs(self, project: str, page_size: int, page_token: str) -> Page[Job]: ...
     async def request_cancel(self, project: str, job_id: str) -> Job:
@@ -109,6 +116,10 @@ class Store(Protocol):
         ...
 
     async def list_events(self, project: str, job_id: str, after_sequence: int, limit: int) -> tuple[Event, ...]: ...
+    async def last_sequence(self, project: str, job_id: str) -> int:
+        """Of the job's newest event; 0 without any."""
+        ...
+
     async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]: ...
 
     # Jobs (orchestrator). `owner` must hold the lease and `attempt` be current, else Aborted.
@@ -163,6 +174,7 @@ class Store(Protocol):
         """Stores one in QUEUED; a repeated `request_id` returns the first one's evaluation."""
         ...
 
+    async def find_evaluation_by_request(self, project: str, request_id: str) -> Evaluation | None: ...
     async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
         """Raises NotFound naming it and what exists."""
         ...
@@ -261,8 +273,8 @@ class Store(Protocol):
 
     # Deployments (orchestrator)
     async def every_deployment(self) -> tuple[Deployment, ...]: ...
-    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> None:
-        """Tells how far it is. A wish to undeploy that came meanwhile stays."""
+    async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> bool:
+        """Tells how far it is. False where a wish to undeploy came meanwhile, or it has failed: both stay."""
         ...
 
     async def remove_deployment(self, base: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, create_engine, select, text
 
 from graft.domain.errors import FailedPrecondition
 from graft.store.checks import CheckStore
-from graft.store.database import Database, link_arguments, parse_url, ping
+from graft.store.database import Database, link_arguments, parse_url, ping, token_after
 from graft.store.datasets import DatasetStore
 from graft.store.deployments import DeploymentStore
 from graft.store.evaluations import EvaluationStore
@@ -21,6 +21,7 @@ from graft.store.jobs import JobStore
 from graft.store.keys import KeyStore
 from graft.store.leases import LeaseStore
 from graft.store.mirror import MirrorStore
+from graft.store.protocol import Listed
 from graft.store.tables import schema_readers
 
 _MIGRATION_LOCK = 0x67726166
@@ -40,6 +41,10 @@ class SqlStore(DatasetStore, CheckStore, JobStore, LeaseStore, EvaluationStore, 
     async def ping(self) -> None:
         """Raises Unavailable when the database does not answer."""
         await ping(self._database)
+
+    def token_after(self, item: Listed) -> str:
+        """The token of the page that begins behind this item of its list."""
+        return token_after(item)
 
     async def now(self) -> datetime:
         """The database's clock, UTC."""

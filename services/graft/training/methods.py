@@ -24,8 +24,8 @@ from graft.training.objectives.preference import Preference, reference_log_probs
 from graft.training.objectives.reinforcement import Reinforced
 from graft.training.objectives.supervised import Supervised
 from graft.training.policies import Policies
-from graft.training.rollouts import EngineSampler, Patience, Tell
-from graft.training.spec import RunSpec
+from graft.training.rollouts import EngineSampler, Patience
+from graft.training.spec import RunSpec, Tell
 
 HELD_OUT_EXAMPLES = 256
 """Held-out loss is measured on the first so many validation examples: its standard error is then a sixteenth of the
@@ -117,7 +117,7 @@ def _reinforced(
     # The token is the node's and no part of what a run is told, which is kept and shown.
     client = EngineClient(spec.engine_address, spec.engine_base, token=host_token()).of(spec.base_model)
     sampler = EngineSampler(client, spec.base_model, asked, patience)
-    policies = Policies(spec, model, sampler, group)
+    policies = Policies(spec, model, sampler, group, tell)
     return Reinforced(data.prompts, asked, spec.seed, sampler, policies, grader, patience, device)
 
 

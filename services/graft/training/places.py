@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from graft.domain.errors import Unavailable
+from graft.domain.jobs import EventLevel
 from graft.settings import cache_folder
 from graft.storage import fetch_base_model
-from graft.training.spec import RunSpec
+from graft.training.spec import RunSpec, Tell
 
 PATIENCE_SECONDS = 600.0
 """How long a run waits for the storage, for its data as for its result: as long as the orchestrator for a service."""
@@ -23,7 +24,6 @@ REPORTS = "reports.jsonl"
 ERRORS = "error.log"
 
 T = TypeVar("T")
-Tell = Callable[[str, dict[str, Any]], None]
 
 
 def on_this_host(spec: RunSpec) -> RunSpec:
@@ -72,7 +72,7 @@ def patiently(ask: Callable[[], T], tell: Tell) -> T:
             if not told:
                 told = True
                 text = f"{error.message} Trying again for up to {PATIENCE_SECONDS:.0f} s."
-                tell("message", {"message": text, "level": "WARN"})
+                tell("message", {"message": text, "level": EventLevel.WARN.value})
             time.sleep(RETRY_SECONDS)
 
 

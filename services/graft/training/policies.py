@@ -8,6 +8,7 @@ it out by `policy_prefix`.
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from graft.domain.errors import GraftError
 from graft.registry.digest import adapter_digest
 from graft.training.objectives.objective import Group
-from graft.training.places import put, remove, uri_of
+from graft.training.places import patiently, put, remove, uri_of
 from graft.training.rollouts import Policy, Sampler
 from graft.training.saving import save_adapter
-from graft.training.spec import RunSpec, policy_folder, policy_prefix
+from graft.training.spec import RunSpec, Tell, policy_folder, policy_prefix
 
 DIGEST_BYTES = 32
 
@@ -27,8 +28,9 @@ DIGEST_BYTES = 32
 class Policies:
     """Publishes `model`'s adapter as training changes it. Every worker has one and calls it alike."""
 
-    def __init__(self, spec: RunSpec, model: Any, sampler: Sampler, group: Group) -> None:
+    def __init__(self, spec: RunSpec, model: Any, sampler: Sampler, group: Group, tell: Tell) -> None:
         self._model = model
+        self._tell = tell
         self._sampler = sampler
         self._leader = group.rank == 0
         self._prefix = policy_prefix(spec.base_model, spec.job_id)
@@ -69,7 +71,7 @@ class Policies:
         if self._held and self._held[-1].digest == policy.digest:  # the update changed nothing
             shutil.rmtree(path)
             return self._held[-1]
-        put(self._spec, path)
+        patiently(partial(put, self._spec, path), self._tell)
         self._held.append(policy)  # first: whatever becomes of loading it, it is taken out
         self._sampler.load(policy)
         self._retire(self._held[:-1])

@@ -19,16 +19,8 @@ from graft.training.delta import BaseWeights, Delta, become, extract, write_delt
 from graft.training.imports import PeftModel
 from graft.training.objectives.objective import ALONE, Group
 from graft.training.saving import describe, save_adapter, save_model, write_whole
-from graft.training.spec import RunSpec
+from graft.training.spec import ADAPTER, MODEL, TRAINED_ADAPTER, RunSpec, Tell
 from graft.training.tuning import load_base
-
-ADAPTER = "adapter"
-TRAINED_ADAPTER = "trained_adapter"
-MODEL = "model"
-RESULTS = (ADAPTER, TRAINED_ADAPTER, MODEL)
-"""What the orchestrator registers."""
-
-Tell = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from graft.domain.errors import FailedPrecondition, ResourceExhausted, Unavailab
 from graft.domain.jobs import EventLevel, Reinforcement
 from graft.internal.engine_client import EngineClient
 from graft.internal.v1 import engine_pb2
+from graft.training.spec import Tell
 
 T = TypeVar("T")
-Tell = Callable[[str, dict[str, Any]], None]
 
 UNAVAILABLE_SECONDS = 600.0
 """How long the engine may be away before the run fails: a cold start takes two minutes, and nothing is lost."""

@@ -62,16 +62,20 @@ class _Run:
         """Takes a report from rank 0, a failure from any worker. Nothing follows an end: what came first is why."""
         with self._lock:
             if trace:
-                with open(self._folder / ERRORS, "a") as file:
-                    file.write(trace + "\n")
+                self._write(ERRORS, trace)
             if self._ended():
                 return
             report = Report(len(self._reports) + 1, kind, time.time(), data)
-            with open(self._folder / REPORTS, "a") as file:
-                file.write(json.dumps(asdict(report)) + "\n")
             self._reports.append(report)
+            self._write(REPORTS, json.dumps(asdict(report)))
             if self._ended() and self._spec.storage is not None:
                 threading.Thread(target=self._keep, daemon=True).start()
+
+    def _write(self, name: str, line: str) -> None:
+        """For people to read. Who polls has the reports from memory: that the disk is full must not keep a run that
+        fails of it from saying so, or its job would be RUNNING for ever."""
+        with suppress(OSError), open(self._folder / name, "a") as file:
+            file.write(line + "\n")
 
     def _keep(self) -> None:
         """What is left of the run for people to read. They are no result: a storage that is away has none of them."""
@@ -196,14 +200,14 @@ class RayRuns:
             return RunStatus(False, False, [])
         try:
             alive, reports, placed = ray.get(actor.poll.remote(after_sequence), timeout=ANSWER_SECONDS)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.ActorDiedError:  # not one that cannot be reached for the moment, which goes on
             return RunStatus(False, False, [])
         return RunStatus(True, alive, reports, placed)
 
     def _cancel(self, job_id: str, attempt: int) -> None:
         actor = self._find(job_id, attempt)
         if actor is not None:
-            with suppress(ray.exceptions.RayActorError):  # gone in between, and with it the workers
+            with suppress(ray.exceptions.ActorDiedError):  # gone in between, and with it the workers
                 ray.get(actor.cancel.remote(), timeout=ANSWER_SECONDS)
         give_back(run_name(job_id, attempt))
 

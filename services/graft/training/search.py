@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import Any
 
 import ray
 
+from graft.domain.errors import Unavailable
 from graft.training.failures import failure
 from graft.training.fit import bundle, free_threads, worker_environment
-from graft.training.places import on_this_host, put, ray_storage, remove
+from graft.training.places import on_this_host, patiently, put, ray_storage, remove
 from graft.training.reservations import trial_name
-from graft.training.spec import Clock, RunSpec
+from graft.training.spec import Clock, RunSpec, Tell
 from graft.training.sweep import Ledger, SearchSpec, Tells, Trial
 
 ENVIRONMENT = {
@@ -86,8 +88,9 @@ class Search:
             result = ledger.result()
             winner = ledger.winner()
         if winner is not None:
-            _keep(on_this_host(spec), winner[1])
-        ray.get(run.tell.remote("finished", result))
+            _keep(on_this_host(spec), winner[1], lambda kind, data: self._tell([(kind, data)]))
+        # As all others, or it would overtake them: nothing follows an end.
+        ray.get(run.tell.options(concurrency_group="reports").remote("finished", result))
 
     def report(self, number: int, kind: str, data: dict[str, Any], trace: str = "") -> None:
         """What a trial tells (`Ledger.told`)."""
@@ -188,10 +191,11 @@ def _trial(config: dict[str, Any], spec: RunSpec, search: Any, begin_seconds: fl
             best_loss = now.loss
             folder = Path(mine.output_dir) / f"step-{now.step}"
             result = now.save(folder)
-            where = put(mine, folder)
+            where = patiently(partial(put, mine, folder), tell)
             tell("saved", {**now.result, **result, METRIC: now.loss, "step": now.step, "folder": where})
             if kept is not None:
-                remove(mine, kept)
+                with suppress(Unavailable):  # then it stays there: an adapter of some megabytes
+                    remove(mine, kept)
             kept = where
         if now.step < mine.total_steps:  # after the last there is nothing to end
             tune.report({"step": now.step, METRIC: now.loss})
@@ -204,17 +208,17 @@ def _trial(config: dict[str, Any], spec: RunSpec, search: Any, begin_seconds: fl
         tell("failed", failure(error, spec.error_log), traceback.format_exc())
 
 
-def _keep(spec: RunSpec, where: str) -> None:
-    """Makes a trial's folder the run's result: `adapter` is whole or not there."""
+def _keep(spec: RunSpec, where: str, tell: Tell) -> None:
+    """Makes a trial's folder the run's result: `adapter` is whole or not there. Waits for a storage that is away."""
     adapter = Path(spec.output_dir) / "adapter"
     temporary = adapter.with_name(".adapter")
     shutil.rmtree(temporary, ignore_errors=True)
     if spec.storage is not None:
-        spec.storage.fetch_folder(where, temporary)
+        patiently(partial(spec.storage.fetch_folder, where, temporary), tell)
         shutil.rmtree(adapter, ignore_errors=True)
         (temporary / adapter.name).rename(adapter)
         shutil.rmtree(temporary)
-        put(spec, adapter)
+        patiently(partial(put, spec, adapter), tell)
         return
     shutil.copytree(Path(where) / adapter.name, temporary)
     shutil.rmtree(adapter, ignore_errors=True)

@@ -1,6 +1,7 @@
 """What a run is told, with every value concrete, and what it reports. Picklable; knows neither Ray nor torch."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ from graft.storage import Storage
 from graft.training.sweep import SearchSpec, search_spec
 
 POLICIES = "policy"
+ADAPTER = "adapter"
+TRAINED_ADAPTER = "trained_adapter"
+MODEL = "model"
+RESULTS = (ADAPTER, TRAINED_ADAPTER, MODEL)
+"""Folders that a run may leave (`graft.training.results`), which the orchestrator registers."""
 ENDS = frozenset({"finished", "failed", "cancelled"})
+Tell = Callable[[str, dict[str, Any]], None]
+"""Takes the kind of a report and its data."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Does not know Ray: who its companions are, how many threads it may use and whom 
 import heapq
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from graft.domain.errors import InvalidArgument, Unavailable
-from graft.domain.jobs import Method
+from graft.domain.jobs import EventLevel, Method
 from graft.training.batching import microbatches
 from graft.training.heldout import HeldOut
 from graft.training.imports import AutoTokenizer, PeftModel
@@ -32,16 +33,14 @@ from graft.training.objectives.objective import Group
 from graft.training.objectives.supervised import mean_loss
 from graft.training.packing import check_packing
 from graft.training.places import patiently, put, remove, with_files
-from graft.training.results import RESULTS, Yardstick, save_result
+from graft.training.results import Yardstick, save_result
 from graft.training.saving import KEPT_MODELS, save_checkpoint
 from graft.training.sharding import shard
-from graft.training.spec import Clock, RunSpec
+from graft.training.spec import RESULTS, Clock, RunSpec, Tell
 from graft.training.tuning import load_base, tune, wants_sharding
 
 THREADS_SECONDS = 5.0
 """How often a worker asks how many cores are its own: another run on the node may begin or end."""
-
-Tell = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,7 @@ class _Follower:
             uri = self._put(folder)
         except Unavailable as error:
             text = f"The checkpoint at step {step} is not kept: {error.message}"
-            self._tell("message", {"message": text, "level": "WARN"})
+            self._tell("message", {"message": text, "level": EventLevel.WARN.value})
             return
         kept = {"train_loss": metrics["loss"]}
         kept |= {name: value for name, value in metrics.items() if name.startswith("validation_")}
@@ -236,6 +235,8 @@ class _Follower:
         uri = put(self._spec, folder)
         if self._spec.storage is not None and not isinstance(self._model, PeftModel):
             self._models.append(uri)
-            if len(self._models) > KEPT_MODELS:
-                remove(self._spec, self._models.pop(0))
+            with suppress(Unavailable):  # what stays goes at the next checkpoint
+                while len(self._models) > KEPT_MODELS:
+                    remove(self._spec, self._models[0])
+                    del self._models[0]
         return uri

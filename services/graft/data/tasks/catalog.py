@@ -7,8 +7,6 @@ from graft.data.tasks.definition import TaskDefinition, load
 from graft.data.tasks.reading import did_you_mean
 from graft.domain.errors import InvalidArgument, NotFound
 
-START = "custom"
-"""The commented file that a task of one's own starts from."""
 _FOLDER = files("graft.data.tasks") / "builtin"
 
 
@@ -22,7 +20,7 @@ def text(name: str) -> str:
     """The file of a built-in task, with its comments. Raises NotFound naming what exists."""
     if name not in names():
         raise NotFound(
-            f"There is no task {name[:80]!r}; {did_you_mean(name, names())}. "
+            f"There is no task {name[:80]!r}; {did_you_mean(name[:80], names())}. "
             "Tasks of your own are given as a definition.",
             reason="TASK_NOT_FOUND",
             metadata={"name": name[:80], "existing": ", ".join(names())},

@@ -96,12 +96,6 @@ def trained_as(task: TaskDefinition | None, row: Row, format: DatasetFormat) -> 
     return made, DatasetFormat.MESSAGES if task.is_chat else DatasetFormat.PROMPT_COMPLETION
 
 
-def to_reference(task: TaskDefinition, row: Row) -> str | None:
-    """The text that an answer to `to_prompt` is compared with: what would be learned. None where the row has none."""
-    answer = text_of(row.get(task.completion.field), task.completion.field)
-    return None if answer is None else render_completion(task, inputs_of(task, row), answer)
-
-
 def to_prompt(task: TaskDefinition, row: Row) -> list[dict[str, str]] | str:
     """The prompt of a row alone, for answers that are graded rather than learned. Raises as `render_prompt`."""
     return render_prompt(task, inputs_of(task, row))

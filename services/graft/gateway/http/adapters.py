@@ -29,11 +29,19 @@ async def list_adapters(request: Request) -> Response:
     core, project = core_of(request), project_of(request)
     query = query_of(request, "after", "limit", "base_model")
     base = query.get("base_model")
+
+    async def find(after: str) -> Adapter:
+        line = _line_of(after)
+        if base not in (None, line[0]):
+            raise invalid("after", f"{after!r} is an adapter of another base model")
+        return await core.get_adapter(project, *line)
+
     found, has_more = await page_after(
+        core,
         lambda size, token: core.list_adapters(project, base, size, token),
         query.get("after"),
         limit_of(query, 20, 100),
-        _model,
+        find,
     )
     return JSONResponse(listing([_json(one) for one in found], has_more))
 
@@ -46,9 +54,14 @@ async def retrieve_adapter(request: Request) -> Response:
 async def list_versions(request: Request) -> Response:
     """Newest first."""
     core, project, line = core_of(request), project_of(request), _line(request)
-    found, has_more = await page(
-        request, lambda size, token: core.list_versions(project, *line, size, token), lambda one: one.model
-    )
+
+    async def find(after: str) -> AdapterVersion:
+        name = parse_model(after)
+        if (name.base, name.adapter) != line or name.version is None:
+            raise invalid("after", f"{after!r} is no version of this adapter")
+        return await core.get_version(project, *line, str(name.version))
+
+    found, has_more = await page(request, lambda size, token: core.list_versions(project, *line, size, token), find)
     aliases = (await core.get_adapter(project, *line)).aliases
     return JSONResponse(listing([_version_json(one, aliases) for one in found], has_more))
 
@@ -86,7 +99,10 @@ async def residency(request: Request) -> Response:
 
 def _line(request: Request) -> tuple[str, str]:
     """Base model and adapter of the path."""
-    text = str(request.path_params["model"])
+    return _line_of(str(request.path_params["model"]))
+
+
+def _line_of(text: str) -> tuple[str, str]:
     name = parse_model(text)
     if name.adapter is None or "@" in text:
         raise invalid("model", f"{text!r} is no adapter; write base:adapter, and its version behind /versions/")

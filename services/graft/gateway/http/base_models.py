@@ -9,22 +9,23 @@ from starlette.responses import JSONResponse, Response
 from graft.domain.resources import BaseModel
 from graft.gateway import convert
 from graft.gateway.http.messages import told
-from graft.gateway.http.requests import core_of, listing, page, project_of
-from graft.store.protocol import Page
+from graft.gateway.http.requests import core_of, invalid, limit_of, listing, project_of, query_of
 
 
 async def list_base_models(request: Request) -> Response:
     """By id."""
     core, project = core_of(request), project_of(request)
 
-    async def fetch(size: int, token: str) -> Page[BaseModel]:
-        every, start = await core.list_base_models(project), int(token or 0)
-        rest = start + size < len(every)
-        return Page(every[start : start + size], str(start + size) if rest else "")
-
-    found, has_more = await page(request, fetch, lambda one: one.id)
+    query = query_of(request, "after", "limit")
+    after, limit = query.get("after"), limit_of(query, 20, 100)
+    every = await core.list_base_models(project)  # a short list
+    ids = [one.id for one in every]
+    if after is not None and after not in ids:
+        raise invalid("after", f"{after!r} is not in this list")
+    start = 0 if after is None else ids.index(after) + 1
     served = await core.deployments.served()
-    return JSONResponse(listing([_json(project, one, served) for one in found], has_more))
+    found = [_json(project, one, served) for one in every[start : start + limit]]
+    return JSONResponse(listing(found, has_more=start + limit < len(every)))
 
 
 async def retrieve_base_model(request: Request) -> Response:

@@ -23,7 +23,9 @@ async def list_deployments(request: Request) -> Response:
     """By id."""
     deployments, project = core_of(request).deployments, project_of(request)
     found, has_more = await page(
-        request, lambda size, token: deployments.page(project, size, token), lambda one: one.base_model
+        request,
+        lambda size, token: deployments.page(project, size, token),
+        lambda after: deployments.get(project, after),
     )
     return JSONResponse(listing([_json(one) for one in found], has_more))
 

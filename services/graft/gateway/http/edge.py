@@ -51,6 +51,7 @@ class Edge:
 
         try:
             if scope["path"] not in OPEN_PATHS:
+                self._authenticator.check_local(_header(scope, b"host"), _header(scope, b"origin"))
                 auth.begin(await self._authenticator.authenticate(_header(scope, b"authorization")))
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:

@@ -31,7 +31,9 @@ async def list_evaluations(request: Request) -> Response:
     """Newest first."""
     core, project = core_of(request), project_of(request)
     found, has_more = await page(
-        request, lambda size, token: core.list_evaluations(project, size, token), lambda one: one.id
+        request,
+        lambda size, token: core.list_evaluations(project, size, token),
+        lambda after: core.get_evaluation(project, after),
     )
     return JSONResponse(listing([_json(one) for one in found], has_more))
 

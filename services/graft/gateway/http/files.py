@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from graft.domain.resources import DatasetFormat
+from graft.gateway.checks import CONTROL, MAX_NAME_CHARACTERS
 from graft.gateway.http import convert
 from graft.gateway.http.multipart import Field, FileStart, pieces
 from graft.gateway.http.requests import (
@@ -23,8 +24,6 @@ from graft.gateway.uploads import Upload
 
 MAX_LIMIT = 10_000
 """OpenAI's highest and default `limit` of files; one answer holds at most 1000 and says that there are more."""
-MAX_NAME_CHARACTERS = 255
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 async def create_file(request: Request) -> Response:
@@ -75,7 +74,7 @@ def _check_purpose(purpose: str) -> str:
 
 def _display_name(filename: str) -> str:
     """The last part of a path, without control characters."""
-    name = _CONTROL.sub("", re.split(r"[/\\]", filename)[-1])
+    name = CONTROL.sub("", re.split(r"[/\\]", filename)[-1])
     return name[-MAX_NAME_CHARACTERS:] or "data.jsonl"
 
 
@@ -89,7 +88,11 @@ async def list_files(request: Request) -> Response:
     if query.get("purpose", convert.PURPOSE) != convert.PURPOSE:
         return JSONResponse(listing([], has_more=False))
     found, has_more = await page_after(
-        lambda size, token: core.list_datasets(project, size, token), query.get("after"), limit, lambda one: one.id
+        core,
+        lambda size, token: core.list_datasets(project, size, token),
+        query.get("after"),
+        limit,
+        lambda after: core.get_dataset(project, after),
     )
     return JSONResponse(listing([convert.file(one) for one in found], has_more))
 

@@ -37,6 +37,7 @@ from graft.domain.jobs import (
     Sweep,
     Tuning,
 )
+from graft.gateway.errors import MAX_VIOLATIONS
 
 T = TypeVar("T")
 EnumT = TypeVar("EnumT", bound=StrEnum)
@@ -386,8 +387,10 @@ class _Object:
         return _Object(self.take(name, kind) or {}, self.path(name), self._faults)
 
     def finish(self) -> None:
-        for name in self._values:
-            if name not in self._known:
-                close = difflib.get_close_matches(name, self._known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self._known)}"
-                self.refuse(name, f"is not a field here; {hint}")
+        unknown = [name for name in self._values if name not in self._known]
+        for name in unknown[:MAX_VIOLATIONS]:
+            close = difflib.get_close_matches(name[:80], self._known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(self._known)}"
+            self.refuse(name[:80], f"is not a field here; {hint}")
+        if (more := len(unknown) - MAX_VIOLATIONS) > 0:
+            self._faults.append(FieldViolation(self._name or "body", f"has {more} more fields that are not known"))

@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from graft.domain.errors import FieldViolation, InvalidArgument, ResourceExhausted
+from graft.domain.errors import FieldViolation, InvalidArgument, NotFound, ResourceExhausted
 from graft.domain.names import check_id
 from graft.gateway import auth
 from graft.gateway.checks import MAX_PAGE_SIZE
 from graft.gateway.core import Core
 from graft.settings import MIB
-from graft.store.protocol import Page
+from graft.store.protocol import Listed, Page
 
 T = TypeVar("T")
+ListedT = TypeVar("ListedT", bound=Listed)
 
 
 def core_of(request: Request) -> Core:
@@ -105,41 +106,31 @@ def limit_of(query: dict[str, str], default: int, most: int) -> int:
 
 
 async def page_after(
-    fetch: Callable[[int, str], Awaitable[Page[T]]], after: str | None, limit: int, id_of: Callable[[T], str]
-) -> tuple[list[T], bool]:
-    """Up to `limit` items that follow the one with id `after`, and whether there are more.
-
-    OpenAI's cursor is an id, the store's a token: all but the first page are found by walking 1000 rows at a time.
-    """
-    limit = min(limit, MAX_PAGE_SIZE)
-    if after is None:
-        first = await fetch(limit, "")
-        return list(first.items), bool(first.next_page_token)
-    found: list[T] | None = None
+    core: Core,
+    fetch: Callable[[int, str], Awaitable[Page[ListedT]]],
+    after: str | None,
+    limit: int,
+    find: Callable[[str], Awaitable[ListedT]],
+) -> tuple[list[ListedT], bool]:
+    """Up to `limit` items that follow the one with id `after`, which `find` finds, and whether there are more."""
     token = ""
-    while True:
-        page = await fetch(MAX_PAGE_SIZE, token)
-        for item in page.items:
-            if found is None:
-                found = [] if id_of(item) == after else None
-            elif len(found) == limit:
-                return found, True
-            else:
-                found.append(item)
-        token = page.next_page_token
-        if not token:
-            break
-    if found is None:
-        raise invalid("after", f"{after!r} is not in this list")
-    return found, False
+    if after is not None:
+        try:
+            token = core.store.token_after(await find(after))
+        except (NotFound, InvalidArgument):
+            raise invalid("after", f"{after!r} is not in this list") from None
+    page = await fetch(min(limit, MAX_PAGE_SIZE), token)
+    return list(page.items), bool(page.next_page_token)
 
 
 async def page(
-    request: Request, fetch: Callable[[int, str], Awaitable[Page[T]]], id_of: Callable[[T], str]
-) -> tuple[list[T], bool]:
+    request: Request,
+    fetch: Callable[[int, str], Awaitable[Page[ListedT]]],
+    find: Callable[[str], Awaitable[ListedT]],
+) -> tuple[list[ListedT], bool]:
     """The page of a list of Graft's own that the query asks for by `after` and `limit` (20, at most 100)."""
     query = query_of(request, "after", "limit")
-    return await page_after(fetch, query.get("after"), limit_of(query, 20, 100), id_of)
+    return await page_after(core_of(request), fetch, query.get("after"), limit_of(query, 20, 100), find)
 
 
 def listing(data: list[dict[str, object]], has_more: bool) -> dict[str, object]:

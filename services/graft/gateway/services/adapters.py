@@ -6,6 +6,7 @@ from graft.api.v1 import adapter_pb2, adapter_service_pb2, adapter_service_pb2_g
 from graft.gateway import convert
 from graft.gateway.core import Core
 from graft.gateway.services.names import ANY, parent_project, split
+from graft.gateway.services.pages import fitting
 
 _ADAPTER = ("baseModels", "adapters")
 _VERSION = ("baseModels", "adapters", "versions")
@@ -46,11 +47,15 @@ class AdapterService(adapter_service_pb2_grpc.AdapterServiceServicer):
     ) -> adapter_service_pb2.ListAdapterVersionsResponse:
         """A page, newest first."""
         project, base, adapter = split(request.parent, *_ADAPTER, field="parent")
-        page = await self._core.list_versions(project, base, adapter, request.page_size, request.page_token)
         aliases = (await self._core.get_adapter(project, base, adapter)).aliases
-        return adapter_service_pb2.ListAdapterVersionsResponse(
-            adapter_versions=[convert.version(one, aliases) for one in page.items],
-            next_page_token=page.next_page_token,
+        return await fitting(
+            self._core,
+            request.page_size,
+            lambda size: self._core.list_versions(project, base, adapter, size, request.page_token),
+            lambda page: adapter_service_pb2.ListAdapterVersionsResponse(
+                adapter_versions=[convert.version(one, aliases) for one in page.items],
+                next_page_token=page.next_page_token,
+            ),
         )
 
     async def SetAdapterAlias(

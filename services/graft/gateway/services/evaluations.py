@@ -6,6 +6,7 @@ from graft.api.v1 import evaluation_pb2, evaluation_service_pb2, evaluation_serv
 from graft.gateway import convert_evaluations as convert
 from graft.gateway.core import Core
 from graft.gateway.services.names import parent_project, split
+from graft.gateway.services.pages import fitting
 
 
 class EvaluationService(evaluation_service_pb2_grpc.EvaluationServiceServicer):
@@ -32,9 +33,14 @@ class EvaluationService(evaluation_service_pb2_grpc.EvaluationServiceServicer):
         self, request: evaluation_service_pb2.ListEvaluationsRequest, _context: Any
     ) -> evaluation_service_pb2.ListEvaluationsResponse:
         """A page, newest first."""
-        page = await self._core.list_evaluations(parent_project(request.parent), request.page_size, request.page_token)
-        return evaluation_service_pb2.ListEvaluationsResponse(
-            evaluations=[convert.evaluation(one) for one in page.items], next_page_token=page.next_page_token
+        project = parent_project(request.parent)
+        return await fitting(
+            self._core,
+            request.page_size,
+            lambda size: self._core.list_evaluations(project, size, request.page_token),
+            lambda page: evaluation_service_pb2.ListEvaluationsResponse(
+                evaluations=[convert.evaluation(one) for one in page.items], next_page_token=page.next_page_token
+            ),
         )
 
     async def CancelEvaluation(

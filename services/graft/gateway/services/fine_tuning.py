@@ -8,6 +8,7 @@ from graft.gateway import convert_jobs as convert
 from graft.gateway.checks import check_page_size
 from graft.gateway.core import Core
 from graft.gateway.services.names import cursor, parent_project, split
+from graft.gateway.services.pages import fitting
 
 
 class FineTuningService(fine_tuning_service_pb2_grpc.FineTuningServiceServicer):
@@ -36,9 +37,13 @@ class FineTuningService(fine_tuning_service_pb2_grpc.FineTuningServiceServicer):
     ) -> fine_tuning_service_pb2.ListFineTuningJobsResponse:
         """A page, newest first."""
         project = parent_project(request.parent)
-        page = await self._core.list_jobs(project, request.page_size, request.page_token)
-        return fine_tuning_service_pb2.ListFineTuningJobsResponse(
-            fine_tuning_jobs=[convert.job(one) for one in page.items], next_page_token=page.next_page_token
+        return await fitting(
+            self._core,
+            request.page_size,
+            lambda size: self._core.list_jobs(project, size, request.page_token),
+            lambda page: fine_tuning_service_pb2.ListFineTuningJobsResponse(
+                fine_tuning_jobs=[convert.job(one) for one in page.items], next_page_token=page.next_page_token
+            ),
         )
 
     async def CancelFineTuningJob(
