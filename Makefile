@@ -16,11 +16,12 @@ setup: ## Makes .venv with locked dependencies and generated stubs
 demo: setup ## Trains two adapters on real data, serves them and compares them with their base (under ten minutes)
 	@$(BIN)/graft demo
 
-# A run each, of which only the unit tests use every core: a process that has been a Ray driver is no place for their
-# gRPC servers, and the whole stack shares two cores with nothing else.
+# A run each, of which only the first uses every core: a process that has been a Ray driver is no place for the gRPC
+# servers of unit tests, and a Ray cluster or the whole stack shares two cores with nothing else. The first has a process
+# more than there are cores, since some of its modules mostly wait, and begins with tests/integration: they take longest.
 test: setup ## Runs every test
-	$(BIN)/pytest tests/unit $(PARALLEL)
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration tests/unit -m "not ray" --numprocesses=$$(($$(nproc) + 1)) --dist=loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests/integration -m ray
 	$(BIN)/pytest tests/e2e
 
 test-unit: setup ## Runs the tests that need no server

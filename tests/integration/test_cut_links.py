@@ -1,5 +1,7 @@
 """What one process sees of another machine while the cable between them is pulled: an error in bounded time, and an
 answer once it is plugged in again. Real servers on hosts of their own; `tests/e2e/hosts` has the whole system.
+
+The cable is pulled once, from three processes in the middle of their work: most of a test's time is spent in silence.
 """
 
 import json
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from graft.store.sql import migrate
 from tests.support.healing import Note
 from tests.support.host_backends import POSTGRES_PORT, start_postgres, start_s3
 from tests.support.hosts import Host, network
+from tests.support.s3_server import S3Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(280)]
 
@@ -70,14 +74,10 @@ def hosts() -> Iterator[dict[str, Host]]:
         yield made
 
 
-def tell(note: Note, what: str, cut: float, failed: dict[str, Any], healed: float, answered: dict[str, Any]) -> None:
-    note(what, error_seconds=failed["at"] - cut, told=failed["reason"], heal_seconds=answered["at"] - healed)
-
-
 Drive = Callable[..., Driver]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def drive(hosts: dict[str, Host]) -> Iterator[Drive]:
     drivers: list[Driver] = []
 
@@ -90,59 +90,70 @@ def drive(hosts: dict[str, Host]) -> Iterator[Drive]:
         driver.stop()
 
 
-def test_a_cut_link_to_the_database_is_an_error_and_then_an_answer(
-    hosts: dict[str, Host], drive: Drive, note: Note
-) -> None:
+@dataclass(frozen=True)
+class Seen:
+    """What a process said of the link while it was cut, and once it was whole again."""
+
+    cut: float
+    failed: list[dict[str, Any]]
+    healed: float
+    answered: dict[str, Any]
+
+    def tell(self, note: Note, what: str) -> None:
+        """Notes the first error and the first answer."""
+        error_seconds, heal_seconds = self.failed[0]["at"] - self.cut, self.answered["at"] - self.healed
+        note(what, error_seconds=error_seconds, told=self.failed[0]["reason"], heal_seconds=heal_seconds)
+
+
+@pytest.fixture(scope="module")
+def storage(hosts: dict[str, Host]) -> S3Server:
+    return start_s3(hosts["server"], BYTES_A_SECOND)
+
+
+@pytest.fixture(scope="module")
+def seen(hosts: dict[str, Host], drive: Drive, storage: S3Server) -> dict[str, Seen]:
     worker, server = hosts.values()
     (url,) = start_postgres(server, "graft")
     migrate(url.replace(f"{server.address}:{POSTGRES_PORT}", f"127.0.0.1:{worker.tunnel(server, POSTGRES_PORT)}"))
-    driver = drive("store", url)
-    driver.until("done")
-    with worker.apart_from(server):
-        cut = time.time()
-        failed = driver.until("failed")
-    healed = time.time()
-    answered = driver.until("done")
-    assert failed["reason"] == "STORE_UNAVAILABLE"
-    tell(note, "the database", cut, failed, healed, answered)
-
-
-def test_a_download_from_the_storage_that_is_cut_is_an_error_and_then_whole(
-    hosts: dict[str, Host], drive: Drive, note: Note
-) -> None:
-    worker, server = hosts.values()
-    s3 = start_s3(server, BYTES_A_SECOND)
-    with open(s3.folder / "graft" / "file", "wb") as file:
+    server.popen([sys.executable, "-c", ENGINE, f"{server.address}:9000"], "engine.log")
+    server.listening(9000)
+    with open(storage.folder / "graft" / "file", "wb") as file:
         file.truncate(FILE_BYTES)
-    driver = drive("storage", s3.endpoint_url, **s3.variables)
-    driver.until("begun")
+    drivers = {"store": drive("store", url), "engine": drive("engine", f"{server.address}:9000")}
+    drivers["store"].until("done")
+    drivers["engine"].until("begun")
+    drivers["storage"] = drive("storage", storage.endpoint_url, **storage.variables)
+    drivers["storage"].until("begun")
     deadline = time.monotonic() + 120
-    while not (begun := [found for found in worker.disk.rglob("cache/storage/.fetch-*/*") if found.stat().st_size]):
+    while not any(found.stat().st_size for found in worker.disk.rglob("cache/storage/.fetch-*/*")):
         assert time.monotonic() < deadline, "no download has begun"
         time.sleep(0.001)
     with worker.apart_from(server):
         cut = time.time()
-        failed = driver.until("failed", "done")
+        failed = {name: [driver.until("failed", "done")] for name, driver in drivers.items()}
+        failed["engine"].append(drivers["engine"].until("failed"))
     healed = time.time()
-    assert failed["reason"] == "STORAGE_UNAVAILABLE", (failed, begun)
-    assert s3.endpoint_url in failed["message"]
-    answered = driver.until("done")
-    tell(note, "the storage, in the middle of a download", cut, failed, healed, answered)
+    answered = {name: driver.until("begun" if name == "engine" else "done") for name, driver in drivers.items()}
+    return {name: Seen(cut, failed[name], healed, answered[name]) for name in drivers}
+
+
+def test_a_cut_link_to_the_database_is_an_error_and_then_an_answer(seen: dict[str, Seen], note: Note) -> None:
+    assert [told["reason"] for told in seen["store"].failed] == ["STORE_UNAVAILABLE"]
+    seen["store"].tell(note, "the database")
+
+
+def test_a_download_from_the_storage_that_is_cut_is_an_error_and_then_whole(
+    seen: dict[str, Seen], storage: S3Server, note: Note
+) -> None:
+    (failed,) = seen["storage"].failed
+    assert failed["reason"] == "STORAGE_UNAVAILABLE", failed
+    assert storage.endpoint_url in failed["message"]
+    seen["storage"].tell(note, "the storage, in the middle of a download")
 
 
 def test_a_silent_stream_from_the_engine_that_is_cut_is_lost_and_the_next_one_answered(
-    hosts: dict[str, Host], drive: Drive, note: Note
+    seen: dict[str, Seen], note: Note
 ) -> None:
-    worker, server = hosts.values()
-    server.popen([sys.executable, "-c", ENGINE, f"{server.address}:9000"], "engine.log")
-    server.listening(9000)
-    driver = drive("engine", f"{server.address}:9000")
-    driver.until("begun")
-    with worker.apart_from(server):
-        cut = time.time()
-        failed = driver.until("failed")
-        assert failed["reason"] == "ENGINE_LOST"
-        assert driver.until("failed")["reason"] == "ENGINE_STARTING"  # the next: nobody is reached at all
-    healed = time.time()
-    answered = driver.until("begun")
-    tell(note, "the engine, in the middle of a stream", cut, failed, healed, answered)
+    # The next: nobody is reached at all.
+    assert [told["reason"] for told in seen["engine"].failed] == ["ENGINE_LOST", "ENGINE_STARTING"]
+    seen["engine"].tell(note, "the engine, in the middle of a stream")

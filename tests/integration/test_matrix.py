@@ -19,7 +19,7 @@ from tests.support.matrix_workers import TOLD, work_through
 from tests.support.tiny_llama import make_tiny_llama
 
 # The first test waits for all of them.
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 WORKERS = 2
 
 PAIRS = [{"prompt": f"{n} is ", "completion": "even" if n % 2 == 0 else "odd"} for n in range(24)]

@@ -1,11 +1,9 @@
 """Base and adapters in one batch of a real engine, every slot filled: Graft's kernels hold, vLLM's own do not."""
 
-import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,21 +20,26 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 BASE_SPEAKER = 0
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 Models: TypeAlias = dict[int, Path]
 """Folders: the base (0) and its adapters."""
-Run: TypeAlias = "Callable[[str], dict[str, Any]]"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folder = tmp_path_factory.mktemp("models")
-    return with_adapters(make_tiny_llama(folder / "base"), folder)
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Models]:
+    """By architecture."""
+    made = {}
+    for kind in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(kind)
+        base = make_tiny_llama(folder / "base") if kind == "llama" else make_tiny_model(folder / "base", kind)
+        made[kind] = with_adapters(base, folder)
+    return made
 
 
 @pytest.fixture(scope="module")
-def run(models: Models) -> Run:
-    """Runs the engine with the plugins that VLLM_PLUGINS names; once for each value."""
-    return functools.cache(lambda plugins: run_engine(models, plugins))
+def grouped(models: dict[str, Models]) -> dict[str, dict[str, Any]]:
+    """What each architecture answers by Graft's kernels."""
+    return dict(zip(models, run_engines(list(models.values()), "graft_cpu_lora"), strict=True))
 
 
 def with_adapters(base: Path, folder: Path) -> Models:
@@ -55,8 +58,8 @@ def with_adapters(base: Path, folder: Path) -> Models:
     return made
 
 
-def run_engine(models: Models, plugins: str) -> dict[str, Any]:
-    """What `tests.support.mixed_batches` prints."""
+def run_engines(models: list[Models], plugins: str) -> list[dict[str, Any]]:
+    """What `tests.support.mixed_batches` prints with the plugins that VLLM_PLUGINS names."""
     environment = os.environ | {
         "VLLM_PLUGINS": plugins,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -65,10 +68,11 @@ def run_engine(models: Models, plugins: str) -> dict[str, Any]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "tests.support.mixed_batches", *map(str, models.values())]
+    each = [os.pathsep.join(map(str, one.values())) for one in models]
+    command = [sys.executable, "-m", "tests.support.mixed_batches", *each]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    printed: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    printed: list[dict[str, Any]] = json.loads(ended.stdout.splitlines()[-1])
     return printed
 
 
@@ -112,33 +116,30 @@ def speakers(keys: set[str]) -> set[int]:
     return {int(key.split("/")[0]) for key in keys}
 
 
-def test_answers_in_a_mixed_batch_are_those_given_alone(run: Run) -> None:
-    result = run("graft_cpu_lora")
-    assert result["wrapper"] == WRAPPER
-    assert wrong(result) == set()
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_answers_in_a_mixed_batch_are_those_given_alone(kind: str, grouped: dict[str, dict[str, Any]]) -> None:
+    assert grouped[kind]["wrapper"] == WRAPPER
+    assert wrong(grouped[kind]) == set()
 
 
-def test_log_probabilities_of_prompts_in_a_mixed_batch_are_those_given_alone(run: Run) -> None:
-    result = run("graft_cpu_lora")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_log_probabilities_of_prompts_in_a_mixed_batch_are_those_given_alone(
+    kind: str, grouped: dict[str, dict[str, Any]]
+) -> None:
+    result = grouped[kind]
     assert result["prompts_mixed"].keys() == result["prompts_alone"].keys()
     for key, logprobs in result["prompts_mixed"].items():
         assert logprobs == pytest.approx(result["prompts_alone"][key], abs=1e-4), key
 
 
-def test_the_stock_kernels_fail_this_check_for_every_base_answer_and_no_other(run: Run) -> None:
-    result = run("")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_each_speaker_answers_as_peft_computes_it(
+    kind: str, grouped: dict[str, dict[str, Any]], models: dict[str, Models]
+) -> None:
+    each_answers_as_peft_does(models[kind], grouped[kind]["alone"])
+
+
+def test_the_stock_kernels_fail_this_check_for_every_base_answer_and_no_other(models: dict[str, Models]) -> None:
+    (result,) = run_engines([models["llama"]], "")
     assert result["wrapper"] == STOCK
     assert wrong(result) == {f"{BASE_SPEAKER}/{prompt}" for prompt in range(len(PROMPTS))}
-
-
-def test_each_speaker_answers_as_peft_computes_it(run: Run, models: Models) -> None:
-    each_answers_as_peft_does(models, run("graft_cpu_lora")["alone"])
-
-
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
-def test_other_architectures_answer_in_mixed_batches_as_peft_computes_them(kind: str, tmp_path: Path) -> None:
-    models = with_adapters(make_tiny_model(tmp_path / "base", kind), tmp_path)
-    result = run_engine(models, "graft_cpu_lora")
-    assert result["wrapper"] == WRAPPER
-    assert wrong(result) == set()
-    each_answers_as_peft_does(models, result["alone"])

@@ -25,7 +25,7 @@ from tests.support.run_specs import tiny_run, validated_on
 from tests.support.tiny_llama import make_tiny_llama
 
 State = engine_pb2.Application.State
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 
 NODES: dict[str, dict[str, Any]] = {
     "training": {"num_cpus": 2, "resources": {"fast_disk": 1}},

@@ -29,7 +29,7 @@ from tests.support.serving_stack import free_ports, ray_cluster, request
 from tests.support.tiny_llama import make_tiny_llama
 from tests.support.token_contract import refuses_all_without
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(500)]
 
 ROOT = Path(__file__).resolve().parents[2]
 

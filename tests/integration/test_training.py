@@ -22,7 +22,7 @@ from graft.training.sweep import SearchSpec, Trial
 from tests.support.run_specs import tiny_run, validated_on
 from tests.support.tiny_llama import make_tiny_llama
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

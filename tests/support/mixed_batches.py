@@ -1,10 +1,12 @@
-"""Answers of a real vLLM engine, base and adapters each alone and then together in one batch, as JSON on the last line.
+"""Answers of real vLLM engines, base and adapters each alone and then together in one batch, as JSON on the last line.
 
-A program of its own (`python -m tests.support.mixed_batches BASE ADAPTER ADAPTER`), because vLLM reads VLLM_PLUGINS,
-which decides between its own kernels and Graft's, once a process.
+A program of its own (`python -m tests.support.mixed_batches BASE:ADAPTER:ADAPTER ...`), because vLLM reads
+VLLM_PLUGINS, which decides between its own kernels and Graft's, once a process. vLLM takes much longer to import than
+an engine to start, so that one program starts an engine for each base, one after another.
 """
 
 import json
+import os
 import sys
 from itertools import chain, zip_longest
 from typing import Any
@@ -20,6 +22,7 @@ def answer_all(base: str, adapters: list[str]) -> dict[str, Any]:
     With Graft's kernels also the log-probabilities of the prompts, `prompts_alone` and `prompts_mixed`.
     """
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
@@ -85,8 +88,11 @@ def answer_all(base: str, adapters: list[str]) -> dict[str, Any]:
     if wrapper == WRAPPER:
         result["prompts_alone"] = {key: logprobs for asked in each for key, logprobs in read(asked).items()}
         result["prompts_mixed"] = read(interleaved)
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
     return result
 
 
 if __name__ == "__main__":
-    print(json.dumps(answer_all(sys.argv[1], sys.argv[2:])))
+    asked = [argument.split(os.pathsep) for argument in sys.argv[1:]]
+    print(json.dumps([answer_all(base, adapters) for base, *adapters in asked]))

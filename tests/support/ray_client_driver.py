@@ -85,7 +85,7 @@ def sweep(runs: RayRuns, spec: RunSpec) -> dict[str, Any]:
 
 
 def cuts(runs: RayRuns, spec: RunSpec, cable: Cable) -> dict[str, Any]:
-    """What becomes of a run while the link is cut for 2 s, and for longer than Ray Client waits."""
+    """What becomes of a run while the link is cut for 1 s, and for longer than Ray Client waits."""
     mine = replace(spec, job_id="ft-cut", output_key="runs/ft-cut/1", total_steps=10**6, checkpoint_steps=10**6)
     runs.start(mine)
     runs.start(mine)
@@ -97,11 +97,11 @@ def cuts(runs: RayRuns, spec: RunSpec, cable: Cable) -> dict[str, Any]:
     found: dict[str, Any] = {"before": seen}
 
     cable.cut()
-    threading.Timer(2.0, cable.mend).start()
+    threading.Timer(1.0, cable.mend).start()
     found["after_short_cut"] = runs.poll(mine.job_id, 1, seen).alive
 
     cable.cut()
-    threading.Timer(15.0, cable.mend).start()
+    threading.Timer(8.0, cable.mend).start()
     found["errors"] = []
     while time.monotonic() < deadline:
         try:

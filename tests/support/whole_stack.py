@@ -81,9 +81,9 @@ class WholeStack:
         (found,) = [process for process in status["processes"] if process["name"] == name]
         return dict(found)
 
-    def kill(self, name: str) -> None:
-        """SIGKILL to a process of the supervisor's list."""
-        os.kill(self.process(name)["pid"], signal.SIGKILL)
+    def end(self, name: str, number: signal.Signals) -> None:
+        """A signal to a process of the supervisor's list."""
+        os.kill(self.process(name)["pid"], number)
 
     def ready_again(self, name: str, restarts: int) -> None:
         """Waits until the supervisor has replaced a killed process."""

@@ -5,6 +5,7 @@ not named in the settings belongs to the stack itself and is checked in `graft.s
 """
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from graft.stack.machine import Check, State
 ANSWER_SECONDS = 5.0
 """Another machine on a network that works answers in milliseconds."""
 RAY_SECONDS = 90.0
-"""Ray Client starts a driver on the head for each session, which takes seconds, and tries half a minute by itself."""
+"""Ray Client starts a driver on the head for each session, which takes seconds."""
+_RAY_KNOCKS = {"RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "2", "RAY_CLIENT_MAX_CONNECTION_TIMEOUT_S": "2"}
+"""Ray Client knocks three times. By itself it waits 5, 10 and 15 s: too long for who has mistyped a port or a token."""
 _ASK_RAY = """
 import json, sys
 try:
@@ -143,7 +146,11 @@ def check_ray(settings: Settings) -> Check:
     address, name = settings.orchestrator.ray_address, "ray"
     try:
         asked = subprocess.run(
-            [sys.executable, "-c", _ASK_RAY, address], capture_output=True, text=True, timeout=RAY_SECONDS
+            [sys.executable, "-c", _ASK_RAY, address],
+            env={**_RAY_KNOCKS, **os.environ},
+            capture_output=True,
+            text=True,
+            timeout=RAY_SECONDS,
         )
         found = json.loads(asked.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:

@@ -1,14 +1,15 @@
 """The inference service on its own Ray cluster: Serve's gRPC proxy, a replica, vLLM and a tiny llama.
 
-One stack for the module, used in order: the tests that kill things come last.
+One stack for the folder, used in order: the tests that kill things come last.
 """
 
 import asyncio
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,27 +21,19 @@ from graft.internal.token import engine_token
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.evaluating import Probe, score
 from graft.serving.main import check_port
-
-from ..support.adapters import make_adapter
-from ..support.serving_stack import (
+from tests.support.adapters import make_adapter
+from tests.support.serving_stack import (
     CAPACITY,
     Stack,
     adapter_ref,
     completion,
     descendants,
     request,
-    serving_stack,
     titles,
 )
-from ..support.token_contract import refuses_all_without
+from tests.support.token_contract import refuses_all_without
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with serving_stack(tmp_path_factory.mktemp("stack")) as stack:
-        yield stack
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 @pytest.fixture
@@ -169,14 +162,13 @@ async def test_seeded_answers_to_long_prompts_do_not_end_the_engine(stack: Stack
 
 
 async def test_a_low_rank_delta_of_the_last_block_scores_as_the_base_with_that_change(
-    stack: Stack, client: EngineClient
+    stack: Stack, client: EngineClient, base: Path
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     from graft.training.delta import BaseWeights, become, extract, write_delta
 
-    base = stack.folder / "base"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     probe = Probe([1, 20, 30, 40], [50, 60, 70], 0.0)
     before = _mean_logprob(model, probe)
@@ -265,8 +257,9 @@ async def test_what_the_handler_refuses_is_openais_error_object(
     assert body["error"]["param"] == "max_tokens"
 
 
-async def test_a_bad_adapter_fails_its_own_request_and_the_engine_goes_on(stack: Stack, client: EngineClient) -> None:
-    base = stack.folder / "base"
+async def test_a_bad_adapter_fails_its_own_request_and_the_engine_goes_on(
+    stack: Stack, client: EngineClient, base: Path
+) -> None:
     truncated = make_adapter(base, stack.folder / "truncated", seed=9)
     ref = adapter_ref("truncated", truncated)
     weights = truncated / "adapter_model.safetensors"

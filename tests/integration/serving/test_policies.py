@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,12 @@ from graft.training.batching import batches
 from graft.training.objectives.objective import ALONE
 from graft.training.spec import Clock, RunSpec
 from graft.training.worker import run_worker
-from tests.support.serving_stack import Stack, serving_stack
-from tests.support.tiny_llama import make_tiny_llama
+from tests.support.serving_stack import Stack
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.ray, pytest.mark.timeout(400)]
 
 Told = list[tuple[str, dict[str, Any]]]
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("base"), initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def stack(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with serving_stack(tmp_path_factory.mktemp("stack"), base_folder=base) as stack:
-        yield stack
 
 
 @pytest.fixture
