@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ..support.serving_stack import Stack, descendants, serving_stack
+from ..support.serving_stack import Stack, descendants, ray_cluster, serving_stack
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -104,3 +104,12 @@ def test_everything_listens_on_loopback_only(stack: Stack) -> None:
     # torch's store, by which the workers of a job find each other: Ray Train has no option for its address.
     open_ones = [item.process.strip() for item in found if not item.on_loopback]
     assert open_ones == ["ray::RayTrainWorker"], open_ones
+
+
+def test_the_service_ends_when_its_ray_was_replaced_by_another(stack: Stack) -> None:
+    lost = [process for process in descendants(stack.folder) if process.pid != stack.process.pid]
+    for process in lost:
+        process.kill()
+    psutil.wait_procs(lost)
+    with ray_cluster(stack.settings, stack.environment, stack.folder):
+        assert stack.process.wait(150) != 0  # whoever started it starts it again
