@@ -10,9 +10,9 @@ STEPS = 300
 """Some seconds of training: a cable is pulled in the middle of it, and nobody takes a step meanwhile."""
 
 
-def create(cluster: HostCluster, dataset: str, suffix: str) -> str:
-    """A job of two workers; its name."""
-    hyperparameters = {"max_steps": STEPS, "batch_size": 4, "num_workers": 2, "learning_rate": 0.02}
+def create(cluster: HostCluster, dataset: str, suffix: str, workers: int = 2) -> str:
+    """A job; its name."""
+    hyperparameters = {"max_steps": STEPS, "batch_size": 4, "num_workers": workers, "learning_rate": 0.02}
     name: str = cluster.graft.create_job(BASE, dataset, suffix=suffix, hyperparameters=hyperparameters).name
     return name
 

@@ -21,7 +21,7 @@ def test_a_lost_head_costs_no_job_no_version_and_no_adapter(cluster: HostCluster
     cluster.publish("kept", 0)
     kept = f"{BASE}:kept@1"
     answer = ask(cluster, kept).text
-    name = create(cluster, dataset, "headless")
+    name = create(cluster, dataset, "headless", workers=1)
     trains(cluster, name)
 
     head.kill()
