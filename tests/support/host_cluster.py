@@ -39,6 +39,8 @@ RAY_PATIENCE = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "4",
+    # How long Ray Client tries to go on with its session: half a minute.
+    "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "5",
 }
 S3_BYTES_A_SECOND = "15M"
 """Adapters take no time; a file of 60 MB beside one takes four seconds."""
@@ -64,16 +66,62 @@ class HostCluster:
         """Names of the hosts on which a process has this in its title: Ray names each after what it runs."""
         return {name for name in ("head", "node") if any(title in found for found in self.hosts[name].titles())}
 
+    def orchestrator(self) -> psutil.Process:
+        """The process that runs jobs."""
+        (found,) = [
+            process
+            for process in map(psutil.Process, self.hosts["orch"].pids())
+            if process.cmdline()[1:] == ["-m", "graft.orchestrator.main"]
+        ]
+        return found
+
     def engine_cores(self) -> list[psutil.Process]:
         """The processes that run the model, one of each replica."""
         running = [psutil.Process(pid) for name in ("head", "node") for pid in self.hosts[name].pids()]
         return [process for process in running if "EngineCore" in " ".join(process.cmdline())]
 
+    def start_head(self) -> None:
+        """Ray's head on the host `head`."""
+        head = self.hosts["head"]
+        head.popen(
+            [
+                *(*_ray_start(head), "--head", f"--port={RAY_PORT}", f"--ray-client-server-port={CLIENT_PORT}"),
+                *("--include-dashboard=false", f"--temp-dir={head.here / 'ray'}"),
+            ],
+            "ray.log",
+            self.variables,
+        )
+
+    def replace_head(self) -> None:
+        """Another machine in the place of `head`, which was killed: the same address, and an empty disk."""
+        head = self.hosts["head"]
+        for folder in ("ray", "home/cache", "tmp"):
+            shutil.rmtree(head.disk / folder, ignore_errors=True)
+        (head.disk / "tmp").mkdir()
+        (head.disk / "tmp").chmod(0o1777)
+        head.heal()
+        self.start_head()
+        self.start_inference()
+
     def start_node(self) -> None:
-        """Ray on the host `node`."""
+        """Ray on the host `node`, again and again."""
         node = self.hosts["node"]
         address = f"--address={self.hosts['head'].address}:{RAY_PORT}"
-        node.popen([*_ray_start(node), address], "ray.log", self.variables)
+        node.popen(_again([*_ray_start(node), address]), "ray.log", self.variables)
+
+    def start_inference(self) -> None:
+        """What puts the inference application on Ray, on the host `head`."""
+        head = self.hosts["head"]
+        serving = {
+            **{name: value for name, value in self.variables.items() if name != "GRAFT_SERVING_ADDRESS"},
+            "GRAFT_ORCHESTRATOR_RAY_ADDRESS": f"{head.address}:{RAY_PORT}",
+            "GRAFT_SERVING_HOST": head.address,
+            "GRAFT_SERVING_NUM_REPLICAS": "2",
+            "GRAFT_SERVING_MAX_REPLICAS_PER_NODE": "1",
+            # Answers of two replicas are compared: in bfloat16 near-ties fall either way.
+            "GRAFT_SERVING_DTYPE": "float32",
+        }
+        head.popen(_again(_python("graft.serving.main")), "serving.log", serving)
 
     def replicas(self) -> list[Any]:
         """Those that are ready."""
@@ -140,6 +188,11 @@ def _python(module: str) -> Sequence[str]:
     return [sys.executable, "-m", module]
 
 
+def _again(command: Sequence[str]) -> list[str]:
+    """The command as systemd would run it, which starts again what has ended."""
+    return ["sh", "-c", 'while :; do "$@"; sleep 1; done', "sh", *command]
+
+
 @contextmanager
 def host_cluster() -> Iterator[HostCluster]:
     """Starts it all and waits until both replicas are ready. Skips aloud where there can be no hosts."""
@@ -171,14 +224,6 @@ def host_cluster() -> Iterator[HostCluster]:
             "GRAFT_GATEWAY_HOST": gate.address,
             "GRAFT_GATEWAY_INITIAL_KEY_FILE": str(gate.here / "key"),
         }
-        head.popen(
-            [
-                *(*_ray_start(head), "--head", f"--port={RAY_PORT}", f"--ray-client-server-port={CLIENT_PORT}"),
-                *("--include-dashboard=false", f"--temp-dir={head.here / 'ray'}"),
-            ],
-            "ray.log",
-            variables,
-        )
         gate.popen(_python("graft.gateway.main"), "gateway.log", variables)
         gate.listening(GRPC_PORT, 180)
         grpc_port, http_port = laptop.tunnel(gate, GRPC_PORT), laptop.tunnel(gate, HTTP_PORT)
@@ -189,23 +234,14 @@ def host_cluster() -> Iterator[HostCluster]:
         ):
             mlflow = f"http://127.0.0.1:{laptop.tunnel(store, MLFLOW_PORT)}"
             cluster = HostCluster(hosts, variables, graft, client, mlflow, base)
+            cluster.start_head()
             head.listening(RAY_PORT, 180)
             cluster.start_node()
             head.listening(CLIENT_PORT, 180)
-            serving = {
-                **{name: value for name, value in variables.items() if name != "GRAFT_SERVING_ADDRESS"},
-                "GRAFT_ORCHESTRATOR_RAY_ADDRESS": f"{head.address}:{RAY_PORT}",
-                "GRAFT_SERVING_HOST": head.address,
-                "GRAFT_SERVING_NUM_REPLICAS": "2",
-                "GRAFT_SERVING_MAX_REPLICAS_PER_NODE": "1",
-                # Answers of two replicas are compared: in bfloat16 near-ties fall either way.
-                "GRAFT_SERVING_DTYPE": "float32",
-            }
-            head.popen(_python("graft.serving.main"), "serving.log", serving)
+            cluster.start_inference()
             store.listening(MLFLOW_PORT, 180)
-            # As systemd would: Ray's head accepts sessions a moment before it can start their drivers.
-            again = ["sh", "-c", 'until "$@"; do sleep 1; done', "sh", *_python("graft.orchestrator.main")]
-            orch.popen(again, "orchestrator.log", variables)
+            # Ray's head accepts sessions a moment before it can start their drivers.
+            orch.popen(_again(_python("graft.orchestrator.main")), "orchestrator.log", variables)
             try:
                 cluster.wait_for_replicas(400)
                 eventually(graft.base_models, bool, 120, "the orchestrator has told of the base model")

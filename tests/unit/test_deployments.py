@@ -191,6 +191,33 @@ async def test_what_was_there_is_started_again_after_the_inference_service_was_r
         assert on.service.deploys == [BASE, BASE]
 
 
+@pytest.mark.parametrize("comes", [True, False])
+async def test_what_was_there_waits_for_nodes_that_come_back_later_than_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    if not comes:
+        monkeypatch.setattr("graft.orchestrator.deployments.BACK_SECONDS", 0.2)
+    async with scene(tmp_path) as on, on.running():
+        await on.wish(BASE)
+        await on.until(BASE, DeploymentState.READY)
+        on.service.refusal = FailedPrecondition("Its nodes have no GPU.", reason="NO_NODES")
+        on.service.there.clear()
+
+        async def refused_twice() -> bool:
+            return len(on.service.deploys) >= 3
+
+        await _until(refused_twice)
+        if comes:
+            await on.until(BASE, DeploymentState.STARTING)
+            on.service.refusal = None
+            await on.until(BASE, DeploymentState.READY)
+        else:
+            failed = await on.until(BASE, DeploymentState.FAILED)
+            assert failed is not None
+            assert failed.error is not None
+            assert failed.error.reason == "NO_NODES"
+
+
 async def test_a_start_that_ends_while_a_turn_looks_around_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

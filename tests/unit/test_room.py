@@ -1,6 +1,7 @@
 """Which jobs may train on which nodes, what the others are told meanwhile, and how long nodes are waited for."""
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,31 @@ async def test_a_queued_job_waits_for_a_training_cluster_that_does_not_answer(tm
             assert (await it.job("job-1")).state is JobState.QUEUED
             it.ray_away = False
             await it.until("job-1", JobState.SUCCEEDED)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("lost", ["head", "node"])
+async def test_a_queued_job_waits_for_nodes_that_come_back_one_by_one(
+    tmp_path: Path, lost: str, restarted: bool
+) -> None:
+    one = Node({"CPU": 1.0})
+    async with world(tmp_path) as it:
+        it.preparer.workers = 2
+        it.cluster = [one, one]
+        it.ray_away = lost == "head"
+        async with AsyncExitStack() as orchestrators:
+            await orchestrators.enter_async_context(it.orchestrator())
+            if lost == "node":
+                await _train(it, "job-1")
+            await it.create_job("job-2", suffix="b")
+            await _told(it, "job-2", "Waiting for room" if lost == "node" else "Waiting for the training cluster")
+            if restarted:
+                await orchestrators.aclose()
+                await orchestrators.enter_async_context(it.orchestrator())
+            it.ray_away = False
+            it.cluster = [one]
+            await asyncio.sleep(5 * it.parts.limits.never_fits_seconds)
+            assert (await it.job("job-2")).state is JobState.QUEUED
+            it.cluster = [one, one]
+            it.open_gate(JobState.RUNNING)
+            await it.until("job-2", JobState.SUCCEEDED)

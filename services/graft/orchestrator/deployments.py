@@ -2,8 +2,9 @@
 
 A full model is first fetched from the registry and becomes a base model of the catalogue. An engine is started once: if
 it fails or is not ready in time, the deployment says why and nothing is tried again until somebody asks. After a
-restart of the inference service, what was there is started again. None waits long for another, whatever becomes of
-that. Does not know Ray: the service's first application answers for all.
+restart of the inference service, what was there is started again, and waits for nodes that come back later than the
+first application. None waits long for another, whatever becomes of that. Does not know Ray: the service's first
+application answers for all.
 """
 
 import asyncio
@@ -44,6 +45,12 @@ TURN_SECONDS = 120.0
 """How long others wait for an engine to take its memory: 84 s measured for a cold one on two cores."""
 START_SECONDS = 1800.0
 """How long an engine may take: 140 GB of weights, read at 100 MB/s, take 23 minutes."""
+BACK_SECONDS = 600.0
+"""How long what was READY may be refused for want of nodes or memory before it is FAILED: as long as a job waits for a
+host that it has lost."""
+PASSES = frozenset({"NO_NODES", "NOT_ENOUGH_MEMORY"})
+"""Reasons of refusals that may pass: nodes of a cluster that comes back join one by one, and those that ended may still
+be freeing their memory."""
 
 
 class Deployments:
@@ -66,6 +73,8 @@ class Deployments:
         self._poll_seconds = poll_seconds
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._stopping: dict[str, asyncio.Task[None]] = {}
+        self._back_until: dict[str, float] = {}
+        """Of those that were READY and are started again: until when a refusal may pass."""
         self._turn = asyncio.Lock()
         """Engines start one after the other: memory that one has not taken yet would be counted for the next."""
         self._away = False
@@ -117,6 +126,7 @@ class Deployments:
             if task is not None:
                 task.cancel()
                 await asyncio.wait({task})
+            self._back_until.pop(wish.base_model, None)
             await self._engine.undeploy(wish.base_model)
             await to_the_end(self._store.remove_deployment(wish.base_model))
             log.info("undeployed", base_model=wish.base_model)
@@ -127,6 +137,8 @@ class Deployments:
         """To READY or FAILED; what is only away for a moment leaves it STARTING, for the next turn."""
         base = wish.base_model
         try:
+            if wish.state is DeploymentState.READY:
+                self._back_until[base] = time.monotonic() + BACK_SECONDS
             if not await self._move(base, DeploymentState.STARTING):
                 return  # undeployed meanwhile, or it has failed in the hands of another orchestrator
             model = await self._model(wish)
@@ -146,11 +158,19 @@ class Deployments:
             if not await self._move(base, DeploymentState.READY):
                 await self._engine.undeploy(base)  # as above: nobody counts on it
                 return
+            self._back_until.pop(base, None)
             log.info("deployed", base_model=base, source=wish.source)
         except Unavailable as error:
             log.warning("deployment_waits", base_model=base, error=error.message)
         except Exception as error:  # noqa: BLE001 - whatever it is, the deployment tells it and the others go on
-            await self._fail(base, error)
+            if self._may_pass(base, error):
+                log.warning("deployment_waits", base_model=base, error=str(error))
+            else:
+                await self._fail(base, error)
+
+    def _may_pass(self, base: str, error: Exception) -> bool:
+        refused = isinstance(error, GraftError) and error.reason in PASSES
+        return refused and time.monotonic() < self._back_until.get(base, 0.0)
 
     async def _fail(self, base: str, error: Exception) -> None:
         if not isinstance(error, GraftError):
@@ -159,6 +179,7 @@ class Deployments:
                 f"A defect in Graft ended the deployment: {type(error).__name__}. The orchestrator's log has the rest.",
                 reason="INTERNAL",
             )
+        self._back_until.pop(base, None)
         log.warning("deployment_failed", base_model=base, reason=error.reason, error=error.message)
         try:
             await self._engine.undeploy(base)  # it must not hold memory, nor start over and over

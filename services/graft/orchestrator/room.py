@@ -102,9 +102,9 @@ class Room:
         self._step_out(job_id)
 
     @asynccontextmanager
-    async def turn(self, job: Job, tell: Tell) -> AsyncIterator[int]:
+    async def turn(self, job: Job, tell: Tell, waited: bool = False) -> AsyncIterator[int]:
         """Waits until the job may train, holds its room and tells for how many workers. Until the block has ended,
-        younger jobs go on waiting. What it waits for is told, once.
+        younger jobs go on waiting. What it waits for is told, once. `waited`: it has, in another orchestrator's hands.
 
         Raises FailedPrecondition if the job can never fit. After an error the job keeps its place.
         """
@@ -113,8 +113,9 @@ class Room:
         if self._share_left(demand, []) < fewest:
             raise self._does_not_fit(fewest, demand, f"jobs may hold {amounts(self._share)} (training.share)")
         limits = self.parts.limits
-        # What has trained before fits: it waits for the host that it has lost, as it would for any other service.
-        patience_seconds = limits.never_fits_seconds if job.attempt == 1 else limits.unavailable_seconds
+        # What has fitted, or found no cluster at all, waits for hosts that were lost, as for any other service: they
+        # come back one by one, and Ray's head first.
+        patient = waited or job.attempt > 1
         self.line_up(job)
         too_small_since: float | None = None
         looked = False
@@ -126,13 +127,16 @@ class Room:
             if self._first() != job.id:
                 why = ("line", "Waiting for older jobs, which train first.")
             elif nodes is None or not (nodes or self.parts.settings.training.largest):
+                patient = True
                 why = ("nodes", "Waiting for the training cluster: it does not answer, or has no CPUs yet.")
             elif granted := self._granted(nodes, demand, fewest, most):
                 break
             else:
                 too_small = not self._could(nodes, demand, fewest)
+                patient = patient or not too_small
                 why = ("room", f"Waiting for room to train: {fewest} x {demand}.")
             too_small_since = (too_small_since or time.monotonic()) if too_small else None
+            patience_seconds = limits.unavailable_seconds if patient else limits.never_fits_seconds
             if too_small_since and time.monotonic() - too_small_since >= patience_seconds:
                 raise self._does_not_fit(fewest, demand, self._has(nodes or [], demand))
             if looked:

@@ -56,7 +56,8 @@ async def validate(context: Context) -> None:
 async def queue(context: Context) -> None:
     """QUEUED: waits for room. Raises FailedPrecondition for a job that can never have it."""
     attempt = context.job.attempt
-    turn = context.room.turn(context.job, lambda key, message: context.say(f"queued-{key}-{attempt}", message))
+    waited = any(f"queued-{key}-{attempt}" in context.said for key in ("nodes", "room"))
+    turn = context.room.turn(context.job, lambda key, message: context.say(f"queued-{key}-{attempt}", message), waited)
     async with turn as granted:
         if context.job.spec.sweep:
             await context.record(resolved=with_concurrency(context.job, granted))

@@ -7,6 +7,7 @@ codes: 0 after SIGTERM or SIGINT, 1 when the service cannot run, 2 when a settin
 """
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ from graft.storage import open_storage, share_base_model
 
 NAMESPACE = "graft"
 WATCH_SECONDS = 2.0
+RAY_SECONDS = 60.0
+"""As long as Ray's own processes wait for a head that does not answer."""
 ALL_REPLICAS = {"RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0"}
 """Serve's proxy would give every request to the replica on its own node, until that one has as many as it may take."""
 _log = structlog.get_logger("graft.serving")
@@ -59,8 +62,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(settings: Settings, base: BaseModel) -> None:
-    """Connects to the cluster and runs the application. Raises FailedPrecondition if there is no cluster."""
+def connect(settings: Settings) -> None:
+    """Connects to the cluster. Raises FailedPrecondition if there is none."""
     try:
         ray.init(
             address=settings.ray_address,
@@ -75,6 +78,10 @@ def start(settings: Settings, base: BaseModel) -> None:
             f"No Ray cluster answers at {settings.ray_address}: start it, or set GRAFT_ORCHESTRATOR_RAY_ADDRESS.",
             reason="RAY_UNAVAILABLE",
         ) from None
+
+
+def start(settings: Settings, base: BaseModel) -> None:
+    """Runs the application on the cluster. Raises InvalidArgument when its port is taken."""
     # What a killed predecessor left: its door may hold the port, and its replicas run older settings.
     serve.shutdown()
     check_port(settings.serving.host, settings.serving.grpc_port)
@@ -90,6 +97,29 @@ def start(settings: Settings, base: BaseModel) -> None:
     )
     share_base_model(open_storage(settings), base.path, base.digest)  # for replicas on other nodes
     serve.run(build_app(settings, base), name=APPLICATION, route_prefix="/")
+
+
+def end_without_ray(done: threading.Event) -> None:
+    """Until `done`: ends the process when Ray has gone, or was started anew. For a thread beside whatever waits.
+
+    Who asks a Serve that is no longer there waits for ever. Ray itself aborts a process that asks for the nodes of
+    another cluster than the one that it was connected to.
+    """
+    while not done.wait(WATCH_SECONDS):
+        late = threading.Timer(RAY_SECONDS, _end, [f"Ray has not answered for {RAY_SECONDS:.0f} s"])
+        late.daemon = True
+        late.start()
+        try:
+            ray.nodes()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing more can be asked
+            if not done.is_set():
+                _end(f"Ray does not answer ({type(error).__name__})")
+        late.cancel()
+
+
+def _end(why: str) -> None:
+    _log.error(f"{why}; ending, so that it is started again.")
+    os._exit(1)  # a shutdown would wait for Ray
 
 
 def end_on_signals(stop: threading.Event) -> None:
@@ -121,7 +151,10 @@ def run(settings: Settings, base: BaseModel) -> int:
     stop = threading.Event()
     end_on_signals(stop)
     token = engine_token(settings)
+    done = threading.Event()
     try:
+        connect(settings)
+        threading.Thread(target=end_without_ray, args=[done], daemon=True).start()
         start(settings, base)
         # Again: to connect, Ray puts its own handler of SIGTERM in place, which aborts the process.
         end_on_signals(stop)
@@ -133,6 +166,7 @@ def run(settings: Settings, base: BaseModel) -> int:
                 _log.error("Ray Serve has lost the application; ending, so that it is started again.")
                 return 1
     finally:
+        done.set()
         # Without a connection, Serve would start a Ray of its own to shut down.
         if ray.is_initialized():
             serve.shutdown()

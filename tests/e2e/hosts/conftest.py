@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.healing import note, pytest_terminal_summary
 from tests.support.host_cluster import HostCluster, host_cluster
+from tests.support.tiny_jobs import sums, write_rows
 
 __all__ = ["note", "pytest_terminal_summary"]
 
@@ -14,6 +15,12 @@ __all__ = ["note", "pytest_terminal_summary"]
 def cluster() -> Iterator[HostCluster]:
     with host_cluster() as made:
         yield made
+
+
+@pytest.fixture(scope="package")
+def dataset(cluster: HostCluster, tmp_path_factory: pytest.TempPathFactory) -> str:
+    name: str = cluster.graft.upload_dataset(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", sums(40))).name
+    return name
 
 
 @pytest.hookimpl(wrapper=True)

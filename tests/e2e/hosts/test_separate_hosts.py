@@ -18,50 +18,15 @@ from graft.api.v1 import fine_tuning_job_pb2
 from graft.domain.errors import Unavailable
 from tests.support.healing import Note
 from tests.support.host_cluster import BASE, HostCluster, patient, seconds_until
-from tests.support.tiny_jobs import sums, write_rows
+from tests.support.host_jobs import alive, ask, create, succeeded, told, trains, versions
 from tests.support.whole_stack import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(580)]
 
-STEPS = 300
-"""Some seconds of training: a cable is pulled in the middle of it, and nobody takes a step meanwhile."""
 SHORT_CUT_SECONDS = 8.0
 """Less than Ray waits for a host."""
 BESIDE_BYTES = 60_000_000
 WORKER, REPLICA = "RayTrainWorker", "ServeReplica:graft-engine"
-
-
-@pytest.fixture(scope="module")
-def dataset(cluster: HostCluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    name: str = cluster.graft.upload_dataset(write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", sums(40))).name
-    return name
-
-
-def create(cluster: HostCluster, dataset: str, suffix: str) -> str:
-    hyperparameters = {"max_steps": STEPS, "batch_size": 4, "num_workers": 2, "learning_rate": 0.02}
-    name: str = cluster.graft.create_job(BASE, dataset, suffix=suffix, hyperparameters=hyperparameters).name
-    return name
-
-
-def trains(cluster: HostCluster, name: str) -> fine_tuning_job_pb2.FineTuningJob:
-    """The job, once it has taken a step."""
-    return eventually(lambda: alive(cluster, name), lambda job: job.progress.step > 0, 240, f"{name} takes a step")
-
-
-def alive(cluster: HostCluster, name: str) -> fine_tuning_job_pb2.FineTuningJob:
-    job = cluster.graft.job(name)
-    assert job.state != job.STATE_FAILED, job.error.message
-    return job
-
-
-def succeeded(cluster: HostCluster, name: str) -> fine_tuning_job_pb2.FineTuningJob:
-    return eventually(
-        lambda: alive(cluster, name), lambda job: job.state == job.STATE_SUCCEEDED, 400, f"{name} succeeds"
-    )
-
-
-def versions(cluster: HostCluster, adapter: str) -> list[str]:
-    return [version.name.rpartition("/")[2] for version in cluster.graft.adapter_versions(f"{BASE}:{adapter}")]
 
 
 def last_used(cluster: HostCluster, model: str) -> dict[str, float]:
@@ -90,10 +55,6 @@ def both_answer(cluster: HostCluster, model: str) -> None:
         f"both replicas answer as {model}",
     )
     assert len(answers) == 1, answers
-
-
-def ask(cluster: HostCluster) -> Any:
-    return cluster.graft.generate(BASE, prompt="Number 3?", max_tokens=4)
 
 
 def test_two_hosts_train_what_two_replicas_on_two_hosts_answer_with(cluster: HostCluster, dataset: str) -> None:
@@ -240,8 +201,7 @@ def test_a_host_that_dies_costs_no_job_and_no_version_and_comes_back(
     trained_seconds = time.monotonic() - back
     assert job.attempt == 2
     assert versions(cluster, "killed") == ["1"]
-    said = [told.event.message for told in cluster.graft.watch_job(name) if told.HasField("event")]
-    assert any("Trying again." in message for message in said), said
+    assert any("Trying again." in message for message in told(cluster, name)), told(cluster, name)
     cluster.wait_for_replicas(300)
     replicas_seconds = time.monotonic() - back
     assert cluster.hosts_with(REPLICA) == {"head", "node"}
