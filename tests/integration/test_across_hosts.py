@@ -29,8 +29,8 @@ from graft.stack.backends import check_ray
 from graft.stack.machine import State
 from graft.storage import open_storage
 from graft.store.sql import migrate, open_store
-from tests.integration.test_orchestrator_process import BASE, ScoringEngine, listening, process, served, until
 from tests.support.mlflow_server import mlflow_server
+from tests.support.orchestrator_process import BASE, ScoringEngine, listening, process, served, until
 from tests.support.postgres import free_port
 from tests.support.s3_server import s3_server
 from tests.support.tiny_llama import make_tiny_llama

@@ -18,7 +18,7 @@ import s3fs
 
 from graft.storage import Storage, share_base_model
 from graft.training.spec import RunSpec
-from tests.integration.test_orchestrator_process import listening, process
+from tests.support.orchestrator_process import listening, process
 from tests.support.postgres import free_port
 from tests.support.run_specs import tiny_run, validated_on
 from tests.support.s3_server import s3_server

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import JSON, Engine, MetaData, create_engine, inspect, make_url, select, text, update
+from sqlalchemy import JSON, MetaData, inspect, select, text, update
 
 from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.evaluations import (
@@ -42,6 +42,7 @@ from graft.domain.shapes import Shape
 from graft.store.protocol import AliasWish, DatasetCheck
 from graft.store.sql import SqlStore, _config, migrate
 from graft.store.tables import evaluations, jobs, metadata
+from tests.support.newer_graft import sync_engine, with_more
 
 pytestmark = pytest.mark.integration
 LEASE = timedelta(seconds=30)
@@ -79,11 +80,6 @@ OF_ANYTHING = {
 """Lists, and objects whose names are data: nothing in them can be unknown."""
 
 
-def _engine(url: str) -> Engine:
-    parsed = make_url(url)
-    return create_engine(parsed.set(drivername="sqlite") if parsed.get_backend_name() == "sqlite" else parsed)
-
-
 async def _fill(store: SqlStore) -> dict[str, Callable[[], Awaitable[Any]]]:
     """A row of each kind, and how each is read."""
     job = await store.create_job("default", "ft-1", SPEC, None, Memory(4, 3, 2, 1))
@@ -112,25 +108,15 @@ async def _fill(store: SqlStore) -> dict[str, Callable[[], Awaitable[Any]]]:
     }
 
 
-def _with_more(value: Any) -> Any:
-    """With a field more in every object whose names are not data."""
-    if isinstance(value, list):
-        return [_with_more(one) for one in value]
-    if not isinstance(value, dict):
-        return value
-    grown = {name: one if name in ("metadata", "settings") else _with_more(one) for name, one in value.items()}
-    return {**grown, "newer": {"of": [1]}}
-
-
 def _grow(url: str, column: str) -> Any:
     """Puts fields of a newer Graft into a column; returns what it held."""
     table = metadata.tables[column.partition(".")[0]]
     held = table.c[column.partition(".")[2]]
-    engine = _engine(url)
+    engine = sync_engine(url)
     with engine.begin() as connection:
         before = connection.execute(select(held)).scalar_one()
         assert before, column
-        connection.execute(update(table).values({held: _with_more(before)}))
+        connection.execute(update(table).values({held: with_more(before)}))
     engine.dispose()
     return before
 
@@ -167,7 +153,7 @@ async def test_what_a_newer_graft_asks_for_is_named_by_its_path(store: SqlStore,
 
 async def test_a_value_that_only_a_newer_graft_has_is_named_and_breaks_no_list(store: SqlStore, url: str) -> None:
     await store.create_job("default", "ft-1", SPEC, None)
-    engine = _engine(url)
+    engine = sync_engine(url)
     with engine.begin() as connection:
         asked = connection.execute(select(jobs.c.spec)).scalar_one()
         connection.execute(update(jobs).values(spec={**asked, "method": "distillation"}))
@@ -180,7 +166,7 @@ async def test_what_nobody_asked_for_is_not_written(store: SqlStore, url: str) -
     # A field that this version has added and the one before does not know concerns only jobs that ask for it.
     await store.create_job("default", "ft-1", JobSpec("base", "ds-1"), None)
     await store.create_evaluation("default", "ev-1", EvaluationSpec("ds-1", (Contestant("base"),)), None)
-    engine = _engine(url)
+    engine = sync_engine(url)
     with engine.connect() as connection:
         asked = connection.execute(select(jobs.c.spec)).scalar_one()
         measured = connection.execute(select(evaluations.c.spec)).scalar_one()
@@ -216,7 +202,7 @@ class Shown:
 
 
 def _shown(url: str) -> dict[str, Shown]:
-    engine, found = _engine(url), MetaData()
+    engine, found = sync_engine(url), MetaData()
     found.reflect(engine)
     looking = inspect(engine)
     shown = {
@@ -240,7 +226,7 @@ def test_migrations_only_add_what_the_graft_before_may_leave_out(url: str) -> No
     for revision in revisions[revisions.index(first) + 1 :]:
         before = _shown(url)
         migrate(url, revision)
-        engine = _engine(url)
+        engine = sync_engine(url)
         with engine.connect() as connection:
             oldest = connection.execute(text("SELECT oldest FROM schema_readers")).scalar_one()
         engine.dispose()
