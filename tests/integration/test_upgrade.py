@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 from sqlalchemy import text
 
@@ -24,7 +23,6 @@ from graft.registry.mlflow_registry import Registry
 from tests.support.mlflow_server import mlflow_server
 from tests.support.newer_graft import FIELD, sync_engine
 from tests.support.orchestrator_process import BASE, listening, served
-from tests.support.serving_stack import titles
 from tests.support.tiny_jobs import sums, write_rows
 from tests.support.tiny_llama import make_tiny_llama
 from tests.support.upgrades import STREAMED, HeldEngine, Pod, Release, release, until
@@ -53,9 +51,9 @@ class Installed:
     engine: HeldEngine
     graft: Graft
     openai: openai.OpenAI
+    gateway: Pod
+    orchestrator: Pod
     data: str = ""
-    gateway: Pod | None = None
-    orchestrator: Pod | None = None
 
     def job(self, name: str) -> FineTuningJob:
         return self.graft.job(name)
@@ -81,7 +79,6 @@ class Installed:
     async def replace_gateway(self, *arguments: str) -> None:
         """A rolling update's turn, with a stream and an upload in the hands of the gateway that goes."""
         old, self.engine.go_on = self.gateway, asyncio.Event()
-        assert old is not None
         new = await self.release.gateway(*arguments)
         begun = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -99,49 +96,49 @@ class Installed:
         streaming = asyncio.create_task(asyncio.to_thread(ask))
         uploading = asyncio.create_task(asyncio.to_thread(self.graft.upload_dataset, pipe))
         writer = await asyncio.to_thread(open, pipe, "wb")
-        await asyncio.to_thread(writer.write, row * 20_000)  # some of the client's chunks, with more to come
-        await begun.wait()
-        await until(lambda: any(self.release.home.glob("datasets/**/*")), "the upload has begun")
-        self.release.route_to(new)
-        ending = asyncio.create_task(old.terminate())
-        await old.until_said('"gateway stops"')
-        assert not streaming.done()
-        assert not uploading.done()
-        self.engine.go_on.set()
-        await asyncio.to_thread(writer.write, row * 10_000)
-        await asyncio.to_thread(writer.close)
+        try:
+            await asyncio.to_thread(writer.write, row * 20_000)  # some of the client's chunks, with more to come
+            await until(begun.is_set, "the stream has begun")
+            await until(lambda: any(self.release.home.glob("datasets/*/*.part")), "the upload has begun")
+            self.release.route_to(new)
+            ending = asyncio.create_task(old.terminate())
+            await old.until_said('"gateway stops"')
+            assert not streaming.done()
+            assert not uploading.done()
+            await asyncio.to_thread(writer.write, row * 10_000)
+        finally:
+            self.engine.go_on.set()
+            await asyncio.to_thread(writer.close)
         assert await streaming == STREAMED
         assert (await uploading).row_count == 30_000
         assert await ending == 0, old.log.read_text()[-3000:]
         self.gateway = new
 
     async def replace_orchestrator(self, new: Pod) -> None:
-        """Both are there; then the old one is told to end."""
-        await new.until_said('"orchestrator_ready"')
-        assert self.orchestrator is not None
+        """Both are there, and the old one is told to end."""
         assert await self.orchestrator.terminate() == 0, self.orchestrator.log.read_text()[-3000:]
         self.orchestrator = new
         await new.until_said('"job_adopted"')
 
 
 @pytest.fixture
-async def installed(home: Path, postgres: str) -> AsyncIterator[Installed]:
+async def installed(home: Path, empty_postgres: str) -> AsyncIterator[Installed]:
     base = make_tiny_llama(home / "tiny")
     (home / "base_models.yaml").write_text(json.dumps({BASE: {"folder": str(base)}}))
     with mlflow_server(home / "mlflow") as tracking_uri:
-        it = release(home, postgres, tracking_uri, BASE)
+        it = release(home, empty_postgres, tracking_uri, BASE)
         it.start_head()
         engine = HeldEngine(base, Registry(tracking_uri, home / "engine"))
         async with served(engine, int(it.environment["GRAFT_SERVING_GRPC_PORT"])):
             try:
-                it.run(*MIGRATE)
+                await it.run(*MIGRATE)
                 gateway = await it.gateway()
                 it.route_to(gateway)
                 await listening(it.ray_ports[1], home / "head.log", 120)
                 connection = Connection(address=f"127.0.0.1:{it.grpc.port}", api_key="", project="default")
                 asking = openai.OpenAI(base_url=f"http://127.0.0.1:{it.http.port}/v1", api_key="any", max_retries=0)
                 with Graft(connection) as graft, asking:
-                    made = Installed(it, engine, graft, asking, gateway=gateway, orchestrator=it.orchestrator())
+                    made = Installed(it, engine, graft, asking, gateway, await it.orchestrator())
                     rows = write_rows(home / "rows.jsonl", sums(40))
                     made.data = (await asyncio.to_thread(graft.upload_dataset, rows)).name
                     yield made
@@ -150,15 +147,10 @@ async def installed(home: Path, postgres: str) -> AsyncIterator[Installed]:
                 it.end_head()
 
 
-def _training_workers() -> list[psutil.Process]:
-    mine = psutil.Process().children(recursive=True)
-    return [one for one in mine if any("RayTrainWorker" in title for title in titles([one]))]
-
-
-async def _held(it: Installed, job: str) -> None:
+async def _held(it: Installed) -> None:
     """Stops the run near its end, so that a quick machine's is not over before everything is replaced."""
-    await until(lambda: it.job(job).progress.step >= HELD_AT_STEP, "the run comes near its end")
-    for worker in _training_workers():
+    await until(lambda: _stored_progress(it).get("step", 0) >= HELD_AT_STEP, "the run comes near its end")
+    for worker in it.release.training_workers():
         worker.suspend()
 
 
@@ -175,24 +167,24 @@ async def test_an_upgrade_and_a_rollback_in_the_middle_of_a_job_lose_nothing(ins
     job = await it.create_job("sums")
     watching = asyncio.create_task(asyncio.to_thread(lambda: list(it.graft.watch_job(job))))
     await it.until_job(job, FineTuningJob.STATE_RUNNING)
-    holding = asyncio.create_task(_held(it, job))
+    holding = asyncio.create_task(_held(it))
 
     # helm upgrade: the hook, then one pod after the other.
-    newer = it.release.orchestrator(NEWER, "orchestrator")
-    it.release.run(NEWER, "migrate")
+    newer = asyncio.create_task(it.release.orchestrator(NEWER, "orchestrator"))
+    await it.release.run(NEWER, "migrate")
     await it.replace_gateway(NEWER, "gateway")
-    await it.replace_orchestrator(newer)
+    await it.replace_orchestrator(await newer)
     await until(lambda: FIELD in _stored_progress(it), "the newer orchestrator writes what this version does not know")
 
     # helm rollback: the hook of this version finds a schema that it can use; the same backwards.
-    older = it.release.orchestrator()
-    it.release.run(*MIGRATE)
+    older = asyncio.create_task(it.release.orchestrator())
+    await it.release.run(*MIGRATE)
     await it.replace_gateway()
-    await it.replace_orchestrator(older)
+    await it.replace_orchestrator(await older)
     assert it.job(job).state == FineTuningJob.STATE_RUNNING
     holding.cancel()
     await asyncio.wait({holding})
-    for worker in _training_workers():
+    for worker in it.release.training_workers():
         worker.resume()
 
     done = await it.until_job(job, FineTuningJob.STATE_SUCCEEDED)
@@ -207,7 +199,7 @@ async def test_an_upgrade_and_a_rollback_in_the_middle_of_a_job_lose_nothing(ins
     # A third case, on what runs already: the training cluster's pods are made anew, as a new image makes them.
     job = await it.create_job("anew")
     await it.until_job(job, FineTuningJob.STATE_RUNNING)
-    it.release.end_head()
+    await asyncio.to_thread(it.release.end_head)
     it.release.start_head()
     done = await it.until_job(job, FineTuningJob.STATE_SUCCEEDED)
     assert (done.attempt, done.fine_tuned_model) == (2, f"{BASE}:anew@1")

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from graft.internal.v1 import engine_pb2
 from tests.support.fake_engine import WORDS
 from tests.support.orchestrator_process import ScoringEngine, process
-from tests.support.serving_stack import free_ports
+from tests.support.serving_stack import free_ports, titles
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 200.0
 
 
 class Service:
@@ -117,6 +120,7 @@ class Release:
     grpc: Service = field(default_factory=Service)
     http: Service = field(default_factory=Service)
     stack: ExitStack = field(default_factory=ExitStack)
+    head: psutil.Process | None = None
     _head: ExitStack = field(default_factory=ExitStack)
     _count: "itertools.count[int]" = field(default_factory=itertools.count)
 
@@ -131,18 +135,31 @@ class Release:
             *("--include-dashboard=false", f"--temp-dir={folder}", "--object-store-memory=100000000"),
             "--disable-usage-stats",
         ]
-        self._head = ExitStack()
-        self._head.enter_context(process(head, self.environment, self.home / "head.log"))
-        self._head.callback(subprocess.run, ["rm", "-rf", folder], check=True)
+        self._head.callback(shutil.rmtree, folder, ignore_errors=True)
+        running = self._head.enter_context(process(head, self.environment, self.home / "head.log"))
+        self.head = psutil.Process(running.pid)
 
     def end_head(self) -> None:
         """Ends the cluster and all that runs there."""
+        family = self.head.children(recursive=True) if self.head is not None else []
         self._head.close()
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(family, timeout=10)
+        self.head = None
 
-    def run(self, *arguments: str) -> None:
+    def training_workers(self) -> list[psutil.Process]:
+        """Ray Train's workers, named by Ray after their class."""
+        assert self.head is not None
+        family = self.head.children(recursive=True)
+        return [one for one in family if any("RayTrainWorker" in title for title in titles([one]))]
+
+    async def run(self, *arguments: str) -> None:
         """A hook of Helm's: a process to its end."""
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], env=self.environment, capture_output=True, text=True, timeout=100
+        command = [sys.executable, "-m", *arguments]
+        done = await asyncio.to_thread(
+            subprocess.run, command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
         assert done.returncode == 0, done.stderr
 
@@ -151,9 +168,14 @@ class Release:
         command = [sys.executable, "-m", *arguments]
         return Pod(self.stack.enter_context(process(command, {**self.environment, **variables}, log)), log)
 
-    def orchestrator(self, *arguments: str) -> Pod:
-        """Starts one, by default of this version."""
-        return self._start("orchestrator", arguments or ("graft.orchestrator.main",))
+    async def orchestrator(self, *arguments: str) -> Pod:
+        """Starts one, by default of this version, until it is ready: again as long as the cluster takes no drivers."""
+        while True:
+            pod = self._start("orchestrator", arguments or ("graft.orchestrator.main",))
+            await until(lambda: pod.said('"orchestrator_ready"') or pod.running.poll() is not None, "it is ready")  # noqa: B023
+            if pod.running.poll() is None:
+                return pod
+            assert pod.said('"ray_unreachable"'), pod.log.read_text()[-3000:]
 
     async def gateway(self, *arguments: str) -> Pod:
         """Starts one, by default of this version, and waits until it is ready."""
@@ -187,6 +209,8 @@ def release(home: Path, store_url: str, tracking_uri: str, base: str) -> Release
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Ray's client waits 30 s for a head that does not come back.
         "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "5",
+        # 10 s by default, which a busy machine may take for what is in flight.
+        "GRAFT_GATEWAY_SHUTDOWN_GRACE_SECONDS": "60",
     }
     return Release(home, environment, (gcs, client))
 
