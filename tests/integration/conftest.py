@@ -30,9 +30,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return _empty_database(request.getfixturevalue("postgres"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def empty_postgres(postgres: str) -> str:
-    """URL of an empty database on PostgreSQL."""
+    """URL of a database on PostgreSQL that is the module's own."""
     return _empty_database(postgres)
 
 
