@@ -166,7 +166,7 @@ async def test_a_start_that_a_newer_orchestrator_left_is_followed_only_where_it_
         await it.create_job("job-1")
         async with newer_orchestrator(it, monkeypatch):
             await it.until("job-1", JobState.STARTING)
-            await eventually(lambda: bool(it.runs.starts))
+            await eventually(lambda: bool(it.runs.starts), PATIENCE_SECONDS)
         if not started:
             it.runs.starts.clear()
             it.runs.live.clear()
