@@ -21,7 +21,7 @@ from benchmarks.measured import Measured, median_milliseconds, seconds_of
 from graft.domain.errors import NotFound
 from graft.domain.jobs import EventLevel, Job, JobSpec, JobState, Progress
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, RegistrySnapshot
-from graft.store import convert
+from graft.domain.stored import to_json
 from graft.store.database import Database
 from graft.store.sql import SqlStore, migrate, open_store
 from graft.store.tables import jobs
@@ -249,7 +249,7 @@ def job_id(number: int) -> str:
 
 async def insert_jobs(database: Database, count: int, state: JobState, base: str = BASE, dataset: str = "ds-1") -> None:
     """Rows as `create_job` leaves them, in another state; a second apart."""
-    spec = convert.spec_to_json(JobSpec(base, dataset))
+    spec = to_json(JobSpec(base, dataset))
     begin = datetime.now(UTC) - timedelta(seconds=count)
     rows: list[dict[str, Any]] = [
         {

@@ -27,7 +27,17 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite+aiosqlite:///{tmp_path / 'graft.db'}"
-    server = make_url(request.getfixturevalue("postgres"))
+    return _empty_database(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture(scope="module")
+def empty_postgres(postgres: str) -> str:
+    """URL of a database on PostgreSQL that is the module's own."""
+    return _empty_database(postgres)
+
+
+def _empty_database(postgres: str) -> str:
+    server = make_url(postgres)
     name = f"t{uuid.uuid4().hex}"
     engine = create_engine(server, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:

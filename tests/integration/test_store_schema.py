@@ -7,26 +7,22 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import event, make_url, text
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from graft.domain.jobs import JobSpec
 from graft.store.database import Database
 from graft.store.main import main
-from graft.store.sql import SqlStore, migrate, open_store, schema_revision
+from graft.store.sql import SqlStore, check_schema, migrate, open_store, schema_revision
 from graft.store.tables import metadata
+from tests.support.newer_graft import migrate_as_newer, sync_engine
 
 pytestmark = pytest.mark.integration
 
 
-def _engine(url: str) -> Engine:
-    parsed = make_url(url)
-    return create_engine(parsed.set(drivername="sqlite") if parsed.get_backend_name() == "sqlite" else parsed)
-
-
 async def test_the_migrations_lead_to_the_tables_and_may_run_at_once(url: str) -> None:
     await asyncio.gather(*(asyncio.to_thread(migrate, url) for _ in range(3)))
-    engine = _engine(url)
+    engine = sync_engine(url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
@@ -34,7 +30,7 @@ async def test_the_migrations_lead_to_the_tables_and_may_run_at_once(url: str) -
 
 async def test_a_migration_keeps_the_rows_that_are_there(url: str) -> None:
     await asyncio.to_thread(migrate, url, "0001")
-    engine = _engine(url)
+    engine = sync_engine(url)
     with engine.begin() as connection:
         connection.execute(
             text(
@@ -56,27 +52,30 @@ async def test_a_migration_keeps_the_rows_that_are_there(url: str) -> None:
     assert (told.message, kept.step) == ("Job created.", 5)
 
 
-def _migrate_as_a_newer_graft_would(url: str, oldest_reader: str = "") -> str:
-    """The revision that this Graft knows, which can use the database unless an `oldest_reader` is named."""
-    head = migrate(url).after
-    engine = _engine(url)
-    with engine.begin() as connection:
-        connection.execute(text("ALTER TABLE jobs ADD COLUMN later VARCHAR DEFAULT ''"))
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-        connection.execute(text("UPDATE schema_readers SET oldest = :oldest"), {"oldest": oldest_reader or head})
-    engine.dispose()
-    return head
-
-
 def test_a_database_that_only_a_newer_graft_can_use_is_refused(url: str) -> None:
-    head = _migrate_as_a_newer_graft_would(url, oldest_reader="9999")
+    head = migrate_as_newer(url, oldest_reader="9999")
     with pytest.raises(FailedPrecondition, match="newer Graft"):
         migrate(url)
+    with pytest.raises(FailedPrecondition, match="newer Graft"):
+        check_schema(url)
     assert schema_revision(url) == ("9999", head)
 
 
+def test_a_process_that_does_not_migrate_says_when_the_database_does_not_fit_it(url: str) -> None:
+    migrate(url, "0009")
+    with pytest.raises(FailedPrecondition, match="revision 0009") as older:
+        check_schema(url)
+    assert older.value.reason == "STORE_IS_OLDER"
+    migrate(url)
+    check_schema(url)
+    migrate_as_newer(url)
+    check_schema(url)
+    with pytest.raises(Unavailable, match="GRAFT_STORE_URL"):
+        check_schema("postgresql+psycopg://graft@127.0.0.1:1/postgres")
+
+
 async def test_a_database_that_a_newer_graft_has_only_added_to_is_used_and_left_as_it_is(url: str) -> None:
-    await asyncio.to_thread(_migrate_as_a_newer_graft_would, url)
+    await asyncio.to_thread(migrate_as_newer, url)
     done = await asyncio.to_thread(migrate, url)
     assert (done.before, done.after) == ("9999", "9999")
     assert await asyncio.to_thread(schema_revision, url) == ("9999", "9999")

@@ -16,9 +16,9 @@ from graft.cli.progress import Event, JobsProgress
 from graft.cli.trials import trials_of
 from graft.domain.errors import InvalidArgument
 from graft.domain.jobs import EventLevel, Hyperparameters, Job, JobSpec, JobState, Resolved, Sweep
+from graft.domain.stored import from_json, to_json
 from graft.gateway import convert_jobs
 from graft.gateway.http.job_spec import job_spec
-from graft.store.convert import spec_from_json, spec_to_json
 from graft.training.spec import Report
 from tests.support.gateways import BASE, Gateway, gateway, refused
 from tests.support.orchestration import PROJECT, world
@@ -54,11 +54,11 @@ HELD_OUT = Hyperparameters(validation_fraction=0.1)
 
 def test_a_stored_sweep_comes_back_and_a_job_of_before_has_none() -> None:
     spec = JobSpec("b", "ds", sweep=SWEEP)
-    stored = spec_to_json(spec)
+    stored = to_json(spec)
     stored["sweep"] = {**asdict(SWEEP), "learning_rates": [1e-4, 5e-4], "ranks": [4, 8]}  # as JSON has them
-    assert spec_from_json(stored) == spec
+    assert from_json(JobSpec, stored) == spec
     del stored["sweep"]
-    assert spec_from_json(stored) == JobSpec("b", "ds")
+    assert from_json(JobSpec, stored) == JobSpec("b", "ds")
 
 
 async def test_a_sweep_goes_through_the_grpc_door_as_it_was_sent_and_is_checked(tmp_path: Path) -> None:

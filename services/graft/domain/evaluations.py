@@ -144,3 +144,5 @@ class Evaluation:
     verdicts: tuple[str, ...] = field(default_factory=tuple)
     mlflow_run_id: str | None = None
     cancel_requested: bool = False
+    unknown: tuple[str, ...] = ()
+    """What a newer Graft wrote into `spec` that this one does not know: it is not this one's to measure."""

@@ -313,6 +313,8 @@ class Job:
     mlflow_run_id: str | None = None
     lease_owner: str | None = None
     lease_expire_time: datetime | None = None
+    unknown: tuple[str, ...] = ()
+    """What a newer Graft wrote into `spec` that this one does not know: it is not this one's to train."""
 
     @property
     def adapter(self) -> str:

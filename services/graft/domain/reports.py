@@ -1,8 +1,6 @@
 """What a check of a data set found. Field for field the `DatasetReport` of the public contract."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 REPORT_VERSION = 1
 """Raised when the same data set is told differently: reports that were kept are made again."""
@@ -85,24 +83,3 @@ class DatasetReport:
     """What could not be told, and why."""
     task: str = ""
     """Name of the task whose template made text of the rows; empty without one."""
-
-
-def report_from_json(value: Mapping[str, Any]) -> DatasetReport:
-    """The report of which `dataclasses.asdict` made `value`."""
-
-    def found(name: str) -> FoundRows | None:
-        rows = value[name]
-        return None if rows is None else FoundRows(rows["count"], tuple(rows["first_rows"]))
-
-    names = ("duplicates", "empty", "conflicting", "over_length", "unusable", "leaked")
-    return DatasetReport(
-        **{
-            **value,
-            **{name: found(name) for name in names},
-            "ignored_fields": tuple(value["ignored_fields"]),
-            "histogram": tuple(LengthBin(**one) for one in value["histogram"]),
-            "labels": tuple(LabelCount(**one) for one in value["labels"]),
-            "estimate": None if value["estimate"] is None else TrainingEstimate(**value["estimate"]),
-            "notes": tuple(value["notes"]),
-        }
-    )

@@ -19,6 +19,7 @@ from graft.data.questions import Ask, Grade, Predict, Prompt, Question, Question
 from graft.data.rendering import Example, Tokenizer, prompt_ids
 from graft.domain.errors import FailedPrecondition, InvalidArgument, Unavailable
 from graft.domain.resources import BaseModel
+from graft.domain.stored import from_json
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.patience import answered, patiently
 from graft.orchestrator.ports import Engine, Limits
@@ -81,7 +82,7 @@ class Answers:
             os.truncate(path, path.stat().st_size - len(rest))
         for line in lines:
             try:
-                answer = Answer(**{name: _frozen(value) for name, value in json.loads(line).items()})
+                answer = from_json(Answer, json.loads(line))
             except (ValueError, TypeError, AttributeError):  # no answer: asked again
                 continue
             self.found[answer.row] = answer
@@ -92,10 +93,6 @@ class Answers:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a") as file:
             file.write(json.dumps(asdict(answer)) + "\n")
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 async def ask_all(

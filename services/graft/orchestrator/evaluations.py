@@ -32,6 +32,7 @@ from graft.orchestrator.asking import Answer, Answers, Asked, ask_all
 from graft.orchestrator.evaluating import adapter_ref, engine_context_tokens
 from graft.orchestrator.files import located
 from graft.orchestrator.judging import passes
+from graft.orchestrator.newer import unknown_in_evaluation
 from graft.orchestrator.patience import patiently
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.threads import call, to_the_end
@@ -56,13 +57,15 @@ class Evaluations:
         self._parts = parts
         self._owner = owner
         self._lease = timedelta(seconds=parts.settings.orchestrator.lease_seconds)
+        self._passed_on: set[str] = set()
+        """Those of a newer Graft."""
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             try:
                 await self._end_unclaimed()
-                found = await self._parts.store.claim_evaluation(self._owner, self._lease)
+                found = await self._parts.store.claim_evaluation(self._owner, self._lease, self._passed_on)
                 if found is not None:
                     await self._take(found)
                     continue
@@ -80,6 +83,11 @@ class Evaluations:
             log.info("evaluation_ended", evaluation=evaluation_id, state=EvaluationState.CANCELLED.value)
 
     async def _take(self, evaluation: Evaluation) -> None:
+        if unknown := unknown_in_evaluation(evaluation):
+            log.warning("evaluation_passed_on", evaluation=evaluation.id, unknown=unknown)
+            self._passed_on.add(evaluation.id)
+            await self._parts.store.release_evaluation(evaluation, self._owner)
+            return
         work = _Work(self._parts, self._owner, self._lease, evaluation)
         asking = asyncio.create_task(work.do())
         try:

@@ -15,13 +15,14 @@ from datetime import timedelta
 import structlog
 
 from graft.domain.errors import Aborted, GraftError, Internal, Unavailable
-from graft.domain.jobs import FINAL, LIVE, Job, JobState
+from graft.domain.jobs import FINAL, LIVE, EventLevel, Job, JobState
 from graft.orchestrator.checking import Checker
 from graft.orchestrator.context import Context, job_error
 from graft.orchestrator.evaluations import Evaluations
 from graft.orchestrator.following import stop_run
 from graft.orchestrator.metrics import JOBS_CLAIMED, JOBS_HELD, LAST_PASS, PASS_SECONDS, measure, metrics_door
 from graft.orchestrator.mirror import Mirror
+from graft.orchestrator.newer import unknown_in_job
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.room import Room
 from graft.orchestrator.steps import STEPS
@@ -62,6 +63,8 @@ class Orchestrator:
         self._poll_seconds = orchestrator.poll_seconds
         self._driven: dict[str, _Driven] = {}
         self._ending: set[Tracker] = set()
+        self._passed_on: set[str] = set()
+        """Jobs of a newer Graft. They are not claimed again, but for cancelling them."""
         self._renew_due = 0.0
         self._store_down = False
 
@@ -105,7 +108,7 @@ class Orchestrator:
             # A third of the lease: two renewals may fail before another owner takes over.
             self._renew_due = time.monotonic() + self._lease.total_seconds() / 3
             await store.renew_leases(self.owner, self._lease)
-        JOBS_CLAIMED.inc(len(await store.claim_jobs(self.owner, self._lease, CLAIM_LIMIT)))
+        JOBS_CLAIMED.inc(len(await store.claim_jobs(self.owner, self._lease, CLAIM_LIMIT, self._passed_on)))
         held = {job.id: job for job in await store.leased_jobs(self.owner)}
         JOBS_HELD.set(len(held))
         for job_id, driven in list(self._driven.items()):
@@ -156,6 +159,11 @@ class Orchestrator:
                 if not adopted:
                     await context.adopt()
                     adopted = True
+                    if context.job.cancel_requested:
+                        context.cancel_wish.set()
+                    elif unknown := unknown_in_job(context.job):
+                        await self._pass_on(context, unknown)
+                        return
                     continue
                 await self._step(context)
             except Aborted as error:
@@ -169,7 +177,30 @@ class Orchestrator:
                     self._room.step_aside(context.job.id)  # a defect that may last: the others must not wait for it
                 await asyncio.sleep(self.parts.limits.retry_seconds)
 
+    async def _pass_on(self, context: Context, unknown: tuple[str, ...]) -> None:
+        """Leaves a job of a newer Graft as it is, for an orchestrator of that version, and says so."""
+        job = context.job
+        text = (
+            f"An older orchestrator does not know {', '.join(unknown)}, and leaves this job to a newer one. "
+            "Where there is none, the job waits: cancel it, or upgrade."
+        )
+        await context.say("passed-on", text, {"unknown": list(unknown)}, level=EventLevel.WARN)
+        log.warning("job_passed_on", job=job.id, state=job.state.value, unknown=unknown)
+        self._passed_on.add(job.id)
+        await self.parts.store.release_leases(self.owner, job.id)
+
     async def _step(self, context: Context) -> None:
+        # A job that is to be cancelled does nothing before: it may be one of a newer Graft.
+        error = None if context.cancel_wish.is_set() else await self._work(context)
+        if context.cancel_wish.is_set():
+            await context.refresh()
+            if context.job.state in LIVE:
+                await self._end(context, JobState.CANCELLED, "Cancelled as requested.")
+        elif error is not None:
+            await self._fail(context, error)
+
+    async def _work(self, context: Context) -> BaseException | None:
+        """Its state's step, until it has ended or the job is to be cancelled; what it has raised."""
         step = asyncio.ensure_future(STEPS[context.job.state](context))
         wish = asyncio.ensure_future(context.cancel_wish.wait())
         try:
@@ -179,13 +210,7 @@ class Orchestrator:
             if not step.done():
                 step.cancel()
                 await asyncio.wait({step})
-        error = None if step.cancelled() else step.exception()
-        if context.cancel_wish.is_set():
-            await context.refresh()
-            if context.job.state in LIVE:
-                await self._end(context, JobState.CANCELLED, "Cancelled as requested.")
-        elif error is not None:
-            await self._fail(context, error)
+        return None if step.cancelled() else step.exception()
 
     async def _fail(self, context: Context, error: BaseException) -> None:
         if isinstance(error, Aborted) or (isinstance(error, Unavailable) and error.reason == "STORE_UNAVAILABLE"):

@@ -1,6 +1,7 @@
 """The orchestrator's process: connects the loop to the store, Ray, MLflow and the engine, and ends well on SIGTERM.
 
-The stack migrates the store before. Runs are detached: they outlive this process, and its successor adopts them.
+The store is migrated before, by the gateway or a job of its own; a schema that this process cannot use ends it with a
+sentence. Runs are detached: they outlive this process, and its successor adopts them.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from graft.registry.base_models import ensure_base_model
 from graft.registry.mlflow_registry import Registry
 from graft.settings import Settings
 from graft.storage import open_storage
-from graft.store.sql import open_store
+from graft.store.sql import check_schema, open_store
 from graft.training.link import RayLink
 from graft.training.run import RayRuns
 
@@ -112,6 +113,7 @@ def main() -> int:
     configure_logging()
     try:
         settings = graft_settings.load()
+        check_schema(settings.store_url)
         link = RayLink(settings.ray_address)
         link.connect()
         asyncio.run(serve(settings, RayRuns(link)))

@@ -12,6 +12,7 @@ from graft.domain.jobs import EventLevel, JobState, Method, Resolved
 from graft.orchestrator.context import Context
 from graft.orchestrator.evaluating import evaluate
 from graft.orchestrator.following import follow, give_up_attempt, poll
+from graft.orchestrator.newer import unknown_hyperparameters
 from graft.orchestrator.placing import NodesWait
 from graft.orchestrator.ports import PreparedData
 from graft.orchestrator.registering import register
@@ -27,27 +28,7 @@ __all__ = ["STEPS"]
 async def validate(context: Context) -> None:
     """VALIDATING: reads the data as training will and fixes every hyperparameter. Raises what is wrong with them."""
     if not context.job.resolved:
-        material = await context.material()
-        job = await with_start(context)
-        data = (material.dataset, material.validation)
-        prepare = context.parts.preparer.prepare
-        prepared = await context.patiently("The storage", lambda: call(prepare, job, material.base, *data))
-        resolved = say_start(context.job, prepared.resolved)
-        await _tell_data(context, prepared)
-        if prepared.memory is not None:
-            text = f"Training needs about {prepared.memory} in a worker."
-            await context.say("memory", text, {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes})
-        await context.say(
-            "resolved",
-            "Hyperparameters: " + ", ".join(f"{item.name}={_value(item)}" for item in resolved) + ".",
-            {
-                "hyperparameters": {
-                    item.name: {"value": item.value, "derived": item.derived, "reason": item.reason}
-                    for item in resolved
-                }
-            },
-            resolved=resolved,
-        )
+        await _settle(context, "resolved", "Hyperparameters")
     await check_engine(context)
     context.room.line_up(context.job)
     await context.move(JobState.QUEUED, "The data is valid. Waiting for room to train.")
@@ -56,6 +37,9 @@ async def validate(context: Context) -> None:
 async def queue(context: Context) -> None:
     """QUEUED: waits for room. Raises FailedPrecondition for a job that can never have it."""
     attempt = context.job.attempt
+    if unknown := unknown_hyperparameters(context.job):
+        why = f"Hyperparameters, derived again without a newer version's {', '.join(unknown)}"
+        await _settle(context, f"resolved-{attempt}", why)
     waited = any(f"queued-{key}-{attempt}" in context.said for key in ("nodes", "room"))
     turn = context.room.turn(context.job, lambda key, message: context.say(f"queued-{key}-{attempt}", message), waited)
     async with turn as granted:
@@ -67,6 +51,11 @@ async def queue(context: Context) -> None:
 async def start(context: Context) -> None:
     """STARTING: starts the run, or finds it started, and waits for nodes and its first report."""
     job, parts = context.job, context.parts
+    if (unknown := unknown_hyperparameters(job)) and not (await poll(context, 0)).exists:
+        context.room.line_up(job)
+        what = f"A newer orchestrator has derived {', '.join(unknown)}, and has started no run. Trying again without."
+        await context.move(JobState.QUEUED, what, next_attempt=True)
+        return
     material = await context.material()
     base = material.base
     context.track(material)
@@ -89,6 +78,30 @@ async def start(context: Context) -> None:
 async def run(context: Context) -> None:
     """RUNNING: follows the run."""
     await follow(context)
+
+
+async def _settle(context: Context, key: str, what: str) -> None:
+    """Reads the data, derives every hyperparameter and tells both. `what` begins a sentence."""
+    material = await context.material()
+    job = await with_start(context)
+    data = (material.dataset, material.validation)
+    prepare = context.parts.preparer.prepare
+    prepared = await context.patiently("The storage", lambda: call(prepare, job, material.base, *data))
+    resolved = say_start(context.job, prepared.resolved)
+    await _tell_data(context, prepared)
+    if prepared.memory is not None:
+        text = f"Training needs about {prepared.memory} in a worker."
+        await context.say("memory", text, {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes})
+    await context.say(
+        key,
+        f"{what}: " + ", ".join(f"{item.name}={_value(item)}" for item in resolved) + ".",
+        {
+            "hyperparameters": {
+                item.name: {"value": item.value, "derived": item.derived, "reason": item.reason} for item in resolved
+            }
+        },
+        resolved=resolved,
+    )
 
 
 def _value(item: Resolved) -> str:

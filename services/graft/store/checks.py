@@ -8,6 +8,7 @@ from sqlalchemy.exc import IntegrityError
 from graft.domain.errors import NotFound
 from graft.domain.jobs import JobError
 from graft.domain.reports import DatasetReport
+from graft.domain.stored import to_json
 from graft.store import convert
 from graft.store.database import Database
 from graft.store.protocol import DatasetCheck
@@ -53,8 +54,8 @@ class CheckStore:
         """Writes what a check found, or why it could not be made."""
         values = {
             "done": True,
-            "report": None if report is None else asdict(report),
-            "error": None if error is None else asdict(error),
+            "report": to_json(report),
+            "error": to_json(error),
         }
         async with self._database.write() as connection:
             await connection.execute(update(dataset_checks).where(dataset_checks.c.id == check_id).values(values))

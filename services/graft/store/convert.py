@@ -1,99 +1,80 @@
 """Rows to domain types and back. The one place that knows both."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from sqlalchemy import RowMapping
 
 from graft.domain.deployments import Deployment, DeploymentState
-from graft.domain.grading import GraderSpec
+from graft.domain.evaluations import ContestantResult, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import (
     Checkpoint,
     Event,
     EventLevel,
-    Hyperparameters,
     Job,
     JobError,
     JobSpec,
     JobState,
-    LastLayers,
-    Lora,
-    LossOn,
     Memory,
-    Method,
-    OverLengthPolicy,
-    Preference,
     Progress,
-    Reinforcement,
     Resolved,
     ServedAs,
-    Sharding,
-    Sweep,
-    Tuning,
 )
-from graft.domain.reports import report_from_json
+from graft.domain.reports import DatasetReport
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, DatasetFormat
 from graft.domain.shapes import Shape
+from graft.domain.stored import from_json
 from graft.store.protocol import AliasWish, DatasetCheck
 
 Row = RowMapping
+T = TypeVar("T")
 
 
-def spec_to_json(spec: JobSpec) -> dict[str, Any]:
-    """JSON of a specification."""
-    return asdict(spec)
-
-
-def spec_from_json(value: Mapping[str, Any]) -> JobSpec:
-    """The specification of `spec_to_json`, also of one that was stored before fields were added."""
-    hyperparameters = dict(value["hyperparameters"])
-    hyperparameters["over_length_policy"] = OverLengthPolicy(hyperparameters["over_length_policy"])
-    hyperparameters["sharding"] = Sharding(hyperparameters.get("sharding", Sharding.AUTO))
-    lora = dict(value["lora"])
-    for name in ("target_modules", "modules_to_save"):
-        lora[name] = tuple(lora.get(name, ()))
-    reinforcement = dict(value.get("reinforcement", {}))
-    if reinforcement.get("grader") is not None:
-        reinforcement["grader"] = GraderSpec(**reinforcement["grader"])
-    sweep = value.get("sweep")
-    if sweep is not None:
-        sweep = Sweep(**{**sweep, **{name: tuple(sweep[name]) for name in ("learning_rates", "ranks")}})
-    return JobSpec(
-        **{
-            **value,
-            "sweep": sweep,
-            "method": Method(value["method"]),
-            "loss_on": LossOn(value.get("loss_on", LossOn.COMPLETION)),
-            "preference": Preference(**value.get("preference", {})),
-            "reinforcement": Reinforcement(**reinforcement),
-            "tuning": Tuning(value.get("tuning", Tuning.LORA)),
-            "lora": Lora(**lora),
-            "last_layers": LastLayers(**value.get("last_layers", {})),
-            "served_as": ServedAs(value.get("served_as") or ServedAs.ADAPTER),
-            "hyperparameters": Hyperparameters(**hyperparameters),
-        }
-    )
+def _found(kind: type[T], value: Mapping[str, Any] | None) -> T | None:
+    """What a newer Graft has found besides is no loss to this one."""
+    return None if value is None else from_json(kind, value)
 
 
 _JOB_PLAIN = [
     field.name
     for field in fields(Job)
-    if field.name not in {"spec", "state", "error", "memory", "resolved", "progress", "metrics"}
+    if field.name not in {"spec", "unknown", "state", "error", "memory", "resolved", "progress", "metrics"}
 ]
 
 
 def job(row: Row) -> Job:
     """A row of `jobs`."""
+    unknown: list[str] = []
+    spec = from_json(JobSpec, row["spec"], unknown)
     return Job(
         **{name: row[name] for name in _JOB_PLAIN},
-        spec=spec_from_json(row["spec"]),
+        spec=replace(spec, served_as=spec.served_as or ServedAs.ADAPTER),
+        unknown=tuple(unknown),
         state=JobState(row["state"]),
-        error=None if row["error"] is None else JobError(**row["error"]),
-        memory=None if row["memory"] is None else Memory(**row["memory"]),
-        resolved=tuple(Resolved(**item) for item in row["resolved"]),
-        progress=None if row["progress"] is None else Progress(**row["progress"]),
+        error=_found(JobError, row["error"]),
+        memory=_found(Memory, row["memory"]),
+        resolved=tuple(from_json(Resolved, item) for item in row["resolved"]),
+        progress=_found(Progress, row["progress"]),
         metrics=dict(row["metrics"]),
+    )
+
+
+def evaluation(row: Row) -> Evaluation:
+    """A row of `evaluations`."""
+    unknown: list[str] = []
+    spec = from_json(EvaluationSpec, row["spec"], unknown)
+    plain = {field.name: row[field.name] for field in fields(Evaluation) if field.name != "unknown"}
+    return Evaluation(
+        **{
+            **plain,
+            "spec": spec,
+            "unknown": tuple(unknown),
+            "state": EvaluationState(row["state"]),
+            "error": _found(JobError, row["error"]),
+            "results": tuple(from_json(ContestantResult, result) for result in row["results"]),
+            "verdicts": tuple(row["verdicts"]),
+        }
     )
 
 
@@ -119,7 +100,7 @@ def checkpoint(row: Row) -> Checkpoint:
 def base_model(row: Row) -> BaseModel:
     """A row of `base_models`."""
     values = {field.name: row[field.name] for field in fields(BaseModel)}
-    values["shape"] = None if row["shape"] is None else Shape(**row["shape"])
+    values["shape"] = _found(Shape, row["shape"])
     return BaseModel(**{**values, "target_modules": tuple(row["target_modules"])})
 
 
@@ -137,18 +118,17 @@ def adapter_version(row: Row) -> AdapterVersion:
 def alias_wish(row: Row) -> AliasWish:
     """A row of `alias_wishes`."""
     values = {field.name: row[field.name] for field in fields(AliasWish)}
-    return AliasWish(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+    return AliasWish(**{**values, "error": _found(JobError, row["error"])})
 
 
 def dataset_check(row: Row) -> DatasetCheck:
     """A row of `dataset_checks`."""
     values = {field.name: row[field.name] for field in fields(DatasetCheck)}
-    values["report"] = None if row["report"] is None else report_from_json(row["report"])
-    return DatasetCheck(**{**values, "error": None if row["error"] is None else JobError(**row["error"])})
+    values["report"] = _found(DatasetReport, row["report"])
+    return DatasetCheck(**{**values, "error": _found(JobError, row["error"])})
 
 
 def deployment(row: Row) -> Deployment:
     """A row of `deployments`."""
     values = {field.name: row[field.name] for field in fields(Deployment)}
-    error = None if row["error"] is None else JobError(**row["error"])
-    return Deployment(**{**values, "state": DeploymentState(row["state"]), "error": error})
+    return Deployment(**{**values, "state": DeploymentState(row["state"]), "error": _found(JobError, row["error"])})

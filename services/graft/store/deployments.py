@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from graft.domain.deployments import Deployment, DeploymentState
 from graft.domain.errors import AlreadyExists, FailedPrecondition, unknown
 from graft.domain.jobs import JobError
+from graft.domain.stored import to_json
 from graft.store import convert
 from graft.store.database import Database, by_key
 from graft.store.protocol import Page
@@ -105,7 +106,7 @@ class DeploymentStore:
             deployments.c.base_model == base,
             deployments.c.state.in_((DeploymentState.STARTING, DeploymentState.READY)),
         )
-        values = {"state": state, "error": None if error is None else asdict(error)}
+        values = {"state": state, "error": to_json(error)}
         async with self._database.write() as connection:
             return (await connection.execute(moving.values(values))).rowcount == 1
 

@@ -1,28 +1,18 @@
 """Evaluations: created, read and cancelled by the gateway; taken by lease, moved and ended by an orchestrator."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import RowMapping, Select, func, insert, or_, select, update
+from sqlalchemy import Select, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from graft.domain.errors import Aborted, FailedPrecondition, unknown
-from graft.domain.evaluations import (
-    ENDED,
-    Confusion,
-    Contestant,
-    ContestantResult,
-    Difference,
-    Evaluation,
-    EvaluationSpec,
-    EvaluationState,
-    Figure,
-)
-from graft.domain.grading import GraderSpec
+from graft.domain.evaluations import ENDED, ContestantResult, Evaluation, EvaluationSpec, EvaluationState
 from graft.domain.jobs import JobError
+from graft.domain.stored import to_json
+from graft.store import convert
 from graft.store.database import Database, newest_first
 from graft.store.protocol import Page
 from graft.store.tables import evaluations
@@ -45,7 +35,7 @@ class EvaluationStore:
                     insert(evaluations).values(
                         id=evaluation_id,
                         project=project,
-                        spec=asdict(spec),
+                        spec=to_json(spec),
                         state=EvaluationState.QUEUED.value,
                         create_time=now,
                         update_time=now,
@@ -69,7 +59,7 @@ class EvaluationStore:
         query = select(evaluations).where(evaluations.c.project == project, evaluations.c.request_id == request_id)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).mappings().one_or_none()
-        return None if row is None else _evaluation(row)
+        return None if row is None else convert.evaluation(row)
 
     async def get_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
         """Raises NotFound naming it and what exists."""
@@ -81,7 +71,7 @@ class EvaluationStore:
         query = select(evaluations).where(evaluations.c.project == project)
         async with self._database.read() as connection:
             page = await newest_first(connection, evaluations, query, page_size, page_token)
-        return Page(tuple(_evaluation(row) for row in page.items), page.next_page_token)
+        return Page(tuple(convert.evaluation(row) for row in page.items), page.next_page_token)
 
     async def cancel_evaluation(self, project: str, evaluation_id: str) -> Evaluation:
         """Writes the wish; idempotent. Raises FailedPrecondition when it has SUCCEEDED or FAILED."""
@@ -124,11 +114,13 @@ class EvaluationStore:
             await connection.execute(update(evaluations).where(evaluations.c.id.in_(ids)).values(values))
             return ids
 
-    async def claim_evaluation(self, owner: str, lease: timedelta) -> Evaluation | None:
-        """Takes the oldest that has not ended and whose lease is free or has run out, and moves it to RUNNING."""
+    async def claim_evaluation(self, owner: str, lease: timedelta, besides: Collection[str] = ()) -> Evaluation | None:
+        """Takes the oldest that has not ended, whose lease is free or has run out and that is not among `besides`, and
+        moves it to RUNNING."""
         async with self._database.write() as connection:
             now = await self._database.now(connection)
-            free = _unclaimed(now).limit(1).with_for_update(skip_locked=True)
+            others = _unclaimed(now).where(evaluations.c.id.not_in(tuple(besides)))
+            free = others.limit(1).with_for_update(skip_locked=True)
             row = (await connection.execute(free)).one_or_none()
             if row is None:
                 return None
@@ -184,8 +176,8 @@ class EvaluationStore:
                 "state": state.value,
                 "update_time": now,
                 "end_time": now,
-                "error": None if error is None else asdict(error),
-                "results": [asdict(result) for result in results],
+                "error": to_json(error),
+                "results": to_json(results),
                 "verdicts": list(verdicts),
                 "mlflow_run_id": mlflow_run_id,
                 "lease_owner": None,
@@ -211,7 +203,7 @@ async def _fetch(connection: AsyncConnection, project: str, evaluation_id: str, 
     query = select(evaluations).where(evaluations.c.project == project, evaluations.c.id == evaluation_id)
     row = (await connection.execute(query.with_for_update() if lock else query)).mappings().one_or_none()
     if row is not None:
-        return _evaluation(row)
+        return convert.evaluation(row)
     newest = (
         select(evaluations.c.id)
         .where(evaluations.c.project == project)
@@ -225,42 +217,3 @@ async def _fenced(connection: AsyncConnection, evaluation: Evaluation, owner: st
     query = select(evaluations.c.lease_owner).where(evaluations.c.id == evaluation.id).with_for_update()
     if (await connection.execute(query)).scalar_one_or_none() != owner:
         raise Aborted(f"Evaluation {evaluation.id!r} is another orchestrator's now.", reason="LEASE_LOST")
-
-
-def _evaluation(row: RowMapping) -> Evaluation:
-    plain = {field.name: row[field.name] for field in fields(Evaluation)}
-    return Evaluation(
-        **{
-            **plain,
-            "spec": _spec(row["spec"]),
-            "state": EvaluationState(row["state"]),
-            "error": None if row["error"] is None else JobError(**row["error"]),
-            "results": tuple(_result(result) for result in row["results"]),
-            "verdicts": tuple(row["verdicts"]),
-        }
-    )
-
-
-def _spec(value: Mapping[str, Any]) -> EvaluationSpec:
-    return EvaluationSpec(
-        **{
-            **value,
-            "contestants": tuple(Contestant(**one) for one in value["contestants"]),
-            "metrics": tuple(value["metrics"]),
-            "grader": None if value["grader"] is None else GraderSpec(**value["grader"]),
-        }
-    )
-
-
-def _result(value: Mapping[str, Any]) -> ContestantResult:
-    confusion = value["confusion"]
-    return ContestantResult(
-        **{
-            **value,
-            "figures": tuple(Figure(**one) for one in value["figures"]),
-            "differences": tuple(Difference(one["baseline"], Figure(**one["figure"])) for one in value["differences"]),
-            "confusion": None
-            if confusion is None
-            else Confusion(tuple(confusion["labels"]), tuple(confusion["counts"])),
-        }
-    )

@@ -1,12 +1,11 @@
 """Jobs as the gateway sees them: created, read, listed, and asked to stop. `leases.py` has the orchestrator's side."""
 
-from dataclasses import asdict
-
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from graft.domain.errors import FailedPrecondition
 from graft.domain.jobs import FINAL, Checkpoint, Event, EventLevel, Job, JobSpec, JobState, Memory
+from graft.domain.stored import to_json
 from graft.store import convert
 from graft.store.database import Database, newest_first
 from graft.store.job_rows import append_event, fetch_job, state_data
@@ -31,14 +30,14 @@ class JobStore:
                     insert(jobs).values(
                         id=job_id,
                         project=project,
-                        spec=convert.spec_to_json(spec),
+                        spec=to_json(spec),
                         training_dataset=spec.training_dataset,
                         validation_dataset=spec.validation_dataset,
                         state=JobState.VALIDATING.value,
                         create_time=now,
                         update_time=now,
                         attempt=1,
-                        memory=None if memory is None else asdict(memory),
+                        memory=to_json(memory),
                         resolved=[],
                         metrics={},
                         cancel_requested=False,

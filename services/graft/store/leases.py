@@ -1,6 +1,6 @@
 """Jobs as the orchestrator sees them: taken by lease, moved and written to only by the lease's owner."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from graft.domain.jobs import (
     Resolved,
     check_transition,
 )
+from graft.domain.stored import to_json
 from graft.store import convert
 from graft.store.database import Database
 from graft.store.job_rows import append_event, fetch_job, state_data
@@ -33,8 +34,11 @@ class LeaseStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def claim_jobs(self, owner: str, lease: timedelta, limit: int) -> tuple[Job, ...]:
-        """Takes up to `limit` live jobs whose lease is free or has run out, oldest first. Never one job twice."""
+    async def claim_jobs(
+        self, owner: str, lease: timedelta, limit: int, besides: Collection[str] = ()
+    ) -> tuple[Job, ...]:
+        """Takes up to `limit` live jobs whose lease is free or has run out, oldest first. Never one job twice; of those
+        among `besides` only the ones that are to be cancelled."""
         async with self._database.write() as connection:
             now = await self._database.now(connection)
             free = (
@@ -42,6 +46,7 @@ class LeaseStore:
                 .where(
                     jobs.c.state.in_([state.value for state in LIVE]),
                     or_(jobs.c.lease_owner.is_(None), jobs.c.lease_expire_time < now),
+                    or_(jobs.c.id.not_in(tuple(besides)), jobs.c.cancel_requested),
                 )
                 .order_by(jobs.c.create_time, jobs.c.id)
                 .limit(limit)
@@ -63,11 +68,12 @@ class LeaseStore:
             await connection.execute(update(jobs).where(mine).values(lease_expire_time=now + lease))
             return frozenset((await connection.execute(select(jobs.c.id).where(mine))).scalars())
 
-    async def release_leases(self, owner: str) -> None:
-        """Frees every lease of `owner` at once, for the next owner to take."""
+    async def release_leases(self, owner: str, job_id: str | None = None) -> None:
+        """Frees every lease of `owner` at once, or that of one job, for the next owner to take."""
+        mine = update(jobs).where(jobs.c.lease_owner == owner)
         async with self._database.write() as connection:
             freed = {"lease_owner": None, "lease_expire_time": None}
-            await connection.execute(update(jobs).where(jobs.c.lease_owner == owner).values(freed))
+            await connection.execute((mine if job_id is None else mine.where(jobs.c.id == job_id)).values(freed))
 
     async def leased_jobs(self, owner: str) -> tuple[Job, ...]:
         """The jobs that `owner` holds, oldest first."""
@@ -107,13 +113,13 @@ class LeaseStore:
             if state in FINAL:
                 values |= {"end_time": now, "lease_owner": None, "lease_expire_time": None}
             if error is not None:
-                values["error"] = asdict(error)
+                values["error"] = to_json(error)
             if fine_tuned_model is not None:
                 values["fine_tuned_model"] = fine_tuned_model
             if next_attempt:
                 values |= {"attempt": current.attempt + 1, "progress": None}
             await connection.execute(update(jobs).where(jobs.c.id == job.id).values(values))
-            data = state_data(state.value) | ({"error": asdict(error)} if error else {})
+            data = state_data(state.value) | ({"error": to_json(error)} if error else {})
             level = EventLevel.ERROR if state is JobState.FAILED else EventLevel.INFO
             await append_event(connection, job.project, job.id, now, (level, "state", message, data))
             return await fetch_job(connection, job.project, job.id)
@@ -139,9 +145,9 @@ class LeaseStore:
             now = await self._database.now(connection)
             values: dict[str, Any] = {"update_time": now}
             if progress is not None:
-                values["progress"] = asdict(progress)
+                values["progress"] = to_json(progress)
             if resolved is not None:
-                values["resolved"] = [asdict(item) for item in resolved]
+                values["resolved"] = to_json(resolved)
             if metrics is not None:
                 values["metrics"] = current.metrics | metrics
             if mlflow_run_id is not None:

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from graft.domain.errors import SHOWN, NotFound, unknown
 from graft.domain.jobs import JobError
 from graft.domain.resources import Adapter, AdapterVersion, BaseModel, RegistrySnapshot
+from graft.domain.stored import to_json
 from graft.store import convert
 from graft.store.database import Database, by_key
 from graft.store.protocol import AliasWish, Page
@@ -140,7 +141,7 @@ class MirrorStore:
 
     async def finish_alias_wish(self, wish_id: str, error: JobError | None) -> None:
         """Marks a wish as carried out, or as refused with `error`."""
-        values = {"done": True, "error": None if error is None else asdict(error)}
+        values = {"done": True, "error": to_json(error)}
         async with self._database.write() as connection:
             await connection.execute(update(alias_wishes).where(alias_wishes.c.id == wish_id).values(values))
 

@@ -5,7 +5,7 @@ wishes (`request_cancel`, `request_alias`, `request_dataset_check`, `create_depl
 else is the orchestrator's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Generic, Protocol, TypeVar
@@ -123,15 +123,21 @@ class Store(Protocol):
     async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]: ...
 
     # Jobs (orchestrator). `owner` must hold the lease and `attempt` be current, else Aborted.
-    async def claim_jobs(self, owner: str, lease: timedelta, limit: int) -> tuple[Job, ...]:
-        """Takes up to `limit` live jobs whose lease is free or has run out, oldest first."""
+    async def claim_jobs(
+        self, owner: str, lease: timedelta, limit: int, besides: Collection[str] = ()
+    ) -> tuple[Job, ...]:
+        """Takes up to `limit` live jobs whose lease is free or has run out, oldest first; of those among `besides` only
+        the ones that are to be cancelled."""
         ...
 
     async def renew_leases(self, owner: str, lease: timedelta) -> frozenset[str]:
         """Extends every lease of `owner`; returns the ids still held."""
         ...
 
-    async def release_leases(self, owner: str) -> None: ...
+    async def release_leases(self, owner: str, job_id: str | None = None) -> None:
+        """Frees every lease of `owner`, or that of one job."""
+        ...
+
     async def count_jobs(self) -> dict[JobState, int]:
         """Of every project, by state; states without any may be missing."""
         ...
@@ -193,8 +199,9 @@ class Store(Protocol):
         """Ends those that are to be cancelled and whose lease is free or has run out. Returns their ids."""
         ...
 
-    async def claim_evaluation(self, owner: str, lease: timedelta) -> Evaluation | None:
-        """Takes the oldest that has not ended and whose lease is free or has run out, and moves it to RUNNING."""
+    async def claim_evaluation(self, owner: str, lease: timedelta, besides: Collection[str] = ()) -> Evaluation | None:
+        """Takes the oldest that has not ended, whose lease is free or has run out and that is not among `besides`, and
+        moves it to RUNNING."""
         ...
 
     async def renew_evaluation(

@@ -10,8 +10,9 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, select, text
+from sqlalchemy.exc import OperationalError
 
-from graft.domain.errors import FailedPrecondition
+from graft.domain.errors import FailedPrecondition, Unavailable
 from graft.store.checks import CheckStore
 from graft.store.database import Database, link_arguments, parse_url, ping, token_after
 from graft.store.datasets import DatasetStore
@@ -96,13 +97,39 @@ def migrate(url: str, revision: str = "head") -> Migrated:
             command.upgrade(config, revision)
             return Migrated(before, _revision(connection))
     except CommandError as error:
-        raise FailedPrecondition(
-            f"The database has a schema that this Graft does not know ({error}). A newer Graft has migrated it: "
-            "run that one, or point GRAFT_STORE_URL at another database.",
-            reason="STORE_IS_NEWER",
-        ) from error
+        raise _newer(str(error)) from error
     finally:
         engine.dispose()
+
+
+def check_schema(url: str) -> None:
+    """For a process that leaves migrating to others. Changes nothing. Blocking.
+
+    Raises FailedPrecondition STORE_IS_NEWER or STORE_IS_OLDER for a database that this Graft cannot use as it is,
+    Unavailable for one that does not answer, InvalidArgument as `migrate`.
+    """
+    try:
+        found, needed = schema_revision(url)
+    except OperationalError as error:
+        raise Unavailable(
+            f"The database does not answer: {error.orig}. Check GRAFT_STORE_URL.", reason="STORE_UNAVAILABLE"
+        ) from None
+    if found > needed:
+        raise _newer(f"revision {found}, and this one knows {needed}")
+    if found < needed:
+        raise FailedPrecondition(
+            f"The database has schema revision {found or 'none'}, and this Graft needs {needed}. Run "
+            "`python -m graft.store.main migrate`, or start the gateway, which does so.",
+            reason="STORE_IS_OLDER",
+        )
+
+
+def _newer(found: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"The database has a schema that this Graft does not know ({found}). A newer Graft has migrated it: "
+        "run that one, or point GRAFT_STORE_URL at another database.",
+        reason="STORE_IS_NEWER",
+    )
 
 
 def schema_revision(url: str) -> tuple[str, str]:
