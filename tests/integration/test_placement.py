@@ -141,6 +141,9 @@ def test_workers_are_on_the_nodes_of_their_labels_and_resources(placed: Placed, 
     _until(placed, mine, frozenset({"metrics"}))
     assert placed.runs.poll(mine.job_id, 1, 0).placed
     assert placed.actors("RayTrainWorker") == ["training", "training"]
+    # Nothing else of the run keeps a node from being idle, then or later.
+    own = ("_Run", "Fit", "TrainController", "SynchronizationActor", "AutoscalingCoordinator")
+    assert [placed.actors(name) for name in own] == [["head"], ["head"], ["head"], ["head"], []]
     (group,) = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
     assert [placed.pool(node) for node in group["bundles_to_node_id"].values()] == ["training", "training"]
     assert _free("fast_disk") == 0.0
@@ -172,6 +175,7 @@ def test_trials_of_a_sweep_are_on_the_nodes_of_their_labels(placed: Placed, spec
     nodes = [node for one in groups for node in one["bundles_to_node_id"].values() if node]
     assert nodes
     assert {placed.pool(node) for node in nodes} == {"training"}
+    assert placed.actors("Search") == ["head"]
     assert _until(placed, mine).kind == "finished"
     placed.runs.release(mine.job_id, 1)
 

@@ -262,9 +262,10 @@ class FakeScorer:
         """What the only replica says of itself; `load` does not add to it."""
         self.bodies: list[dict[str, Any]] = []
         self.dtype = "float32"
+        self.bases = {BASE}
 
     def of(self, base: str) -> "FakeScorer":
-        assert base == BASE
+        assert base in self.bases
         return self
 
     async def load(self, adapter: engine_pb2.AdapterRef, timeout_seconds: float = 120) -> engine_pb2.LoadResponse:
@@ -383,9 +384,9 @@ class World:
     async def job(self, job_id: str) -> Job:
         return await self.store.get_job(PROJECT, job_id)
 
-    async def until(self, job_id: str, state: JobState) -> Job:
+    async def until(self, job_id: str, state: JobState, patience_seconds: float = PATIENCE_SECONDS) -> Job:
         """Waits for a state; another end than the expected one fails at once."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + patience_seconds
         while (job := await self.job(job_id)).state is not state:
             ended = job.state in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
             assert not ended, f"ended as {job.state}: {job.error}"

@@ -106,13 +106,16 @@ def titles(processes: Sequence[psutil.Process]) -> list[str]:
 
 @contextmanager
 def ray_cluster(
-    settings: Settings, environment: dict[str, str], folder: Path, *, dashboard: bool = False
+    settings: Settings, environment: dict[str, str], folder: Path, *more: str, dashboard: bool = False
 ) -> Iterator[None]:
-    """The stack's own Ray head but for its folder, with no dashboard unless asked; ends all that carries `folder`."""
+    """The stack's own Ray head but for its folder, with no dashboard unless asked; ends all that carries `folder`.
+
+    `more`: arguments of `ray start`, the last of a kind counts.
+    """
     # Unix socket paths end at 107 characters, which pytest's temporary folders pass: Ray gets a short one.
     sockets = tempfile.mkdtemp(prefix="gr", dir="/tmp")
     head, log = ray_head(settings), folder / "ray.log"
-    command = [*head.argv, f"--temp-dir={sockets}", f"--include-dashboard={str(dashboard).lower()}"]
+    command = [*head.argv, f"--temp-dir={sockets}", f"--include-dashboard={str(dashboard).lower()}", *more]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:

@@ -44,12 +44,11 @@ class Fit:
         # Ray Train gives its request up after a minute and makes it again; the autoscaler is to see one that stays.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.nodes_wait_seconds)
         from ray.train import RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
 
-        from graft.training.controller import Led
+        from graft.training.controller import Led, Trainer
         from graft.training.process_group import NodeAddressConfig
 
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _train_loop,
             train_loop_config={"spec": spec, "run": run, "begin_seconds": begin_seconds},
             scaling_config=ScalingConfig(

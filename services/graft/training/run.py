@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util import list_named_actors
 
 from graft.domain.errors import Aborted, GraftError
@@ -32,6 +33,9 @@ from graft.training.spec import ENDS, Report, RunSpec, RunStatus, run_name, run_
 
 __all__ = ["RayRuns", "Report", "RunSpec", "RunStatus", "run_spec"]
 
+ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
+"""Of a run's own actors, as Ray Train has it for some of its own. Ray puts an actor that asks for nothing on any node,
+which would then stay for it, a GPU's too, and take the run with it when it goes."""
 END_SECONDS = 10.0
 """A killed actor is dead within a second; one whose node cannot be reached has its places back with the node."""
 ANSWER_SECONDS = 60.0
@@ -128,7 +132,7 @@ class _Run:
                 if self._ended():
                     return
                 kind, how = (Fit, {}) if self._spec.search is None else (Search, options(self._spec))
-                self._fit = ray.remote(num_cpus=0, max_restarts=0, **how)(kind).remote()
+                self._fit = ray.remote(**ON_HEAD, max_restarts=0, **how)(kind).remote()
             ray.get(self._fit.fit.remote(self._spec, me, time.time()))
             self.tell(
                 "failed", {"code": "INTERNAL", "reason": "NO_RESULT", "message": "The run ended without a result."}
@@ -182,7 +186,7 @@ class RayRuns:
         for number in others:
             self._release(spec.job_id, number)
         actor = (
-            ray.remote(num_cpus=0, concurrency_groups={"reports": 1})(_Run)
+            ray.remote(**ON_HEAD, concurrency_groups={"reports": 1})(_Run)
             .options(
                 name=spec.name,
                 namespace=NAMESPACE,
