@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import chart, images, kuberay
+from tests.support import chart, images, kuberay, policies
 from tests.support.chart import Object, of_kind
 from tests.support.host_backends import start_postgres
 from tests.support.hosts import Host, network
@@ -26,11 +26,10 @@ DATABASE = "given-database"
 class Release:
     """All of it, running."""
 
-    objects: list[Object]
     pods: dict[str, Pod]
-    """By the names of `HOSTS`."""
-    test: Pod
-    """Of `helm test`; not started."""
+    """By the names of `HOSTS`. That of `helm test` is not started."""
+    store: Host
+    """Of the database."""
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +37,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Image]
     """Both images, by the repositories of the chart's values. $GRAFT_TEST_IMAGES is `fresh`, or a folder whose images
     are taken as they are, and are left there."""
     asked = os.environ.get("GRAFT_TEST_IMAGES")
-    if reason := images.missing() or ("" if asked else "The images take half an hour: run `make test-images`."):
+    if (
+        reason := images.missing()
+        or policies.missing()
+        or ("" if asked else "The images take half an hour: run `make test-images`.")
+    ):
         pytest.skip(reason)
     kept = asked != "fresh"
     folder = Path(asked) if asked and kept else tmp_path_factory.mktemp("images")
@@ -68,7 +71,8 @@ def release_objects(store: Host) -> list[Object]:
 
 @pytest.fixture(scope="session")
 def release(built: dict[str, Image], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
-    """The release installed: hooks first, then all, until each pod's probe passes and Serve's application runs."""
+    """The release installed, with its network policies in force: hooks first, then all, until each pod's probe passes
+    and Serve's application runs."""
     with network(*HOSTS) as hosts:
         objects = release_objects(hosts["store"])
         cluster = Cluster(objects, built, tmp_path_factory.mktemp("volumes"))
@@ -84,18 +88,20 @@ def release(built: dict[str, Image], tmp_path_factory: pytest.TempPathFactory) -
         training = list(kuberay.pods(of_kind(objects, "RayCluster")[f"{RELEASE}-training"]))
         service = of_kind(objects, "RayService")[f"{RELEASE}-inference"]
         inference = list(kuberay.pods(service))
-        specs = {
-            "mlflow": deployments[f"{RELEASE}-mlflow"]["spec"]["template"]["spec"],
+        templates = {
+            "migrate": of_kind(objects, "Job")[f"{RELEASE}-migrate"]["spec"]["template"],
+            "mlflow": deployments[f"{RELEASE}-mlflow"]["spec"]["template"],
             "trainhead": training[0],
             "enginehead": inference[0],
             "trainer": training[1],
             "engine": inference[1],
-            "leader": deployments[f"{RELEASE}-orchestrator"]["spec"]["template"]["spec"],
-            "gateway": deployments[f"{RELEASE}-gateway"]["spec"]["template"]["spec"],
+            "leader": deployments[f"{RELEASE}-orchestrator"]["spec"]["template"],
+            "gateway": deployments[f"{RELEASE}-gateway"]["spec"]["template"],
+            "test": of_kind(objects, "Pod")[f"{RELEASE}-test"],
         }
-        pods = {name: Pod(cluster, hosts[name], spec) for name, spec in specs.items()}
-        hook = of_kind(objects, "Job")[f"{RELEASE}-migrate"]["spec"]["template"]["spec"]
-        print(Pod(cluster, hosts["migrate"], hook).run(120))
+        pods = {name: Pod(cluster, hosts[name], template) for name, template in templates.items()}
+        policies.enforce(objects, {name: (pod.host, pod.labels) for name, pod in pods.items()})
+        print(pods["migrate"].run(120))
         # Heads before those who join them; a worker that serves is ready once Serve is told what to run.
         for names in (("mlflow",), ("trainhead", "enginehead"), ("trainer", "engine")):
             for name in names:
@@ -112,5 +118,4 @@ def release(built: dict[str, Image], tmp_path_factory: pytest.TempPathFactory) -
         pods["enginehead"].wait(lambda: kuberay.applications(head, token) == running, 600)
         for name in ("engine", "leader", "gateway"):
             pods[name].wait_ready(300)
-        test = of_kind(objects, "Pod")[f"{RELEASE}-test"]["spec"]
-        yield Release(objects, pods, Pod(cluster, hosts["test"], test))
+        yield Release(pods, hosts["store"])

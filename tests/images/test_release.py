@@ -4,6 +4,7 @@ import pytest
 
 from tests.images.conftest import RELEASE, Release
 from tests.support.pods import Pod
+from tests.support.policies import reaches
 
 # Bases from Debian's archive, and four gigabytes of packages; then everything on two cores.
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(5400)]
@@ -12,7 +13,7 @@ WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1], 'written').write_text('x
 
 
 def test_helm_test_trains_an_adapter_and_asks_it(release: Release) -> None:
-    told = release.test.run(1500)
+    told = release.pods["test"].run(1500)
     print(told)
     assert "smollm2-135m:helm-test@1 answers" in told
 
@@ -37,8 +38,32 @@ def test_a_pod_writes_to_its_volumes_and_nowhere_else(pod: Pod) -> None:
         assert "Read-only file system" in pod.execute(["python3", "-c", WRITE, place]).stderr
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [
+        ("test", "mlflow", 5000),
+        ("test", "engine", 9000),
+        ("gateway", "mlflow", 5000),
+        ("gateway", "trainhead", 10001),
+        ("leader", "trainhead", 8265),
+        ("leader", "gateway", 8080),
+        ("trainer", "gateway", 8080),
+        ("trainer", "store", 5432),
+        ("engine", "trainhead", 6379),
+        ("engine", "store", 5432),
+        ("mlflow", "engine", 9000),
+    ],
+)
+def test_a_pod_does_not_reach_what_no_arrow_leads_to(release: Release, source: str, target: str, port: int) -> None:
+    hosts = {"store": release.store, **{name: pod.host for name, pod in release.pods.items()}}
+    assert reaches(hosts[target], hosts[target], port)  # something listens there
+    assert not reaches(hosts[source], hosts[target], port)
+
+
 def test_every_pod_still_runs(release: Release) -> None:
-    assert [name for name, pod in release.pods.items() if pod.process is None or pod.process.poll() is not None] == []
+    assert [
+        name for name in PODS if (process := release.pods[name].process) is None or process.poll() is not None
+    ] == []
 
 
 def test_whoever_has_another_token_does_not_reach_ray(release: Release) -> None:

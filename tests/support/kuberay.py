@@ -33,7 +33,7 @@ def quantity(text: str) -> float:
 
 
 def pods(owner: Object) -> Iterator[Object]:
-    """The specs of the head and of one pod of each group of workers that has any."""
+    """The templates of the head's pod, and of one pod of each group of workers that has any."""
     serves = owner["kind"] == "RayService"
     cluster = owner["spec"]["rayClusterConfig"] if serves else owner["spec"]
     name = owner["metadata"]["name"]
@@ -44,7 +44,9 @@ def pods(owner: Object) -> Iterator[Object]:
 
 
 def _pod(name: str, group: str, asked: Object, cluster: Object, serves: bool, *, head: bool) -> Object:
-    spec: Object = copy.deepcopy(asked["template"]["spec"])
+    template: Object = copy.deepcopy(asked["template"])
+    template["metadata"]["labels"]["ray.io/node-type"] = "head" if head else "worker"
+    spec = template["spec"]
     container = spec["containers"][0]
     service = f"{name}-head-svc"
     parameters = {
@@ -70,7 +72,7 @@ def _pod(name: str, group: str, asked: Object, cluster: Object, serves: bool, *,
     spec["volumes"].append({"name": "shared-mem", "emptyDir": {"medium": "Memory"}})
     container["volumeMounts"].append({"name": "shared-mem", "mountPath": "/dev/shm"})
     container["readinessProbe"] = _probe(serves and not head)
-    return spec
+    return template
 
 
 def _resources(resources: Object, given: Object) -> Object:

@@ -61,11 +61,12 @@ class Cluster:
 class Pod:
     """One pod, whose one container runs from `start` on until `stop`."""
 
-    def __init__(self, cluster: Cluster, host: Host, spec: Object) -> None:
+    def __init__(self, cluster: Cluster, host: Host, template: Object) -> None:
         self.host = host
+        self.labels: dict[str, str] = template["metadata"]["labels"]
         self._cluster = cluster
-        self._spec = spec
-        (self._container,) = spec["containers"]
+        self._spec = template["spec"]
+        (self._container,) = self._spec["containers"]
         self.image = cluster.images[self._container["image"].rpartition("/")[2].partition(":")[0]]
         self.process: subprocess.Popen[bytes] | None = None
         self.log = host.disk / f"{host.name}.log"
