@@ -8,6 +8,7 @@ from typing import Any
 
 from ray.serve.grpc_util import RayServegRPCContext
 
+from graft.internal.token import TakenTokens
 from graft.internal.v1 import engine_pb2
 from graft.serving.app import EngineReplica
 from graft.serving.residency import Ref, Residency
@@ -38,7 +39,7 @@ class _Engine:
 async def test_an_adapter_is_in_use_until_the_engine_has_been_told_that_its_stream_has_ended() -> None:
     engine = _Engine()
     replica: Any = object.__new__(EngineReplica)
-    replica.token = ""
+    replica.tokens = TakenTokens(None)  # it asks for none
     replica._base = SimpleNamespace(id="tiny")
     replica._keeper = SimpleNamespace(engine=lambda: engine)
     replica._residency = engine.residency
