@@ -137,7 +137,12 @@ def test_an_adapter_whose_download_is_cut_is_refused_as_unavailable_and_then_ser
 
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(generate)
-        eventually(downloading, lambda files: any(file.stat().st_size for file in files), 60, "the download begins")
+
+        def begun() -> list[Path]:
+            assert not asked.done(), f"no download: {asked.exception() or asked.result()!r}"
+            return downloading()
+
+        eventually(begun, lambda files: any(file.stat().st_size for file in files), 60, "the download begins")
         with store.apart_from(*engines):
             cut = time.monotonic()
             with pytest.raises(Unavailable) as caught:
