@@ -12,6 +12,7 @@ import secrets
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ class HostCluster:
     def publish(self, adapter: str, beside_bytes: int) -> None:
         """Registers an adapter of random weights with a file of so many bytes beside it; the gateway knows it then."""
         cache = self.hosts["laptop"].disk / "registry"
-        folder = make_adapter(self.base, cache / adapter, seed=7)
+        # Weights of its own: of two adapters that are the same, a host fetches one.
+        folder = make_adapter(self.base, cache / adapter, seed=zlib.crc32(adapter.encode()))
         with open(folder / "notes.txt", "wb") as file:
             file.truncate(beside_bytes)
         registry = Registry(self.tracking_uri, cache)
