@@ -1,6 +1,7 @@
 """The store's promises about deployments, on SQLite and on a real PostgreSQL."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -54,6 +55,36 @@ async def test_a_wish_to_undeploy_outlasts_whatever_the_orchestrator_says_of_the
         await store.create_deployment(WISH)
     await store.remove_deployment("other")
     assert await store.find_deployment("other") is None
+
+
+async def test_a_wish_is_answered_also_where_the_orchestrator_is_quicker(store: SqlStore) -> None:
+    async def end() -> None:
+        while await store.find_deployment("other") is not None:
+            await store.remove_deployment("other")
+
+    for _ in range(20):
+        await store.create_deployment(WISH)
+        stopping, _ = await asyncio.gather(store.request_undeploy("default", "other"), end())
+        assert stopping == replace(WISH, state=DeploymentState.STOPPING)
+
+
+async def test_a_wish_is_taken_also_where_the_last_one_of_its_id_ends_meanwhile(store: SqlStore) -> None:
+    async def wish() -> None:
+        for _ in range(40):
+            with suppress(FailedPrecondition):  # it is on its way out
+                assert await store.create_deployment(WISH) == WISH
+
+    async def end() -> None:
+        while not taken.is_set():
+            with suppress(NotFound):
+                await store.request_undeploy("default", "other")
+            await store.remove_deployment("other")
+
+    taken = asyncio.Event()
+    ending = asyncio.create_task(end())
+    await asyncio.gather(*(wish() for _ in range(3)))
+    taken.set()
+    await ending
 
 
 async def test_deployments_are_a_projects_own(store: SqlStore) -> None:

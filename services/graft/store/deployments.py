@@ -3,6 +3,7 @@
 A row is the wish: it outlives a stack that stops, and goes when what it asked for has ended.
 """
 
+from contextlib import suppress
 from dataclasses import asdict
 
 from sqlalchemy import delete, insert, select, update
@@ -30,15 +31,14 @@ class DeploymentStore:
         Raises AlreadyExists when the id names another model or is another project's, FailedPrecondition while a
         deployment of that id is on its way out.
         """
-        try:
-            async with self._database.write() as connection:
-                await connection.execute(insert(deployments).values(**asdict(wish)))
-            return wish
-        except IntegrityError:
-            pass
-        async with self._database.write() as connection:
-            query = select(deployments).where(deployments.c.base_model == wish.base_model)
-            found = convert.deployment((await connection.execute(query)).mappings().one())
+        while True:
+            with suppress(IntegrityError):
+                async with self._database.write() as connection:
+                    await connection.execute(insert(deployments).values(**asdict(wish)))
+                return wish
+            found = await self.find_deployment(wish.base_model)
+            if found is None:  # it has ended since the insert
+                continue
             if (found.project, found.source) != (wish.project, wish.source):
                 raise AlreadyExists(
                     f"{wish.base_model!r} is deployed already"
@@ -53,13 +53,19 @@ class DeploymentStore:
                     reason="DEPLOYMENT_STOPPING",
                     metadata={"name": wish.base_model},
                 )
-            if found.state is DeploymentState.FAILED:
-                values = {"state": DeploymentState.STARTING, "error": None, "create_time": wish.create_time}
-                await connection.execute(
-                    update(deployments).where(deployments.c.base_model == wish.base_model).values(values)
-                )
+            if found.state is not DeploymentState.FAILED:
+                return found
+            if await self._start_anew(wish):
                 return wish
-        return found
+
+    async def _start_anew(self, wish: Deployment) -> bool:
+        """False where it is not FAILED any more."""
+        failed = update(deployments).where(
+            deployments.c.base_model == wish.base_model, deployments.c.state == DeploymentState.FAILED
+        )
+        values = {"state": DeploymentState.STARTING, "error": None, "create_time": wish.create_time}
+        async with self._database.write() as connection:
+            return (await connection.execute(failed.values(values))).rowcount == 1
 
     async def get_deployment(self, project: str, base: str) -> Deployment:
         """Raises NotFound naming it and what exists in the project."""
@@ -93,12 +99,13 @@ class DeploymentStore:
             return tuple(convert.deployment(row) for row in (await connection.execute(query)).mappings())
 
     async def request_undeploy(self, project: str, base: str) -> Deployment:
-        """Marks it as STOPPING, which the orchestrator carries out. Idempotent. Raises NotFound."""
-        await self.get_deployment(project, base)
+        """Marks it as STOPPING, which the orchestrator carries out, and returns it so. Idempotent. Raises NotFound."""
         mine = update(deployments).where(deployments.c.project == project, deployments.c.base_model == base)
+        stopping = mine.values(state=DeploymentState.STOPPING, error=None).returning(*deployments.c)
         async with self._database.write() as connection:
-            await connection.execute(mine.values(state=DeploymentState.STOPPING, error=None))
-        return await self.get_deployment(project, base)
+            row = (await connection.execute(stopping)).mappings().one_or_none()
+        # Not read again: the orchestrator may have ended it by then.
+        return await self.get_deployment(project, base) if row is None else convert.deployment(row)
 
     async def move_deployment(self, base: str, state: DeploymentState, error: JobError | None = None) -> bool:
         """Tells how far it is. False where a wish to undeploy came meanwhile, or it has failed: both stay."""
