@@ -19,10 +19,14 @@ demo: setup ## Trains two adapters on real data, serves them and compares them w
 # A run each, of which only the first uses every core: a process that has been a Ray driver is no place for the gRPC
 # servers of unit tests, and a Ray cluster or the whole stack shares two cores with nothing else. The first has a process
 # more than there are cores, since some of its modules mostly wait, and begins with tests/integration: they take longest.
+# What fails in one keeps none of the others from being run.
 test: setup ## Runs every test
-	$(BIN)/pytest tests/integration tests/unit -m "not ray" --numprocesses=$$(($$(nproc) + 1)) --dist=loadfile --no-loadscope-reorder
-	$(BIN)/pytest tests/integration -m ray
-	$(BIN)/pytest tests/e2e
+	@failed=0; \
+	run() { echo "$(BIN)/pytest $$*"; $(BIN)/pytest "$$@" || failed=1; }; \
+	run tests/integration tests/unit -m "not ray" --numprocesses=$$(($$(nproc) + 1)) --dist=loadfile --no-loadscope-reorder; \
+	run tests/integration -m ray; \
+	run tests/e2e; \
+	exit $$failed
 
 test-unit: setup ## Runs the tests that need no server
 	$(BIN)/pytest tests/unit $(PARALLEL)
