@@ -40,11 +40,6 @@ class Confusion:
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
 
-    @property
-    def outside(self) -> int:
-        """Answers that are no label."""
-        return sum(row[-1] for row in self.counts)
-
     def scores(self) -> list[LabelScore]:
         """Precision, recall and F1 of each label, in the labels' order."""
         found = []
