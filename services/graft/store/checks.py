@@ -57,5 +57,5 @@ class CheckStore:
             "report": to_json(report),
             "error": to_json(error),
         }
-        async with self._database.write() as connection:
+        async with self._database.write(leading=True) as connection:
             await connection.execute(update(dataset_checks).where(dataset_checks.c.id == check_id).values(values))
