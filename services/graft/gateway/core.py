@@ -58,6 +58,8 @@ class Core:
         self.settings = settings
         self.deployments = Deployments(store, engine, settings)
         self._draining = asyncio.Event()
+        self._deleting: set[asyncio.Future[Dataset]] = set()
+        """asyncio itself holds tasks weakly."""
 
     def drain(self) -> None:
         """Ends every Watch at its next poll, so that a stop need not wait for jobs."""
@@ -88,10 +90,18 @@ class Core:
 
     async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
         """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job or evaluation uses it."""
-        dataset = await self.store.delete_dataset(project, dataset_id)
-        # The row first: a stop in between leaves a file that nothing names, never a row without its file.
-        await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
-        return dataset
+
+        async def delete() -> Dataset:
+            dataset = await self.store.delete_dataset(project, dataset_id)
+            # The row first: a stop in between leaves a file that nothing names, never a row without its file.
+            await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
+            return dataset
+
+        # Shielded: a client that leaves now, as gRPC's may, must not part the file from its row.
+        deleting = asyncio.ensure_future(delete())
+        self._deleting.add(deleting)
+        deleting.add_done_callback(self._deleting.discard)
+        return await asyncio.shield(deleting)
 
     async def validate_dataset(self, project: str, asked: CheckSpec) -> DatasetReport:
         """Measures a data set for a base model. Raises as `dataset_checks.made`."""
