@@ -60,13 +60,17 @@ class Storage:
             self._make_parent(system, uri)
             system.put_file(str(file), _path(uri))
 
-    def put_folder(self, folder: Path, uri: str) -> None:
-        """Copies a folder's files up, and then the manifest that makes it whole."""
+    def put_folder(self, folder: Path, uri: str, *, by_content: bool = False) -> None:
+        """Copies a folder's files up, and then the manifest that makes it whole.
+
+        `by_content`: its name is its content's, so that what somebody else has put there meanwhile stays whole.
+        """
         files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
         with self._told(uri):
             system = self.file_system()
-            with suppress(FileNotFoundError):
-                system.rm_file(_path(f"{uri}/{MANIFEST}"))  # of a folder that is put again
+            if not by_content:
+                with suppress(FileNotFoundError):
+                    system.rm_file(_path(f"{uri}/{MANIFEST}"))  # of a folder that is put again
             for name in files:
                 self._make_parent(system, f"{uri}/{name}")
                 system.put_file(str(folder / name), _path(f"{uri}/{name}"))
@@ -233,7 +237,7 @@ def base_model_uri(storage: Storage, digest: str) -> str:
 def share_base_model(storage: Storage, path: str, digest: str) -> None:
     """Puts a base model where every host can fetch it, once for all. Raises as `Storage`."""
     if storage.shared and not storage.has_folder(uri := base_model_uri(storage, digest)):
-        storage.put_folder(Path(path), uri)
+        storage.put_folder(Path(path), uri, by_content=True)
 
 
 def fetch_base_model(storage: Storage, path: str, digest: str) -> Path:

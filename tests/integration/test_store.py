@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
 
 from graft.domain.errors import FailedPrecondition, InvalidArgument, NotFound
 from graft.domain.jobs import JobError, JobSpec, JobState, ServedAs
@@ -42,6 +43,24 @@ async def test_a_retried_upload_returns_the_first_data_set(store: SqlStore) -> N
     assert len({dataset.id for dataset in made}) == 1
     assert await store.find_dataset_by_request("default", "request") == made[0]
     assert await store.find_dataset_by_request("default", "unheard") is None
+
+
+async def test_an_upload_is_stored_where_the_first_of_its_request_is_deleted_meanwhile(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = store.find_dataset_by_request
+
+    async def later(project: str, request_id: str) -> Dataset | None:
+        monkeypatch.undo()
+        await store.delete_dataset(project, _dataset(1).id)
+        return await find(project, request_id)
+
+    await store.create_dataset(_dataset(1), "request")
+    monkeypatch.setattr(store, "find_dataset_by_request", later)
+    assert await store.create_dataset(_dataset(2), "request") == _dataset(2)
+    assert await store.find_dataset_by_request("default", "request") == _dataset(2)
+    with pytest.raises(IntegrityError):  # an id twice is a defect, whatever the request
+        await store.create_dataset(_dataset(2), "another")
 
 
 async def test_a_caller_that_is_cancelled_inside_a_transaction_leaves_the_database_to_others(
@@ -248,6 +267,7 @@ async def test_a_data_set_is_checked_once_and_again_after_a_failure(store: SqlSt
     )
     await store.finish_dataset_check("dc-1", report, None)
     assert await store.pending_dataset_checks() == ()
+    await store.finish_dataset_check("dc-1", None, error)  # by one that was slower
     assert (await store.request_dataset_check(asked)).report == report
     with pytest.raises(NotFound):
         await store.get_dataset_check("dc-2")

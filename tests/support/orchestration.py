@@ -28,6 +28,7 @@ from graft.domain.resources import Adapter, AdapterVersion, BaseModel, Dataset, 
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.context import stored_events
 from graft.orchestrator.loop import Orchestrator
+from graft.orchestrator.metrics import shown
 from graft.orchestrator.ports import Limits, Parts, PreparedData
 from graft.registry.mlflow_registry import Publication
 from graft.settings import load
@@ -406,13 +407,14 @@ class World:
         """A running one, stopped at the end; with `crash` it does not free its leases."""
         parts = replace(self.parts, store=_Crashing(self.store)) if crash else self.parts
         orchestrator = Orchestrator(parts)
-        task = asyncio.create_task(orchestrator.run())
-        try:
-            yield orchestrator
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        async with shown(parts.store, parts.engine, parts.settings.orchestrator):
+            task = asyncio.create_task(orchestrator.run())
+            try:
+                yield orchestrator
+            finally:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
 
 class _Crashing:

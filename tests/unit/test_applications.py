@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.serve.schema import ApplicationStatus
 
-from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from graft.domain.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from graft.domain.placement import Node
 from graft.placement_settings import ReplicaPoolSettings
 from graft.serving.app import EngineReplica, actor_options
@@ -44,6 +44,16 @@ async def test_applications_of_others_on_the_same_cluster_are_none_of_ours(monke
     monkeypatch.setattr("graft.serving.applications.serve.status", lambda: status)
     applications = Applications("first", ServingSettings(), build=lambda _: pytest.fail("nothing may be built"))
     assert [one.base_model for one in await applications.all()] == ["first", "large"]
+
+
+async def test_one_that_is_ending_is_waited_for_and_not_taken_for_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = SimpleNamespace(status=ApplicationStatus.DELETING)
+    status = SimpleNamespace(applications={"graft-engine-large": ending})
+    monkeypatch.setattr("graft.serving.applications.serve.status", lambda: status)
+    applications = Applications("first", ServingSettings(), build=lambda _: pytest.fail("nothing may be built"))
+    with pytest.raises(Unavailable) as refused:
+        await applications.deploy(MODEL)
+    assert refused.value.reason == "APPLICATION_ENDING"
 
 
 def test_replicas_that_no_nodes_could_hold_are_refused_and_not_waited_for() -> None:

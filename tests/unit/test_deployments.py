@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,6 +19,7 @@ from graft.domain.resources import BaseModel
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.catalogue import Catalogue
 from graft.orchestrator.deployments import Deployments
+from graft.registry.base_models import load_catalog
 from graft.settings import Settings
 from tests.support.orchestration import BASE, LOGPROB, NOW, PROJECT, FakeScorer, World, world
 
@@ -367,6 +369,33 @@ async def test_a_full_model_becomes_a_base_model_of_the_catalogue_once_it_is_pro
         await on.wish("tiny-full-2", "tiny:full@2")
         await on.until("tiny-full-2", DeploymentState.READY)
         assert len(on.models.pulled) == 1  # it is a base model by now, and needs no registry
+
+
+async def test_a_full_model_that_is_served_stays_when_an_orchestrator_with_a_home_of_its_own_goes_on(
+    tmp_path: Path,
+) -> None:
+    async with scene(tmp_path) as on:
+        async with on.running():
+            await _full_model(on, LOGPROB)
+            catalogue = (on.settings.home.path / "base_models.yaml").read_text()
+            await on.wish("tiny-full-2", "tiny:full@2")
+            await on.until("tiny-full-2", DeploymentState.READY)
+        model = await on.it.store.get_base_model("tiny-full-2")
+        # The next one's home, on another host.
+        (on.settings.home.path / "base_models.yaml").write_text(catalogue)
+        shutil.rmtree(model.path)
+        await Catalogue(on.it.store, on.settings).refresh()
+        assert await on.it.store.get_base_model("tiny-full-2") == model
+        async with on.running():
+
+            async def has_it() -> bool:
+                return "tiny-full-2" in {one.id for one in load_catalog(on.settings)}
+
+            await _until(has_it)
+            found = await on.until("tiny-full-2", DeploymentState.READY)
+        assert found is not None
+        assert on.service.deploys == ["tiny-full-2"]  # its engine answers all the while
+        assert (await on.it.store.get_base_model("tiny-full-2")).digest == model.digest
 
 
 async def test_an_engine_that_computes_something_else_than_was_trained_is_not_left_to_answer(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from graft.domain.deployments import DeploymentState
@@ -39,3 +40,25 @@ async def test_the_reason_of_a_failure_is_that_of_the_orchestrator_which_saw_it(
         assert failed is not None
         assert failed.error is not None
         assert failed.error.reason == "ENGINE_FAILED_TO_START"
+
+
+async def test_an_orchestrator_that_leads_no_more_ends_no_engine_of_the_one_that_does(tmp_path: Path) -> None:
+    over = timedelta(seconds=-1)
+    async with scene(tmp_path) as on:
+
+        async def refresh() -> None: ...
+
+        assert await on.it.store.take_lead("former", over)
+        former = Deployments(on.it.store.led_by("former"), on.service, on.models, refresh, on.settings, 0.01)
+        on.service.slow.add(BASE)
+        await on.wish(BASE)
+        await former.reconcile()
+        while BASE not in on.service.there:  # noqa: ASYNC110 - another task starts it
+            await asyncio.sleep(0.01)
+        assert await on.it.store.take_lead("next", over)
+        on.service.slow.clear()
+        await asyncio.wait(former._starting.values())
+        assert BASE in on.service.there
+        assert not on.service.ending
+        async with on.running():
+            await on.until(BASE, DeploymentState.READY)

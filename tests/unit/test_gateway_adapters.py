@@ -71,6 +71,20 @@ async def test_an_alias_is_set_when_the_registry_has_it(tmp_path: Path) -> None:
         assert dict((await call).aliases) == {"champion": 3, "candidate": 1}
 
 
+async def test_an_alias_that_somebody_else_moves_at_once_is_told_as_it_is_then(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as it:
+        stub = AdapterServiceStub(it.channel)
+        first = stub.SetAdapterAlias(
+            adapter_service_pb2.SetAdapterAliasRequest(name=LINE, alias="candidate", version=1)
+        )
+        call = asyncio.ensure_future(first)
+        wish = await asyncio.wait_for(wished(it), 5)
+        # Both were carried out before the first one's caller has looked again.
+        await it.store.replace_registry(registry({"champion": 3, "candidate": 3}))
+        await it.store.finish_alias_wish(wish.id, None)
+        assert dict((await call).aliases) == {"champion": 3, "candidate": 3}
+
+
 async def test_a_registry_that_refuses_an_alias_is_quoted(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         request = adapter_service_pb2.SetAdapterAliasRequest(name=LINE, alias="candidate", version=1)

@@ -13,9 +13,9 @@ import pytest
 from graft.api.v1 import dataset_pb2, dataset_service_pb2
 from graft.api.v1.dataset_service_pb2_grpc import DatasetServiceStub
 from graft.domain.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
-from graft.domain.resources import DatasetFormat
+from graft.domain.resources import Dataset, DatasetFormat
 from graft.gateway import convert, uploads
-from tests.support.gateways import ROWS, Gateway, gateway, refused
+from tests.support.gateways import ROWS, Gateway, eventually, gateway, refused
 
 Request = dataset_service_pb2.UploadDatasetRequest
 
@@ -49,6 +49,29 @@ async def test_an_uploaded_data_set_is_stored_found_listed_and_deleted(tmp_path:
         error = await refused(stub.GetDataset(dataset_service_pb2.GetDatasetRequest(name=made.name)))
         assert isinstance(error, NotFound)
         assert dataset_id in error.message
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_deletion_leaves_no_file_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gateway(tmp_path) as it:
+        made = await DatasetServiceStub(it.channel).UploadDataset(pieces(ROWS))
+        delete, deleted, left = it.core.store.delete_dataset, asyncio.Event(), asyncio.Event()
+
+        async def slow(project: str, dataset_id: str) -> Dataset:
+            found = await delete(project, dataset_id)
+            deleted.set()
+            await left.wait()
+            return found
+
+        monkeypatch.setattr(it.core.store, "delete_dataset", slow)
+        deleting = asyncio.create_task(it.core.delete_dataset("default", made.name.rsplit("/", 1)[1]))
+        await deleted.wait()
+        deleting.cancel()  # as gRPC cancels a call whose client has gone
+        await asyncio.wait({deleting})
+        assert deleting.cancelled()
+        left.set()
+        await eventually(lambda: files(it) == [])
 
 
 async def test_with_a_shared_storage_a_data_set_lies_there_and_is_read_from_any_gateway(tmp_path: Path) -> None:

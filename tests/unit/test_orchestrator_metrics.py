@@ -14,7 +14,6 @@ from graft.domain.errors import FailedPrecondition, GraftError, Internal, Invali
 from graft.domain.jobs import JobState
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator import metrics
-from graft.orchestrator.loop import Orchestrator
 from graft.settings import load
 from graft.stack.processes import described
 from tests.support.dashboards import metric_names
@@ -160,7 +159,8 @@ async def test_a_taken_port_is_refused_with_the_setting_that_moves_it(tmp_path: 
         taken.listen()
         async with world_with_metrics(tmp_path, taken.getsockname()[1]) as it:
             with pytest.raises(FailedPrecondition, match="GRAFT_ORCHESTRATOR_METRICS_PORT") as caught:
-                await Orchestrator(it.parts).run()
+                async with it.orchestrator():
+                    pytest.fail("It works where nobody can read how.")
     assert caught.value.reason == "PORT_TAKEN"
 
 

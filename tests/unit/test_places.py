@@ -13,7 +13,7 @@ import pytest
 
 from graft.domain.errors import Unavailable
 from graft.domain.jobs import EventLevel, Lora, ServedAs, Tuning
-from graft.storage import Storage, share_base_model
+from graft.storage import Storage, base_model_uri, share_base_model
 from graft.training import places, search
 from graft.training.objectives.objective import ALONE
 from graft.training.search import trial_spec
@@ -190,3 +190,29 @@ def test_without_a_shared_storage_everything_stays_where_it_is(spec: RunSpec, tm
     assert places.put(alone, tmp_path / "run" / "adapter") == str(tmp_path / "run" / "adapter")
     assert (tmp_path / "run" / "adapter").is_dir()
     assert places.ray_storage(alone) == {"storage_path": str(tmp_path / "run")}
+
+
+def test_a_base_model_that_two_put_at_once_stays_whole_once_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shared").mkdir()
+    storage = Storage(f"file://{tmp_path}/shared")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    look = Storage.has_folder
+
+    def look_early(self: Storage, uri: str) -> bool:
+        found = look(self, uri)
+        monkeypatch.setattr(Storage, "has_folder", look)
+        share_base_model(storage, str(base), "sha256:b")  # another process, which is through before this one begins
+        monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.put_file", cut)
+        return found
+
+    def cut(*_: object, **__: object) -> None:
+        raise ConnectionError("The link is cut.")
+
+    monkeypatch.setattr(Storage, "has_folder", look_early)
+    with pytest.raises(Unavailable):
+        share_base_model(storage, str(base), "sha256:b")
+    assert storage.has_folder(base_model_uri(storage, "sha256:b"))

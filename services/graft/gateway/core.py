@@ -58,6 +58,8 @@ class Core:
         self.settings = settings
         self.deployments = Deployments(store, engine, settings)
         self._draining = asyncio.Event()
+        self._deleting: set[asyncio.Future[Dataset]] = set()
+        """asyncio itself holds tasks weakly."""
 
     def drain(self) -> None:
         """Ends every Watch at its next poll, so that a stop need not wait for jobs."""
@@ -88,10 +90,18 @@ class Core:
 
     async def delete_dataset(self, project: str, dataset_id: str) -> Dataset:
         """Deletes row and file. Raises NotFound, or FailedPrecondition while a live job or evaluation uses it."""
-        dataset = await self.store.delete_dataset(project, dataset_id)
-        # The row first: a stop in between leaves a file that nothing names, never a row without its file.
-        await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
-        return dataset
+
+        async def delete() -> Dataset:
+            dataset = await self.store.delete_dataset(project, dataset_id)
+            # The row first: a stop in between leaves a file that nothing names, never a row without its file.
+            await asyncio.to_thread(remove_dataset_file, self.settings, dataset)
+            return dataset
+
+        # Shielded: a client that leaves now, as gRPC's may, must not part the file from its row.
+        deleting = asyncio.ensure_future(delete())
+        self._deleting.add(deleting)
+        deleting.add_done_callback(self._deleting.discard)
+        return await asyncio.shield(deleting)
 
     async def validate_dataset(self, project: str, asked: CheckSpec) -> DatasetReport:
         """Measures a data set for a base model. Raises as `dataset_checks.made`."""
@@ -285,7 +295,8 @@ class Core:
         return await self.store.list_versions(project, base, adapter, check_page_size(page_size), page_token)
 
     async def set_alias(self, project: str, base: str, adapter: str, alias: str, version: int) -> Adapter:
-        """Asks for the alias and waits until the registry has it and the read model shows it.
+        """Asks for the alias and waits until the registry has it and the read model shows it; or shows where somebody
+        else has moved it since.
 
         Raises InvalidArgument, NotFound, whatever the registry refused with, or Unavailable after 10 s: the wish
         stays and is carried out when the registry answers.
@@ -295,6 +306,7 @@ class Core:
             fault = FieldViolation("version", "must be 1 or more")
             raise InvalidArgument("version: must be 1 or more.", reason="INVALID_VERSION", violations=(fault,))
         await self.store.resolve_version(project, base, adapter, version=version, alias=None)
+        before = (await self.store.get_adapter(project, base, adapter)).aliases.get(alias)
         wish = await self.store.request_alias(
             AliasWish(f"aw-{secrets.token_hex(6)}", project, base, adapter, alias, version)
         )
@@ -305,9 +317,11 @@ class Core:
                 if wish.error is not None:
                     kind = KINDS.get(wish.error.code, Internal)
                     raise kind(wish.error.message, reason=wish.error.reason)
-                while (await self.store.get_adapter(project, base, adapter)).aliases.get(alias) != version:  # noqa: ASYNC110
+                while True:
+                    shown = await self.store.get_adapter(project, base, adapter)
+                    if shown.aliases.get(alias) == version or shown.aliases.get(alias) != before:
+                        return shown
                     await asyncio.sleep(ALIAS_POLL_SECONDS)
-                return await self.store.get_adapter(project, base, adapter)
         except TimeoutError:
             raise Unavailable(
                 f"The registry has not confirmed alias {alias!r} within {ALIAS_TIMEOUT_SECONDS:.0f} s. The wish is "

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from graft.domain.deployments import Deployment, DeploymentState, full_model_source
-from graft.domain.errors import FailedPrecondition, GraftError, Internal, NotFound, Unavailable
+from graft.domain.errors import Aborted, FailedPrecondition, GraftError, Internal, NotFound, Unavailable
 from graft.domain.jobs import JobError
 from graft.domain.names import parse_model, registered_model
 from graft.domain.resources import BaseModel
@@ -32,6 +32,7 @@ from graft.orchestrator.evaluating import (
 from graft.orchestrator.patience import answered
 from graft.orchestrator.ports import ApplicationsPort, ModelSource
 from graft.orchestrator.threads import call, to_the_end
+from graft.registry.digest import MODEL_CONFIG
 from graft.registry.full_models import adopt
 from graft.settings import Settings
 from graft.storage import open_storage, share_base_model
@@ -75,6 +76,8 @@ class Deployments:
         self._stopping: dict[str, asyncio.Task[None]] = {}
         self._back_until: dict[str, float] = {}
         """Of those that were READY and are started again: until when a refusal may pass."""
+        self._missing: set[str] = set()
+        """Full models that are served and cannot be fetched: told once in the log."""
         self._turn = asyncio.Lock()
         """Engines start one after the other: memory that one has not taken yet would be counted for the next."""
         self._away = False
@@ -119,6 +122,8 @@ class Deployments:
                 wish.state is DeploymentState.READY and wish.base_model not in there
             ):
                 self._starting[wish.base_model] = asyncio.create_task(self._start(wish))
+            elif wish.state is DeploymentState.READY and wish.is_version and not await self._is_there(wish):
+                self._starting[wish.base_model] = asyncio.create_task(self._fetch_again(wish))
 
     async def _stop(self, wish: Deployment, task: "asyncio.Task[None] | None") -> None:
         """Until it is gone; what keeps it is told in the log, and the next turn tries again."""
@@ -160,13 +165,24 @@ class Deployments:
                 return
             self._back_until.pop(base, None)
             log.info("deployed", base_model=base, source=wish.source)
-        except Unavailable as error:
+        except (Unavailable, Aborted) as error:  # the latter: another orchestrator leads now, and goes on with it
             log.warning("deployment_waits", base_model=base, error=error.message)
         except Exception as error:  # noqa: BLE001 - whatever it is, the deployment tells it and the others go on
             if self._may_pass(base, error):
                 log.warning("deployment_waits", base_model=base, error=str(error))
             else:
                 await self._fail(base, error)
+
+    async def _fetch_again(self, wish: Deployment) -> None:
+        """A full model that is served, for the catalogue of this host, where another's orchestrator has led before."""
+        try:
+            await self._model(wish)
+            self._missing.discard(wish.base_model)
+            log.info("full_model_fetched", base_model=wish.base_model)
+        except Exception as error:  # noqa: BLE001 - its engine answers all the same; again at the next turn
+            if wish.base_model not in self._missing:
+                self._missing.add(wish.base_model)
+                log.warning("full_model_missing", base_model=wish.base_model, error=str(error))
 
     def _may_pass(self, base: str, error: Exception) -> bool:
         refused = isinstance(error, GraftError) and error.reason in PASSES
@@ -209,12 +225,13 @@ class Deployments:
         return await self._store.get_base_model(wish.base_model)
 
     async def _is_there(self, wish: Deployment) -> bool:
-        """Whether the catalogue has the full model, from an earlier deployment or before a restart."""
+        """Whether the catalogue has the full model, from an earlier deployment or before a restart, and its folder."""
         try:
             found = await self._store.get_base_model(wish.base_model)
         except NotFound:
             return False
-        return found.source == full_model_source(wish.project, wish.source)
+        same = found.source == full_model_source(wish.project, wish.source)
+        return same and await call((Path(found.path) / MODEL_CONFIG).is_file)
 
     async def _ready(self, base: str, seconds: float) -> list[engine_pb2.Replica]:
         """Its application's engines once all are ready; none when they are not after `seconds`.

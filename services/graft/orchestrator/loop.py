@@ -20,7 +20,7 @@ from graft.orchestrator.checking import Checker
 from graft.orchestrator.context import Context, job_error
 from graft.orchestrator.evaluations import Evaluations
 from graft.orchestrator.following import stop_run
-from graft.orchestrator.metrics import JOBS_CLAIMED, JOBS_HELD, LAST_PASS, PASS_SECONDS, measure, metrics_door
+from graft.orchestrator.metrics import JOBS_CLAIMED, JOBS_HELD, LAST_PASS, PASS_SECONDS
 from graft.orchestrator.mirror import Mirror
 from graft.orchestrator.newer import unknown_in_job
 from graft.orchestrator.ports import Parts
@@ -69,15 +69,7 @@ class Orchestrator:
         self._store_down = False
 
     async def run(self) -> None:
-        """Until cancelled; then leaves every job where it is and frees its leases.
-
-        Raises FailedPrecondition when metrics are to be shown where they cannot.
-        """
-        with metrics_door(self.parts.settings.orchestrator):
-            await self._run()
-
-    async def _run(self) -> None:
-        measures = asyncio.create_task(measure(self.parts.store, self.parts.engine, self.parts.settings.orchestrator))
+        """Until cancelled; then leaves every job where it is and frees its leases."""
         mirror = asyncio.create_task(self.mirror.run())
         evaluations = asyncio.create_task(Evaluations(self.parts, self.owner).run())
         checks = asyncio.create_task(self._checker.run())
@@ -97,10 +89,12 @@ class Orchestrator:
             mirror.cancel()
             evaluations.cancel()
             checks.cancel()
-            measures.cancel()
-            await self._leave()
-            # Evaluations free their lease, and whoever ends after this would find a store that is being closed.
-            await asyncio.wait({mirror, evaluations, checks, measures}, timeout=self.parts.limits.stop_seconds)
+            JOBS_HELD.set(0)
+            try:
+                await self._leave()
+            finally:
+                # Evaluations free their lease, and whoever ends after this would find a store that is being closed.
+                await asyncio.wait({mirror, evaluations, checks}, timeout=self.parts.limits.stop_seconds)
 
     async def _turn(self) -> None:
         store = self.parts.store

@@ -1,7 +1,8 @@
 """The orchestrator's process: connects the loop to the store, Ray, MLflow and the engine, and ends well on SIGTERM.
 
 The store is migrated before, by the gateway or a job of its own; a schema that this process cannot use ends it with a
-sentence. Runs are detached: they outlive this process, and its successor adopts them.
+sentence. Of several, one leads and works; the others stand by (`graft.orchestrator.leading`). Runs are detached: they
+outlive this process, and its successor adopts them.
 """
 
 import asyncio
@@ -9,6 +10,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Coroutine
+from datetime import timedelta
+from typing import Any
 
 from graft import offline
 
@@ -22,7 +26,9 @@ from graft.internal.engine_client import EngineClient
 from graft.internal.token import engine_token
 from graft.orchestrator.catalogue import Catalogue
 from graft.orchestrator.deployments import Deployments
+from graft.orchestrator.leading import lead
 from graft.orchestrator.loop import Orchestrator
+from graft.orchestrator.metrics import shown
 from graft.orchestrator.ports import Parts
 from graft.orchestrator.preparer import TokenizingPreparer, import_tokenizers
 from graft.orchestrator.threads import call
@@ -61,49 +67,72 @@ async def serve(settings: Settings, runs: RayRuns) -> None:
         loop.add_signal_handler(number, stop.set)
     store = open_store(settings.store_url)
     engine = EngineClient(settings.engine_address, settings.serving.base_model, token=token)
+    registry = Registry(settings.tracking_uri, settings.home.cache)
+
+    async def work(owner: str) -> None:
+        led = store.led_by(owner)
+        parts = Parts(
+            store=led,
+            runs=runs,
+            registry=registry,
+            engine=engine,
+            preparer=TokenizingPreparer(
+                settings.engine_address,
+                settings.serving.base_model,
+                settings.serving.context_tokens,
+                open_storage(settings),
+                settings.training,
+            ),
+            nodes=runs.nodes,
+            settings=settings,
+        )
+        catalogue = Catalogue(led, settings)
+        await catalogue.refresh()
+        _tell_ready(settings)
+        deployments = Deployments(led, engine, registry, catalogue.refresh, settings)
+        await _together(Orchestrator(parts, owner).run(), catalogue.run(), deployments.run())
+
+    settings.orchestrator_pid_file.unlink(missing_ok=True)  # of a predecessor that was killed
     try:
         await call(ensure_base_model, settings, settings.serving.base_model)
-        catalogue = Catalogue(store, settings)
-        await catalogue.refresh()
-        registry = Registry(settings.tracking_uri, settings.home.cache)
-        deployments = Deployments(store, engine, registry, catalogue.refresh, settings)
-        orchestrator = Orchestrator(
-            Parts(
-                store=store,
-                runs=runs,
-                registry=registry,
-                engine=engine,
-                preparer=TokenizingPreparer(
-                    settings.engine_address,
-                    settings.serving.base_model,
-                    settings.serving.context_tokens,
-                    open_storage(settings),
-                    settings.training,
-                ),
-                nodes=runs.nodes,
-                settings=settings,
-            )
-        )
-        work = asyncio.create_task(orchestrator.run())
-        beside = [asyncio.create_task(catalogue.run()), asyncio.create_task(deployments.run())]
-        stopping = asyncio.create_task(stop.wait())
-        settings.orchestrator_pid_file.parent.mkdir(parents=True, exist_ok=True)
-        settings.orchestrator_pid_file.write_text(str(os.getpid()))
-        log.info("orchestrator_ready", owner=orchestrator.owner)
-        await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        log.info("orchestrator_stopping")
-        stopping.cancel()
-        for task in beside:
-            task.cancel()
-        work.cancel()
-        await asyncio.wait([work, *beside])  # before the store is closed behind them
-        if not work.cancelled() and (error := work.exception()):
-            raise error
+        async with shown(store, engine, settings.orchestrator):
+            lease = timedelta(seconds=settings.orchestrator.lease_seconds)
+            leading = asyncio.create_task(lead(store, lease, work, lambda: _tell_ready(settings)))
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({leading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            log.info("orchestrator_stopping")
+            stopping.cancel()
+            leading.cancel()
+            await asyncio.wait({leading})  # before the store is closed behind it
+            if not leading.cancelled() and (error := leading.exception()):
+                raise error
     finally:
         settings.orchestrator_pid_file.unlink(missing_ok=True)
         await engine.close()
         await store.close()
     log.info("orchestrator_stopped")
+
+
+def _tell_ready(settings: Settings) -> None:
+    """Once it works, or stands by for another that does."""
+    file = settings.orchestrator_pid_file
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(os.getpid()))
+        log.info("orchestrator_ready")
+
+
+async def _together(first: Coroutine[Any, Any, None], *beside: Coroutine[Any, Any, None]) -> None:
+    """Until `first` ends or this is cancelled; what runs beside it has ended by then. Raises what `first` raises."""
+    tasks = [asyncio.create_task(one) for one in (first, *beside)]
+    try:
+        await asyncio.wait(tasks[:1])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        if not tasks[0].cancelled() and (error := tasks[0].exception()):
+            raise error
 
 
 def main() -> int:

@@ -5,8 +5,8 @@ Counting costs nothing and is always done. What asks the store and the engine, a
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
@@ -27,7 +27,10 @@ PASS_SECONDS = Histogram(
     # Milliseconds on SQLite and PostgreSQL; beyond 5 s, a third of a lease, leases are in danger.
     buckets=(0.005, 0.02, 0.1, 0.5, 2.0, 5.0, 15.0),
 )
-LAST_PASS = Gauge("graft_orchestrator_last_pass_timestamp_seconds", "When the last pass that succeeded ended.")
+LAST_PASS = Gauge(
+    "graft_orchestrator_last_pass_timestamp_seconds",
+    "When the last pass that succeeded ended or, of one that stands by, when it last asked for the lead.",
+)
 JOBS_CLAIMED = Counter("graft_orchestrator_jobs_claimed_total", "Jobs whose lease this process has taken.")
 JOBS_HELD = Gauge("graft_orchestrator_jobs_held", "Jobs whose lease this process has.")
 JOB_MOVES = Counter(
@@ -53,8 +56,23 @@ ENGINE_REPLICAS = Gauge(
 log = structlog.get_logger()
 
 
+@asynccontextmanager
+async def shown(store: Store, engine: Engine, settings: OrchestratorSettings) -> AsyncIterator[None]:
+    """Shows this process's metrics while the block lasts, whether it leads or not: it measures the store for all.
+
+    Raises FailedPrecondition when nothing can listen on their port.
+    """
+    with _door(settings):
+        measures = asyncio.create_task(_measure(store, engine, settings))
+        try:
+            yield
+        finally:
+            measures.cancel()
+            await asyncio.wait({measures})
+
+
 @contextmanager
-def metrics_door(settings: OrchestratorSettings) -> Iterator[None]:
+def _door(settings: OrchestratorSettings) -> Iterator[None]:
     """Shows this process's metrics over HTTP while the block lasts; does nothing without a port.
 
     Raises FailedPrecondition when nothing can listen there.
@@ -78,7 +96,7 @@ def metrics_door(settings: OrchestratorSettings) -> Iterator[None]:
         thread.join()
 
 
-async def measure(store: Store, engine: Engine, settings: OrchestratorSettings) -> None:
+async def _measure(store: Store, engine: Engine, settings: OrchestratorSettings) -> None:
     """Until cancelled; returns at once where nobody could read it."""
     told = False
     while settings.metrics_port:

@@ -10,6 +10,7 @@ from pathlib import Path
 from graft.domain.deployments import full_model_source
 from graft.domain.errors import AlreadyExists
 from graft.registry import catalog
+from graft.registry.digest import model_digest, model_files
 from graft.registry.sources import make_once, source_text
 from graft.settings import Settings
 
@@ -18,7 +19,8 @@ def adopt(settings: Settings, base: str, project: str, model: str, license: str,
     """Makes `model` of `project`, whose files are in `pulled`, the project's base model `base`; returns its folder.
 
     Does nothing when it is already. Files are linked where the disk allows it: the cache that a pull fills may be
-    deleted, a base model may not. Raises AlreadyExists when the catalogue has another base model of that name.
+    deleted, a base model may not. Raises AlreadyExists when the catalogue has another base model of that name, or its
+    folder, though it is no base model, holds another model.
     """
     origin = full_model_source(project, model)
     known = catalog.entries(settings).get(base)
@@ -28,11 +30,37 @@ def adopt(settings: Settings, base: str, project: str, model: str, license: str,
             reason="BASE_MODEL_EXISTS",
             metadata={"name": base},
         )
-    folder = make_once(settings.home.path / "base_models" / base, lambda fresh: _fill(fresh, pulled))
+    folder = settings.home.path / "base_models" / base
+    if known is None and folder.is_dir() and not _same(folder, pulled):
+        raise AlreadyExists(
+            f"{folder} holds another model, though the catalogue does not name it. Remove it, or deploy this one by "
+            "another name.",
+            reason="BASE_MODEL_EXISTS",
+            metadata={"name": base},
+        )
+    make_once(folder, lambda fresh: _fill(fresh, pulled))
     if known is None:
         content = {"folder": f"base_models/{base}", "license": license, "origin": origin, "project": project}
-        catalog.put(settings, base, content)
+        try:
+            catalog.put(settings, base, content)
+        except AlreadyExists:
+            # Another process has entered it meanwhile: the same one is no error.
+            if source_text(catalog.entry(settings, base)) != origin:
+                raise
     return folder
+
+
+def _same(folder: Path, pulled: Path) -> bool:
+    """Whether both hold the same model: the files themselves, where they are links, else their content."""
+    try:
+        names = [file.name for file in model_files(pulled)]
+        if names == [file.name for file in model_files(folder)] and all(
+            (folder / name).samefile(pulled / name) for name in names
+        ):
+            return True
+        return model_digest(folder) == model_digest(pulled)
+    except FileNotFoundError:
+        return False
 
 
 def _fill(folder: Path, pulled: Path) -> None:

@@ -87,8 +87,9 @@ class Applications:
     async def deploy(self, model: BaseModel) -> None:
         """Starts an application, unless it is there. `all` tells when its replicas run, or that they cannot.
 
-        Raises InvalidArgument for the first base model, ResourceExhausted when memory does not suffice, and
-        FailedPrecondition when no nodes could hold it or Ray Serve does not take it.
+        Raises InvalidArgument for the first base model, ResourceExhausted when memory does not suffice,
+        FailedPrecondition when no nodes could hold it or Ray Serve does not take it, and Unavailable while the one
+        before it is ending.
         """
         self._check_other(model.id)
         # Shielded: a caller that goes away must not free the lock while Serve is at work in its thread.
@@ -104,7 +105,10 @@ class Applications:
 
     async def _deploy(self, model: BaseModel) -> None:
         async with self._lock:
-            if model.id in {application.base_model for application in await self.all()}:
+            states = {application.base_model: application.state for application in await self.all()}
+            if states.get(model.id) == engine_pb2.Application.STATE_STOPPING:
+                raise _still_ending(model.id)  # it is none that could be counted on
+            if model.id in states:
                 return
             pool = self._settings.pool(model.id)
             check_nodes(model.id, pool, await asyncio.to_thread(nodes))
@@ -121,10 +125,7 @@ class Applications:
         try:
             await asyncio.to_thread(serve.delete, application_name(base, self._first))
         except TimeoutError:
-            raise Unavailable(
-                f"Ray Serve has not ended the application of {base} yet, and goes on. Ask again in a minute.",
-                reason="APPLICATION_ENDING",
-            ) from None
+            raise _still_ending(base) from None
 
     async def all(self) -> list[engine_pb2.Application]:
         """Every application of Graft's, the first one too: on a cluster that others run, Serve has theirs as well."""
@@ -165,3 +166,10 @@ class Applications:
                 f"Ray Serve could not start an application for {model.id}; the inference service's log says why.",
                 reason="APPLICATION_FAILED",
             ) from error
+
+
+def _still_ending(base: str) -> Unavailable:
+    return Unavailable(
+        f"Ray Serve has not ended the application of {base} yet, and goes on. Ask again in a minute.",
+        reason="APPLICATION_ENDING",
+    )

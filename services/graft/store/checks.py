@@ -51,11 +51,12 @@ class CheckStore:
             return tuple(convert.dataset_check(row) for row in rows)
 
     async def finish_dataset_check(self, check_id: str, report: DatasetReport | None, error: JobError | None) -> None:
-        """Writes what a check found, or why it could not be made."""
+        """Writes what a check found, or why it could not be made; of two that made it, the first."""
         values = {
             "done": True,
             "report": to_json(report),
             "error": to_json(error),
         }
-        async with self._database.write() as connection:
-            await connection.execute(update(dataset_checks).where(dataset_checks.c.id == check_id).values(values))
+        async with self._database.write(leading=True) as connection:
+            pending = update(dataset_checks).where(dataset_checks.c.id == check_id, dataset_checks.c.done.is_(False))
+            await connection.execute(pending.values(values))

@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from copy import copy
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -31,10 +32,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from graft.domain.deployments import Deployment
-from graft.domain.errors import FieldViolation, InvalidArgument, ResourceExhausted, Unavailable
+from graft.domain.errors import Aborted, FieldViolation, InvalidArgument, ResourceExhausted, Unavailable
 from graft.domain.resources import Adapter, AdapterVersion
 from graft.store.protocol import Listed, Page
-from graft.store.tables import to_micros
+from graft.store.tables import leads, to_micros
 
 BUSY_TIMEOUT_MS = 10_000
 """How long an SQLite writer waits for another; our transactions take milliseconds."""
@@ -63,6 +64,13 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = _engine(parse_url(url))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._leader: str | None = None
+
+    def led_by(self, owner: str) -> "Database":
+        """The same connections, for one that writes what only the leader may as long as `owner` leads."""
+        led = copy(self)
+        led._leader = owner
+        return led
 
     async def close(self) -> None:
         """Closes every connection."""
@@ -79,10 +87,19 @@ class Database:
                 yield await connection.execution_options(graft_read=True, **options)
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """A transaction that commits on a normal exit. On SQLite it holds the write lock from the start."""
+    async def write(self, *, leading: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction that commits on a normal exit. On SQLite it holds the write lock from the start.
+
+        `leading`: of what only the leader writes. Raises Aborted where this database is `led_by` one that leads no
+        more: its process was held up, and what it knows is old.
+        """
         with _translated():
             async with self.engine.begin() as connection:
+                if leading and self._leader is not None:
+                    # Not locked: who is held up within the transaction would keep the next from taking the lead.
+                    owner = (await connection.execute(select(leads.c.owner))).scalar_one()
+                    if owner != self._leader:
+                        raise Aborted(f"{self._leader!r} does not lead any more.", reason="LEAD_LOST")
                 yield connection
 
     async def lock(self, connection: AsyncConnection, table: Table) -> None:

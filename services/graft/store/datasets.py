@@ -23,15 +23,22 @@ class DatasetStore:
 
     async def create_dataset(self, dataset: Dataset, request_id: str | None) -> Dataset:
         """Stores a row; with a `request_id` seen before in the project, returns the first one's data set."""
-        try:
-            async with self._database.write() as connection:
-                await connection.execute(insert(datasets).values(**asdict(dataset), request_id=request_id))
-        except IntegrityError:
-            first = await self.find_dataset_by_request(dataset.project, request_id) if request_id else None
-            if first is None:
-                raise
-            return first
-        return dataset
+        while True:
+            try:
+                async with self._database.write() as connection:
+                    await connection.execute(insert(datasets).values(**asdict(dataset), request_id=request_id))
+                return dataset
+            except IntegrityError:
+                if request_id is None or await self._has(dataset.id):
+                    raise
+            if first := await self.find_dataset_by_request(dataset.project, request_id):
+                return first
+            # It has been deleted since the insert.
+
+    async def _has(self, dataset_id: str) -> bool:
+        async with self._database.read() as connection:
+            found = await connection.execute(select(datasets.c.id).where(datasets.c.id == dataset_id))
+            return found.first() is not None
 
     async def find_dataset_by_request(self, project: str, request_id: str) -> Dataset | None:
         """The data set that this request made, or None."""

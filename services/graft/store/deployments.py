@@ -114,7 +114,7 @@ class DeploymentStore:
             deployments.c.state.in_((DeploymentState.STARTING, DeploymentState.READY)),
         )
         values = {"state": state, "error": to_json(error)}
-        async with self._database.write() as connection:
+        async with self._database.write(leading=True) as connection:
             return (await connection.execute(moving.values(values))).rowcount == 1
 
     async def remove_deployment(self, base: str) -> None:
@@ -122,5 +122,5 @@ class DeploymentStore:
         gone = delete(deployments).where(
             deployments.c.base_model == base, deployments.c.state == DeploymentState.STOPPING
         )
-        async with self._database.write() as connection:
+        async with self._database.write(leading=True) as connection:
             await connection.execute(gone)

@@ -43,7 +43,7 @@ class MirrorStore:
 
     async def replace_base_models(self, models: Sequence[BaseModel]) -> None:
         """Makes the table equal to `models`, in one transaction."""
-        async with self._database.write() as connection:
+        async with self._database.write(leading=True) as connection:
             await self._database.lock(connection, base_models)
             await connection.execute(delete(base_models))
             if models:
@@ -62,7 +62,7 @@ class MirrorStore:
 
     async def replace_registry(self, snapshot: RegistrySnapshot) -> None:
         """Makes the read model equal to the snapshot, in one transaction; what is so already is not written."""
-        async with self._database.write() as connection:
+        async with self._database.write(leading=True) as connection:
             await self._database.lock(connection, adapters)
             await _make_equal(connection, adapter_versions, convert.adapter_version, snapshot.versions)
             await _make_equal(connection, adapters, convert.adapter, snapshot.adapters)
@@ -142,7 +142,7 @@ class MirrorStore:
     async def finish_alias_wish(self, wish_id: str, error: JobError | None) -> None:
         """Marks a wish as carried out, or as refused with `error`."""
         values = {"done": True, "error": to_json(error)}
-        async with self._database.write() as connection:
+        async with self._database.write(leading=True) as connection:
             await connection.execute(update(alias_wishes).where(alias_wishes.c.id == wish_id).values(values))
 
 

@@ -122,6 +122,20 @@ class Store(Protocol):
 
     async def list_checkpoints(self, project: str, job_id: str) -> tuple[Checkpoint, ...]: ...
 
+    # The lead, of which there is one: the orchestrator that has it works, the others stand by
+    async def take_lead(self, owner: str, lease: timedelta) -> bool:
+        """Takes the lead, or holds it for so much longer. False while it is another's."""
+        ...
+
+    async def give_lead_back(self, owner: str) -> None:
+        """For the next who asks. Does nothing when it is another's by now."""
+        ...
+
+    def led_by(self, owner: str) -> "Store":
+        """The same store for the one that leads: once another does, what only the leader writes (base models, the
+        registry's read model, ends of wishes and checks, how far deployments are) raises Aborted LEAD_LOST."""
+        ...
+
     # Jobs (orchestrator). `owner` must hold the lease and `attempt` be current, else Aborted.
     async def claim_jobs(
         self, owner: str, lease: timedelta, limit: int, besides: Collection[str] = ()

@@ -20,6 +20,7 @@ from graft.store.deployments import DeploymentStore
 from graft.store.evaluations import EvaluationStore
 from graft.store.jobs import JobStore
 from graft.store.keys import KeyStore
+from graft.store.lead import LeadStore
 from graft.store.leases import LeaseStore
 from graft.store.mirror import MirrorStore
 from graft.store.protocol import Listed
@@ -32,8 +33,22 @@ _DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
 """The blocking ones: migrations run in a thread or a process of their own."""
 
 
-class SqlStore(DatasetStore, CheckStore, JobStore, LeaseStore, EvaluationStore, MirrorStore, DeploymentStore, KeyStore):
+class SqlStore(
+    DatasetStore,
+    CheckStore,
+    JobStore,
+    LeaseStore,
+    LeadStore,
+    EvaluationStore,
+    MirrorStore,
+    DeploymentStore,
+    KeyStore,
+):
     """`graft.store.protocol.Store` on one database."""
+
+    def led_by(self, owner: str) -> "SqlStore":
+        """The same store for the one that leads."""
+        return SqlStore(self._database.led_by(owner))
 
     async def close(self) -> None:
         """Closes every connection."""

@@ -23,12 +23,12 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def to_micros(value: datetime) -> int:
     """Microseconds since 1970 of a timezone-aware time."""
-    return (value - _EPOCH) // timedelta(microseconds=1)
+    return (value - EPOCH) // timedelta(microseconds=1)
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -41,7 +41,7 @@ class UtcTime(TypeDecorator[datetime]):
         return None if value is None else to_micros(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        return None if value is None else _EPOCH + timedelta(microseconds=value)
+        return None if value is None else EPOCH + timedelta(microseconds=value)
 
 
 metadata = MetaData(
@@ -254,6 +254,15 @@ api_keys = Table(
     Column("project", String(63), nullable=False),
     Column("label", String, nullable=False),
     Column("create_time", UtcTime, nullable=False),
+)
+
+leads = Table(
+    "leads",
+    metadata,
+    # One row, the orchestrators', which the migration has made.
+    Column("name", String(63), primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("expire_time", UtcTime, nullable=False),
 )
 
 schema_readers = Table(

@@ -32,6 +32,7 @@ class RayLink:
         self._address = address
         self._lock = threading.Lock()
         self._broken = False
+        self._sessions = 0
 
     @property
     def by_client(self) -> bool:
@@ -61,14 +62,20 @@ class RayLink:
         """Calls `function`, in a new session when the last one was lost. Raises ConnectionError while there is none."""
         if self.by_client:
             self._renew()
+        session = self._sessions
         try:
             return function(*args, **kwargs)
         except ConnectionError:
-            self._broken = True
+            self._lose(session)
             raise
         except grpc.RpcError as error:
-            self._broken = True
+            self._lose(session)
             raise ConnectionError(f"Ray Client: {error}") from error
+
+    def _lose(self, session: int) -> None:
+        with self._lock:
+            # A call may tell of the last session after another has made a new one, which is whole.
+            self._broken = self._broken or session == self._sessions
 
     def _why_not(self) -> str:
         """What Ray Client keeps to itself: it says of a wrong token and of a wrong port that time has run out."""
@@ -96,6 +103,7 @@ class RayLink:
             except Exception as error:  # whatever it is, the cluster cannot be reached now: it may be upgraded
                 raise ConnectionError(f"No session with {self._address}: {error}") from error
             self._broken = False
+            self._sessions += 1
 
 
 class Connected:
