@@ -136,7 +136,7 @@ async def drained(stream: Any) -> list[Any]:
     return [answer async for answer in stream]
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Waits until `condition()`; fails after `seconds`."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is awaited happens in another process or thread

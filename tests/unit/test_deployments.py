@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from graft.domain.errors import FailedPrecondition, GraftError, ResourceExhauste
 from graft.domain.resources import BaseModel
 from graft.internal.v1 import engine_pb2
 from graft.orchestrator.catalogue import Catalogue
-from graft.orchestrator.deployments import Deployments
+from graft.orchestrator.deployments import BACK_SECONDS, Deployments
 from graft.registry.base_models import load_catalog
 from graft.settings import Settings
 from tests.support.orchestration import BASE, LOGPROB, NOW, PROJECT, FakeScorer, World, world
@@ -197,8 +198,8 @@ async def test_what_was_there_is_started_again_after_the_inference_service_was_r
 async def test_what_was_there_waits_for_nodes_that_come_back_later_than_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
 ) -> None:
-    if not comes:
-        monkeypatch.setattr("graft.orchestrator.deployments.BACK_SECONDS", 0.2)
+    now = [0.0]
+    monkeypatch.setattr("graft.orchestrator.deployments.time", SimpleNamespace(monotonic=lambda: now[0]))
     async with scene(tmp_path) as on, on.running():
         await on.wish(BASE)
         await on.until(BASE, DeploymentState.READY)
@@ -214,6 +215,7 @@ async def test_what_was_there_waits_for_nodes_that_come_back_later_than_the_serv
             on.service.refusal = None
             await on.until(BASE, DeploymentState.READY)
         else:
+            now[0] += BACK_SECONDS
             failed = await on.until(BASE, DeploymentState.FAILED)
             assert failed is not None
             assert failed.error is not None
@@ -287,7 +289,11 @@ async def test_an_engine_that_never_gets_ready_holds_up_no_other_and_fails_in_th
         await _two_bases(on)
         on.service.slow.add(BASE)
         await on.wish(BASE)
-        await on.until(BASE, DeploymentState.STARTING)
+
+        async def asked() -> bool:
+            return on.service.deploys == [BASE]
+
+        await _until(asked)
         await on.wish(OTHER)
         await on.until(OTHER, DeploymentState.READY)
         failed = await on.until(BASE, DeploymentState.FAILED)

@@ -337,10 +337,11 @@ async def test_the_lease_is_free_only_when_nobody_asks_any_more(
             ) -> engine_pb2.GenerateResponse:
                 del timeout_seconds
                 asking.append(request)
+                place = len(asking)
                 try:
                     await asyncio.sleep(60)
                 finally:
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(0.05 * place)  # one after the other
                     asking.remove(request)
                 raise AssertionError
 

@@ -72,7 +72,6 @@ async def test_a_storage_that_is_away_for_a_moment_costs_no_evaluation(
 async def test_an_evaluation_that_mlflow_does_not_take_succeeds_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graft.orchestrator.evaluations.LOG_SECONDS", 0.3)
     async with world(tmp_path) as it:
         await with_reviews(it, tmp_path, 4)
         monkeypatch.setattr(it.registry, "log_file", it.registry.pull)  # as a server with a full disk: not Unavailable
@@ -81,6 +80,7 @@ async def test_an_evaluation_that_mlflow_does_not_take_succeeds_and_says_so(
         assert "MLflow has no complete run of this evaluation: TypeError" in found.verdicts[-1]
 
         await it.store.create_evaluation(PROJECT, "ev-2", ONE, None)
+        monkeypatch.setattr("graft.orchestrator.evaluations.LOG_SECONDS", 0.3)
         monkeypatch.setattr(it.registry, "start_run", _unavailable)
         async with it.orchestrator():
             found = await until_ended(it, "ev-2")

@@ -62,7 +62,7 @@ async def test_an_alias_is_set_when_the_registry_has_it(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         request = adapter_service_pb2.SetAdapterAliasRequest(name=LINE, alias="candidate", version=1)
         call = asyncio.ensure_future(AdapterServiceStub(it.channel).SetAdapterAlias(request))
-        wish = await asyncio.wait_for(wished(it), 5)
+        wish = await asyncio.wait_for(wished(it), 20)
         assert (wish.adapter, wish.alias, wish.version) == ("reviews", "candidate", 1)
         await it.store.finish_alias_wish(wish.id, None)
         await asyncio.sleep(0.2)
@@ -89,7 +89,7 @@ async def test_a_registry_that_refuses_an_alias_is_quoted(tmp_path: Path) -> Non
     async with gateway(tmp_path) as it:
         request = adapter_service_pb2.SetAdapterAliasRequest(name=LINE, alias="candidate", version=1)
         call = asyncio.create_task(refused(AdapterServiceStub(it.channel).SetAdapterAlias(request)))
-        wish = await asyncio.wait_for(wished(it), 5)
+        wish = await asyncio.wait_for(wished(it), 20)
         await it.store.finish_alias_wish(wish.id, JobError("NOT_FOUND", "VERSION_GONE", "Version 1 was deleted."))
         error = await call
         assert isinstance(error, NotFound)

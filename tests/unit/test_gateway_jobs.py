@@ -338,7 +338,7 @@ async def test_watch_sends_every_event_as_it_comes_and_ends_with_the_job(tmp_pat
         await it.store.transition(
             await it.store.get_job("default", name.rsplit("/", 1)[1]), "test", JobState.CANCELLED, message="stopped"
         )
-        answers = await asyncio.wait_for(watching, 5)
+        answers = await asyncio.wait_for(watching, 20)
         assert [answer.event.sequence for answer in answers] == [1, 2, 3, 4, 5]
         assert answers[-1].fine_tuning_job.state == FineTuningJob.STATE_CANCELLED
         resumed = await drained(stub.WatchFineTuningJob(Watch(name=name, after_sequence=3)))
@@ -348,12 +348,10 @@ async def test_watch_sends_every_event_as_it_comes_and_ends_with_the_job(tmp_pat
 async def test_watch_tells_at_a_drain_from_where_to_resume(tmp_path: Path) -> None:
     async with gateway(tmp_path) as it:
         name = (await created(it)).name
-        watching = asyncio.create_task(
-            refused(drained(FineTuningServiceStub(it.channel).WatchFineTuningJob(Watch(name=name))))
-        )
-        await asyncio.sleep(0.3)
+        watch = FineTuningServiceStub(it.channel).WatchFineTuningJob(Watch(name=name))
+        assert (await watch.read()).event.sequence == 1
         it.core.drain()
-        error = await watching
+        error = await refused(watch.read())
         assert isinstance(error, Unavailable)
         assert error.metadata == {"after_sequence": "1"}
         assert error.retry_after_seconds

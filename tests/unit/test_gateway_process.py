@@ -8,7 +8,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -73,7 +72,7 @@ def test_the_gateway_imports_nothing_heavy() -> None:
 
 def test_it_says_when_it_is_ready_answers_on_both_ports_and_stops_on_sigterm(tmp_path: Path) -> None:
     ports = {"GRAFT_GATEWAY_GRPC_PORT": free_port(), "GRAFT_GATEWAY_HTTP_PORT": free_port()}
-    process = start(tmp_path, **ports)
+    process = start(tmp_path, **ports, GRAFT_GATEWAY_SHUTDOWN_GRACE_SECONDS=600)
     assert process.stderr is not None
     try:
         lines = []
@@ -89,13 +88,12 @@ def test_it_says_when_it_is_ready_answers_on_both_ports_and_stops_on_sigterm(tmp
         with grpc.insecure_channel(ready["grpc"]) as channel:
             stub = BaseModelServiceStub(channel)
             assert (
-                list(stub.ListBaseModels(ListBaseModelsRequest(parent="projects/default"), timeout=5).base_models) == []
+                list(stub.ListBaseModels(ListBaseModelsRequest(parent="projects/default"), timeout=20).base_models)
+                == []
             )
         assert httpx.get(f"http://{ready['http']}/healthz").status_code == 200
-        stopped = time.perf_counter()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=10) == 0
-        assert time.perf_counter() - stopped < 5  # nothing was in flight: no need of the whole grace
+        assert process.wait(timeout=60) == 0  # nothing was in flight: no need of the whole grace
     finally:
         process.kill()
         process.wait()

@@ -46,6 +46,7 @@ async def test_a_base_model_that_is_added_appears_and_a_broken_file_changes_noth
             await _until_listed(it.store, "tiny", there=False)
         finally:
             following.cancel()
+            await asyncio.wait({following})
 
 
 async def test_a_folder_that_comes_later_is_noticed(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ async def test_the_next_owner_goes_on_exactly_where_the_job_is(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("state", LIVE_STATES)
-async def test_a_cancel_wish_is_honoured_within_two_seconds(tmp_path: Path, state: JobState) -> None:
+async def test_a_cancel_wish_is_honoured_whatever_the_job_waits_for(tmp_path: Path, state: JobState) -> None:
     async with world(tmp_path) as it:
         it.close_gate(state)
         await it.create_job("job-1")
@@ -68,7 +68,7 @@ async def test_a_cancel_wish_is_honoured_within_two_seconds(tmp_path: Path, stat
             asked = time.monotonic()
             await it.store.request_cancel(PROJECT, "job-1")
             await it.until("job-1", JobState.CANCELLED)
-            assert time.monotonic() - asked < 2
+            assert time.monotonic() - asked < PATIENCE_SECONDS / 2  # the gates would keep it for as long as that
             await asyncio.sleep(0.1)
         assert not it.runs.live
         if state in (JobState.STARTING, JobState.RUNNING):

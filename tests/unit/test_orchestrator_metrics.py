@@ -71,9 +71,13 @@ async def test_jobs_are_told_by_state_and_counted_as_they_move(tmp_path: Path, p
             assert running[state("SUCCEEDED")] == 0
             it.open_gate(JobState.RUNNING)
             await it.until("job-1", JobState.SUCCEEDED)
-            ended = await read_until(port, lambda found: found[state("SUCCEEDED")] == 1)
+            before = running.get(moves("SUCCEEDED"), 0)
+            ended = await read_until(
+                port,
+                lambda found: found[state("SUCCEEDED")] == 1 and found.get(moves("SUCCEEDED"), 0) > before,
+            )
     assert ended[state("RUNNING")] == 0
-    assert ended[moves("SUCCEEDED")] - running.get(moves("SUCCEEDED"), 0) == 1
+    assert ended[moves("SUCCEEDED")] - before == 1
     assert ended["graft_orchestrator_jobs_claimed_total"] >= 1
 
 
@@ -86,14 +90,16 @@ async def test_a_lost_attempt_and_a_failure_with_its_reason_are_counted(tmp_path
         it.preparer.error = InvalidArgument("Line 3 is no row.", reason="BAD_DATASET")
         await it.create_job("job-2")
         await it.until("job-2", JobState.FAILED)
-        after = await read(port)
+        # Counted after the row is written, by which the job is known to have failed.
+        failed = moves("FAILED", "BAD_DATASET")
+        after = await read_until(port, lambda found: found.get(failed, 0) > before.get(failed, 0))
 
     def more(name: str) -> float:
         return after[name] - before.get(name, 0)
 
     assert more("graft_orchestrator_attempts_lost_total") == 1
     assert more(moves("STARTING")) == 2
-    assert more(moves("FAILED", "BAD_DATASET")) == 1
+    assert more(failed) == 1
     assert more(moves("FAILED", "INTERNAL")) == 0
     assert after[moves("FAILED", "INTERNAL")] >= 0  # there from the start, so that the first one is an increase
 

@@ -146,7 +146,7 @@ async def test_a_newcomer_gets_in_although_the_resident_adapter_is_asked_for_wit
 
     users = [asyncio.create_task(keep_using()) for _ in range(3)]
     await asyncio.sleep(0.01)
-    await asyncio.wait_for(residency.load(ref("b")), timeout=2)
+    await asyncio.wait_for(residency.load(ref("b")), timeout=20)
     stop.set()
     await asyncio.gather(*users)
 
@@ -212,7 +212,7 @@ async def test_an_engine_that_refuses_an_adapter_gives_its_slot_back() -> None:
     with pytest.raises(FailedPrecondition):
         await residency.load(ref("a"))
     engine.error = None
-    await asyncio.wait_for(residency.load(ref("b")), timeout=1)
+    await asyncio.wait_for(residency.load(ref("b")), timeout=20)
 
 
 async def test_a_client_that_goes_away_does_not_cancel_the_load_of_another() -> None:

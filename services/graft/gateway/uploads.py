@@ -231,8 +231,10 @@ def remove_abandoned(settings: Settings) -> int:
 
     Only files untouched for a day: another gateway on the same storage may be writing younger ones.
     """
-    old = time.time() - 24 * 3600
-    found = [path for path in (settings.home.path / "datasets").glob("*/*.part") if path.stat().st_mtime < old]
-    for path in found:
-        path.unlink(missing_ok=True)
-    return len(found)
+    old, removed = time.time() - 24 * 3600, 0
+    for path in (settings.home.path / "datasets").glob("*/*.part"):
+        with suppress(FileNotFoundError):  # another gateway's, which has its name by now, or has been removed
+            if path.stat().st_mtime < old:
+                path.unlink()
+                removed += 1
+    return removed

@@ -113,7 +113,8 @@ async def ask_all(
         await asyncio.gather(*workers)
     finally:
         for worker in workers:
-            worker.cancel()
+            if not worker.cancelling():  # as gather has been: a second time would cut short how it ends
+                worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
     return time.monotonic() - started
 

@@ -101,9 +101,17 @@ class ProvingPuller:
             ref.path, self._cache / "policies" / run / ref.digest.removeprefix("sha256:")
         )
         there = [path for path in fetched.parent.iterdir() if not path.name.startswith(".")]
-        for old in sorted(there, key=lambda path: path.stat().st_mtime)[:-KEPT_POLICIES]:
+        for old in sorted(there, key=_written_seconds)[:-KEPT_POLICIES]:
             shutil.rmtree(old, ignore_errors=True)
         return fetched
+
+
+def _written_seconds(path: Path) -> float:
+    """When a folder was written; long ago, where another replica of this host has just removed it."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is(folder: Path, digest: str) -> bool:

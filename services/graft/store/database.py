@@ -51,6 +51,8 @@ LINK = {
     "keepalives_count": 3,
 }
 """Of every connection to PostgreSQL: a cut link is an error after eleven seconds at most."""
+CLOSE_SECONDS = 5.0
+"""How long a stop waits for transactions: ours take milliseconds, but one may wait for a server that is gone."""
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 MAX_TOKEN_CHARACTERS = 512
 """Ours have 120 at most; a longer one is not parsed, since JSON nested deeply enough overflows the stack."""
@@ -64,6 +66,7 @@ class Database:
     def __init__(self, url: str) -> None:
         self.engine = _engine(parse_url(url))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._under_way = _UnderWay()
         self._leader: str | None = None
 
     def led_by(self, owner: str) -> "Database":
@@ -73,13 +76,18 @@ class Database:
         return led
 
     async def close(self) -> None:
-        """Closes every connection."""
+        """Closes every connection, once the transactions that are under way have ended or CLOSE_SECONDS have passed."""
+        # A server that stops cancels its calls and does not wait for them. What they give back to a pool that has been
+        # disposed of would stay open, on SQLite with its thread.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._under_way.none.wait()
         await self.engine.dispose()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A transaction that only reads."""
-        with _translated():
+        with self._under_way, _translated():
             async with self.engine.connect() as connection:
                 # Of several statements, each must see what the first saw: an alias and then the version it names.
                 # SQLite's transactions do so anyway.
@@ -93,7 +101,7 @@ class Database:
         `leading`: of what only the leader writes. Raises Aborted where this database is `led_by` one that leads no
         more: its process was held up, and what it knows is old.
         """
-        with _translated():
+        with self._under_way, _translated():
             async with self.engine.begin() as connection:
                 if leading and self._leader is not None:
                     # Not locked: who is held up within the transaction would keep the next from taking the lead.
@@ -114,6 +122,24 @@ class Database:
             return datetime.now(UTC)
         found: datetime = (await connection.execute(select(func.clock_timestamp()))).scalar_one()
         return found.astimezone(UTC)
+
+
+class _UnderWay:
+    """The transactions that have not ended."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self.none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self.none.set()
 
 
 class _NotJson(ValueError):
@@ -202,7 +228,15 @@ class _SQLite(aiosqlite.Connection):
 def connect_sqlite(database: str, **options: Any) -> aiosqlite.Connection:
     """A connection that is not open yet, as `aiosqlite.connect`."""
     connection = _SQLite(partial(sqlite3.connect, database, **options), iter_chunk_size=64)
-    connection._thread.daemon = True  # as SQLAlchemy does for those that it makes
+    thread = connection._thread
+    thread.daemon = True  # as SQLAlchemy does for those that it makes
+    work = thread.run
+
+    def until_nobody_listens() -> None:
+        with suppress(RuntimeError):  # the loop is closed: whoever was cancelled does not wait for the answer
+            work()
+
+    thread.run = until_nobody_listens  # type: ignore[method-assign]
     return connection
 
 
