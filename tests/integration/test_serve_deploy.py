@@ -25,7 +25,8 @@ from graft.serving.declared import Arguments, application
 from graft.settings import ServingSettings, Settings, StorageSettings, load
 from graft.stack.processes import ray_environment
 from tests.support.dashboards import metric_names
-from tests.support.serving_stack import free_ports, ray_cluster, request
+from tests.support.ports import free_port, free_ports
+from tests.support.serving_stack import ray_cluster, request
 from tests.support.tiny_llama import make_tiny_llama
 from tests.support.token_contract import refuses_all_without
 
@@ -103,7 +104,7 @@ def declared(cluster: Cluster) -> dict[str, Any]:
     home = cluster.settings.home.path
     (home / "base_models.yaml").write_text(yaml.safe_dump({"tiny": {"folder": str(base), "license": "Apache-2.0"}}))
     document["grpc_options"]["port"] = cluster.settings.serving.grpc_port
-    document["http_options"]["port"] = free_ports(1)[0]
+    document["http_options"]["port"] = free_port()
     document["applications"][0]["args"].update(
         home=str(home),
         tracking_uri="http://127.0.0.1:9",

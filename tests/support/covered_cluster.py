@@ -21,7 +21,7 @@ import pytest
 import s3fs
 
 from tests.support.mlflow_server import mlflow_server
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 from tests.support.processes import listening, process
 from tests.support.s3_server import S3Server, s3_server
 
