@@ -18,8 +18,8 @@ from tests.support.method_jobs import PATIENCE, STOPPED_STEPS, Jobs
 from tests.support.tiny_jobs import BASE
 from tests.support.whole_stack import WholeStack
 
-# The first test waits for all jobs of `jobs`.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+# The first test waits for all jobs of `jobs`: two minutes on two cores.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ADAPTERS = ("texts", "all", "turns", "pairs", "last", "full", "onward", "stopped")
 DELTAS = ("all", "turns", "last", "full")
