@@ -73,13 +73,15 @@ def placed() -> Iterator[Placed]:
 
     small = {"object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, **small})
-    ids = {"head": cluster.head_node.node_id}
-    for pool, has in NODES.items():
-        ids[pool] = cluster.add_node(**has, labels={"pool": pool}, **small).node_id
-    ray.init(address=cluster.address, namespace="elsewhere", log_to_driver=False)
-    yield Placed(RayRuns(), ids, cluster)
-    ray.shutdown()
-    cluster.shutdown()
+    try:
+        ids = {"head": cluster.head_node.node_id}
+        for pool, has in NODES.items():
+            ids[pool] = cluster.add_node(**has, labels={"pool": pool}, **small).node_id
+        ray.init(address=cluster.address, namespace="elsewhere", log_to_driver=False)
+        yield Placed(RayRuns(), ids, cluster)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
