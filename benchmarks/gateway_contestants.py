@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.support.serving_stack import free_ports
+from tests.support.ports import free_port
 
 from benchmarks.common import Round
 from benchmarks.load import drive
@@ -103,7 +103,7 @@ def ray_serve_llm(variables: dict[str, str]) -> Play:
     from ray import serve
     from ray.serve.llm import LLMConfig, build_openai_app
 
-    (port,) = free_ports(1)
+    port = free_port()
     ray.init(
         num_cpus=8,  # shares for placement: ingress, server and engine, whatever the machine has
         include_dashboard=False,

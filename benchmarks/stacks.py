@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.serving_stack import descendants, free_ports
+from tests.support.ports import free_ports
+from tests.support.serving_stack import descendants
 
 from benchmarks.common import BASE, CACHE, console, temporary_folder
 from graft.client import Connection

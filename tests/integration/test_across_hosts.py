@@ -28,7 +28,7 @@ from graft.stack.machine import State
 from graft.storage import Storage, open_storage, share_base_model
 from graft.store.sql import SqlStore, migrate, open_store
 from tests.support.covered_cluster import CoveredCluster, covered_cluster
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 from tests.support.processes import process
 from tests.support.run_specs import tiny_run, validated_on
 from tests.support.scoring_engine import ScoringEngine, served

@@ -125,7 +125,7 @@ def seen(hosts: dict[str, Host], drive: Drive, storage: S3Server) -> dict[str, S
     drivers["storage"] = drive("storage", storage.endpoint_url, **storage.variables)
     drivers["storage"].until("begun")
     deadline = time.monotonic() + 120
-    while not any(found.stat().st_size for found in worker.disk.rglob("cache/storage/.fetch-*/*")):
+    while not any(worker.files("home/cache/storage/.fetch-*/*").values()):
         assert time.monotonic() < deadline, "no download has begun"
         time.sleep(0.001)
     with worker.apart_from(server):

@@ -91,8 +91,10 @@ async def test_however_the_command_is_ended_it_leaves_no_folder_and_no_process(
     running = await started("models", "derive", "deep", "--layers", "2", "--name", "x", "--json", GRAFT_HOME=home)
     assert running.stdout is not None
     async with asyncio.timeout(60):
-        while b'"phase"' not in await running.stdout.readline():  # the first comes from the process that heals
-            pass
+        line = b""
+        while b'"phase"' not in line:  # the first comes from the process that heals
+            line = await running.stdout.readline()
+            assert line, "it has ended"
         (healing,) = psutil.Process(running.pid).children()
         running.send_signal(number)
         await running.communicate()

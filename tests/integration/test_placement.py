@@ -73,13 +73,15 @@ def placed() -> Iterator[Placed]:
 
     small = {"object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, **small})
-    ids = {"head": cluster.head_node.node_id}
-    for pool, has in NODES.items():
-        ids[pool] = cluster.add_node(**has, labels={"pool": pool}, **small).node_id
-    ray.init(address=cluster.address, namespace="elsewhere", log_to_driver=False)
-    yield Placed(RayRuns(), ids, cluster)
-    ray.shutdown()
-    cluster.shutdown()
+    try:
+        ids = {"head": cluster.head_node.node_id}
+        for pool, has in NODES.items():
+            ids[pool] = cluster.add_node(**has, labels={"pool": pool}, **small).node_id
+        ray.init(address=cluster.address, namespace="elsewhere", log_to_driver=False)
+        yield Placed(RayRuns(), ids, cluster)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +155,12 @@ def test_workers_are_on_the_nodes_of_their_labels_and_resources(placed: Placed, 
 
 
 def test_two_workers_share_a_gpu_and_train_on_cpus_where_there_is_none_in_truth(placed: Placed, spec: RunSpec) -> None:
-    mine = _named(spec, "ft-gpu", Demand({"CPU": 1.0, "GPU": 0.5}), num_workers=2)
+    mine = _named(spec, "ft-gpu", Demand({"CPU": 1.0, "GPU": 0.5}), num_workers=2, total_steps=100_000)
     placed.runs.start(mine)
     _until(placed, mine, frozenset({"metrics"}))
     assert placed.actors("RayTrainWorker") == ["large", "large"]
     assert _free("GPU") == 0.0
-    assert _until(placed, mine).kind == "finished"
+    placed.runs.cancel(mine.job_id, 1)
     placed.runs.release(mine.job_id, 1)
     _wait(lambda: _free("GPU") == 1.0)
 
@@ -167,7 +169,8 @@ def test_trials_of_a_sweep_are_on_the_nodes_of_their_labels(placed: Placed, spec
     from ray.util import placement_group_table
 
     search = SearchSpec((Trial(1, 1e-3, 4, 8.0), Trial(2, 2e-3, 4, 8.0)), 3, 2.0, 2)
-    mine = _named(spec, "ft-trials", Demand({"CPU": 1.0}, {"pool": "training"}), search=search, eval_steps=3)
+    demand = Demand({"CPU": 1.0}, {"pool": "training"})
+    mine = _named(spec, "ft-trials", demand, search=search, eval_steps=50_000, total_steps=100_000)
     placed.runs.start(mine)
     _until(placed, mine, frozenset({"metrics"}))
     assert placed.runs.poll(mine.job_id, 1, 0).placed
@@ -176,8 +179,9 @@ def test_trials_of_a_sweep_are_on_the_nodes_of_their_labels(placed: Placed, spec
     assert nodes
     assert {placed.pool(node) for node in nodes} == {"training"}
     assert placed.actors("Search") == ["head"]
-    assert _until(placed, mine).kind == "finished"
+    placed.runs.cancel(mine.job_id, 1)
     placed.runs.release(mine.job_id, 1)
+    _wait(lambda: placed.actors("Search") == [])
 
 
 def test_a_run_whose_node_is_not_there_waits_unplaced_and_trains_when_it_joins(placed: Placed, spec: RunSpec) -> None:

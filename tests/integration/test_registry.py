@@ -16,7 +16,7 @@ from graft.domain.jobs import ServedAs, Tuning
 from graft.registry.digest import adapter_digest, model_digest
 from graft.registry.mlflow_registry import Publication, Registry, code_version
 from tests.support.mlflow_server import mlflow_server
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 from tests.support.tiny_llama import make_tiny_llama
 
 pytestmark = pytest.mark.integration

@@ -1,6 +1,6 @@
 """`serve deploy deploy/serve.yaml` on a Ray cluster that is there already, and the names of what Ray measures then.
 
-One cluster for the module, used in order: the first test deploys what the others ask.
+One cluster for the module, and one application on it.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from graft.serving.declared import Arguments, application
 from graft.settings import ServingSettings, Settings, StorageSettings, load
 from graft.stack.processes import ray_environment
 from tests.support.dashboards import metric_names
-from tests.support.serving_stack import free_ports, ray_cluster, request
+from tests.support.ports import free_port, free_ports
+from tests.support.serving_stack import ray_cluster, request
 from tests.support.tiny_llama import make_tiny_llama
 from tests.support.token_contract import refuses_all_without
 
@@ -103,7 +105,7 @@ def declared(cluster: Cluster) -> dict[str, Any]:
     home = cluster.settings.home.path
     (home / "base_models.yaml").write_text(yaml.safe_dump({"tiny": {"folder": str(base), "license": "Apache-2.0"}}))
     document["grpc_options"]["port"] = cluster.settings.serving.grpc_port
-    document["http_options"]["port"] = free_ports(1)[0]
+    document["http_options"]["port"] = free_port()
     document["applications"][0]["args"].update(
         home=str(home),
         tracking_uri="http://127.0.0.1:9",
@@ -129,14 +131,19 @@ def until_it_runs(cluster: Cluster) -> None:
         time.sleep(0.5)
 
 
-def test_the_shipped_file_deploys_an_application_that_answers_as_soon_as_it_runs(cluster: Cluster) -> None:
+@pytest.fixture(scope="module")
+def deployed(cluster: Cluster) -> Cluster:
+    """With the application of the shipped file, which runs."""
     file = cluster.folder / "serve.yaml"
     file.write_text(yaml.safe_dump(declared(cluster)))
     cluster.serve("deploy", str(file))
     until_it_runs(cluster)
+    return cluster
 
+
+def test_the_shipped_file_deploys_an_application_that_answers_as_soon_as_it_runs(deployed: Cluster) -> None:
     async def ask() -> None:
-        client = cluster.client()
+        client = deployed.client()
         try:
             response = await client.generate(request(None, "hi"), timeout_seconds=60)
             assert response.http_status == 200
@@ -147,27 +154,27 @@ def test_the_shipped_file_deploys_an_application_that_answers_as_soon_as_it_runs
     asyncio.run(ask())
 
 
-def test_the_declared_application_asks_for_the_token_of_the_file_that_is_named(cluster: Cluster) -> None:
-    asyncio.run(refuses_all_without(cluster.settings.engine_address, engine_token(cluster.settings)))
-    assert engine_token(cluster.settings) not in cluster.serve("config")
+def test_the_declared_application_asks_for_the_token_of_the_file_that_is_named(deployed: Cluster) -> None:
+    asyncio.run(refuses_all_without(deployed.settings.engine_address, engine_token(deployed.settings)))
+    assert engine_token(deployed.settings) not in deployed.serve("config")
 
 
-def test_an_argument_that_does_not_exist_is_refused_by_name(cluster: Cluster) -> None:
-    document = yaml.safe_load((cluster.folder / "serve.yaml").read_text())
+def test_an_argument_that_does_not_exist_is_refused_by_name(deployed: Cluster) -> None:
+    document = yaml.safe_load((deployed.folder / "serve.yaml").read_text())
     document["applications"][0]["args"]["serving"]["num_replica"] = 2
-    file = cluster.folder / "wrong.yaml"
+    file = deployed.folder / "wrong.yaml"
     file.write_text(yaml.safe_dump(document))
-    cluster.serve("deploy", str(file))
+    deployed.serve("deploy", str(file))
     deadline = time.monotonic() + 120
     while True:
-        application = yaml.safe_load(cluster.serve("status"))["applications"]["graft-engine"]
+        application = yaml.safe_load(deployed.serve("status"))["applications"]["graft-engine"]
         if application["status"] == "DEPLOY_FAILED":
             break
         assert time.monotonic() < deadline, application
         time.sleep(1)
     assert "num_replica" in application["message"]
     # What was there before goes on answering.
-    assert asyncio.run(_answers(cluster)) == 200
+    assert asyncio.run(_answers(deployed)) == 200
 
 
 async def _answers(cluster: Cluster) -> int:
@@ -194,14 +201,15 @@ def test_a_bucket_gets_the_base_model_for_engines_on_nodes_that_have_none(tmp_pa
     assert (shared / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
-def test_ray_exports_each_metric_that_rules_and_dashboards_ask_of_it(cluster: Cluster) -> None:
+def test_ray_exports_each_metric_that_rules_and_dashboards_ask_of_it(deployed: Cluster) -> None:
+    assert asyncio.run(_answers(deployed)) == 200  # some are told from the first request on
     wanted = {name for name in metric_names() if name.startswith("ray_")}
     assert wanted
     deadline = time.monotonic() + 120
     while True:
         try:
-            missing = wanted - exported(cluster)
-        except OSError:  # Ray names endpoints that do not listen yet
+            missing = wanted - exported(deployed)
+        except (OSError, HTTPException):  # Ray names endpoints that do not listen yet
             missing = wanted
         if not missing:
             return

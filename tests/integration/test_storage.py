@@ -9,7 +9,7 @@ import s3fs
 
 from graft.domain.errors import FailedPrecondition, NotFound, Unavailable
 from graft.storage import MANIFEST, Storage
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 from tests.support.s3_server import S3Server, s3_server
 
 pytestmark = pytest.mark.integration

@@ -32,12 +32,14 @@ def runs() -> Iterator[RayRuns]:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
-    cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
-    # Not `graft`: a run's name must not depend on the namespace that its starter happens to be in.
-    ray.init(address=cluster.address, namespace="elsewhere", log_to_driver=False)
-    yield RayRuns()
-    ray.shutdown()
-    cluster.shutdown()
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        # Not `graft`: a run's name must not depend on the namespace that its starter happens to be in.
+        ray.init(address=cluster.address, namespace="elsewhere", log_to_driver=False)
+        yield RayRuns()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from graft.client import Connection, Graft
 from graft.registry.mlflow_registry import Registry
 from tests.support.mlflow_server import mlflow_server
 from tests.support.newer_graft import FIELD, sync_engine
-from tests.support.processes import listening
+from tests.support.processes import held, listening, slowed
 from tests.support.scoring_engine import served
 from tests.support.tiny_jobs import sums, write_rows
 from tests.support.tiny_llama import make_tiny_llama
@@ -156,22 +156,6 @@ async def installed(home: Path, empty_postgres: str) -> AsyncIterator[Installed]
                 it.end_head()
 
 
-async def _slowed(it: Installed) -> None:
-    """Lets the run train a tenth of the time, until this is cancelled."""
-    workers = it.release.training_workers()
-    try:
-        while True:
-            for worker in workers:
-                worker.resume()
-            await asyncio.sleep(TRAINING_SECONDS)
-            for worker in workers:
-                worker.suspend()
-            await asyncio.sleep(HELD_SECONDS)
-    finally:
-        for worker in workers:
-            worker.resume()
-
-
 def _stored_progress(it: Installed, job: str) -> dict[str, Any]:
     engine = sync_engine(it.release.environment["GRAFT_STORE_URL"])
     with engine.connect() as connection:
@@ -186,24 +170,21 @@ async def test_an_upgrade_and_a_rollback_in_the_middle_of_a_job_lose_nothing(ins
     job = await it.create_job("sums", STEPS)
     watching = asyncio.create_task(asyncio.to_thread(lambda: list(it.graft.watch_job(job))))
     await it.until_job(job, FineTuningJob.STATE_RUNNING)
-    slowed = asyncio.create_task(_slowed(it))
+    with slowed(it.release.training_workers(), TRAINING_SECONDS, HELD_SECONDS):
+        # helm upgrade: the hook, then one pod after the other.
+        newer = asyncio.create_task(it.release.orchestrator(NEWER, "orchestrator"))
+        await it.release.run(NEWER, "migrate")
+        await it.replace_gateway(NEWER, "gateway")
+        await it.replace_orchestrator(await newer)
+        await until(
+            lambda: FIELD in _stored_progress(it, job), "the newer orchestrator writes what this version does not know"
+        )
 
-    # helm upgrade: the hook, then one pod after the other.
-    newer = asyncio.create_task(it.release.orchestrator(NEWER, "orchestrator"))
-    await it.release.run(NEWER, "migrate")
-    await it.replace_gateway(NEWER, "gateway")
-    await it.replace_orchestrator(await newer)
-    await until(
-        lambda: FIELD in _stored_progress(it, job), "the newer orchestrator writes what this version does not know"
-    )
-
-    # helm rollback: no hook, and the same backwards, on a schema that this version does not know.
-    older = asyncio.create_task(it.release.orchestrator())
-    await it.replace_gateway()
-    await it.replace_orchestrator(await older)
-    assert it.job(job).state == FineTuningJob.STATE_RUNNING
-    slowed.cancel()
-    await asyncio.wait({slowed})
+        # helm rollback: no hook, and the same backwards, on a schema that this version does not know.
+        older = asyncio.create_task(it.release.orchestrator())
+        await it.replace_gateway()
+        await it.replace_orchestrator(await older)
+        assert it.job(job).state == FineTuningJob.STATE_RUNNING
 
     done = await it.until_job(job, FineTuningJob.STATE_SUCCEEDED)
     updates = await watching
@@ -221,7 +202,8 @@ async def test_a_training_cluster_that_is_made_anew_costs_a_job_an_attempt_and_m
     it = installed
     job = await it.create_job("anew", STEPS_ANEW)
     await it.until_job(job, FineTuningJob.STATE_RUNNING)
-    await asyncio.to_thread(it.release.end_head)
+    with held(it.release.training_workers()):  # else it may be over before the cluster is
+        await asyncio.to_thread(it.release.end_head)
     it.release.start_head()
     done = await it.until_job(job, FineTuningJob.STATE_SUCCEEDED)
     assert (done.attempt, done.fine_tuned_model) == (2, f"{BASE}:anew@1")

@@ -21,12 +21,12 @@ import pytest
 import s3fs
 
 from tests.support.mlflow_server import mlflow_server
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 from tests.support.processes import listening, process
 from tests.support.s3_server import S3Server, s3_server
 
-GRACE_SECONDS = 3
-"""How long Ray Client goes on without its link; its own patience of 30 s is only waited for."""
+GRACE_SECONDS = 5
+"""How long Ray Client goes on without its link: enough for one that is whole again, and only waited for beyond that."""
 GONE_SECONDS = 15
 """How long the head waits for the process of a session that is gone, instead of 30 s. A new one takes five."""
 

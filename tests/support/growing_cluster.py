@@ -13,7 +13,8 @@ from typing import Any
 
 from graft.settings import load
 from graft.stack.processes import ray_environment
-from tests.support.serving_stack import free_ports, ray_cluster
+from tests.support.ports import free_ports
+from tests.support.serving_stack import ray_cluster
 
 IDLE_SECONDS = 4.0
 

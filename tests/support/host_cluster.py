@@ -69,17 +69,22 @@ class HostCluster:
 
     def orchestrator(self) -> psutil.Process:
         """The process that runs jobs."""
-        (found,) = [
-            process
-            for process in map(psutil.Process, self.hosts["orch"].pids())
-            if process.cmdline()[1:] == ["-m", "graft.orchestrator.main"]
-        ]
-        return found
+        running = self.hosts["orch"].processes().items()
+        found = [process for process, arguments in running if arguments[1:] == ["-m", "graft.orchestrator.main"]]
+        # A child is a copy of it until it has become another program.
+        return min(found, key=psutil.Process.create_time)
 
     def engine_cores(self) -> list[psutil.Process]:
         """The processes that run the model, one of each replica."""
-        running = [psutil.Process(pid) for name in ("head", "node") for pid in self.hosts[name].pids()]
-        return [process for process in running if "EngineCore" in " ".join(process.cmdline())]
+        return self._titled("EngineCore")
+
+    def training_workers(self) -> list[psutil.Process]:
+        """Ray Train's, of all jobs."""
+        return self._titled("RayTrainWorker")
+
+    def _titled(self, title: str) -> list[psutil.Process]:
+        running = [item for name in ("head", "node") for item in self.hosts[name].processes().items()]
+        return [process for process, arguments in running if title in " ".join(arguments)]
 
     def start_head(self) -> None:
         """Ray's head on the host `head`."""

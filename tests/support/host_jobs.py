@@ -25,8 +25,10 @@ def alive(cluster: HostCluster, name: str) -> fine_tuning_job_pb2.FineTuningJob:
 
 
 def trains(cluster: HostCluster, name: str) -> fine_tuning_job_pb2.FineTuningJob:
-    """The job, once it has taken a step."""
-    return eventually(lambda: alive(cluster, name), lambda job: job.progress.step > 0, 240, f"{name} takes a step")
+    """The job, once it has taken a step, and before the last."""
+    job = eventually(lambda: alive(cluster, name), lambda job: job.progress.step > 0, 240, f"{name} takes a step")
+    assert job.state == job.STATE_RUNNING, job
+    return job
 
 
 def succeeded(cluster: HostCluster, name: str) -> fine_tuning_job_pb2.FineTuningJob:

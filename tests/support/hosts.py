@@ -11,6 +11,7 @@ no file is shared by accident. Does not know what the hosts run.
         hosts["head"].heal()
 """
 
+import glob
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,12 +146,26 @@ class Host:
         asked = subprocess.run(["ip", "netns", "pids", self._namespace], capture_output=True, text=True)
         return [int(pid) for pid in asked.stdout.split()]
 
-    def titles(self) -> list[str]:
-        """Their command lines."""
-        found = []
+    def processes(self) -> dict[psutil.Process, list[str]]:
+        """The same with their arguments, without those that have ended since they were listed."""
+        found = {}
         for pid in self.pids():
             with suppress(psutil.NoSuchProcess):
-                found.append(" ".join(psutil.Process(pid).cmdline()))
+                process = psutil.Process(pid)
+                found[process] = process.cmdline()
+        return found
+
+    def titles(self) -> list[str]:
+        """Their command lines."""
+        return [" ".join(arguments) for arguments in self.processes().values()]
+
+    def files(self, pattern: str) -> dict[str, int]:
+        """Names of files of the disk, with their bytes. They may come and go meanwhile."""
+        found = {}
+        for name in glob.glob(pattern, root_dir=self.disk, recursive=True, include_hidden=True):
+            with suppress(FileNotFoundError):
+                if (self.disk / name).is_file():
+                    found[name] = (self.disk / name).stat().st_size
         return found
 
     def tunnel(self, to: "Host", port: int) -> int:
@@ -249,21 +264,25 @@ def network(*names: str) -> Iterator[dict[str, Host]]:
         name: Host(name, f"{SUBNET}.{number}", root, bridge, f"{mine}-{name}")
         for number, name in enumerate(names, start=1)
     }
-    try:
+    with ExitStack() as ending:  # one that does not end keeps no other from being ended
+        ending.callback(shutil.rmtree, root, ignore_errors=True)
+        ending.callback(subprocess.run, ["ip", "netns", "del", bridge], capture_output=True)
         _ip("netns", "add", bridge)
         _ip("-n", bridge, "link", "add", "br0", "type", "bridge")
         _ip("-n", bridge, "link", "set", "br0", "up")
         for host in hosts.values():
+            ending.callback(_remove, host)
             _join(host, hosts)
         yield hosts
+
+
+def _remove(host: Host) -> None:
+    try:
+        host.end()
+        for relay in host._relays:
+            relay.wait(10)
     finally:
-        for host in hosts.values():
-            host.end()
-            for relay in host._relays:
-                relay.wait(10)
-            subprocess.run(["ip", "netns", "del", host._namespace], capture_output=True)
-        subprocess.run(["ip", "netns", "del", bridge], capture_output=True)
-        shutil.rmtree(root, ignore_errors=True)
+        subprocess.run(["ip", "netns", "del", host._namespace], capture_output=True)
 
 
 def _join(host: Host, hosts: Mapping[str, Host]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,9 @@ class Running:
     def started(self) -> bool:
         """Past what prepares its namespaces: its root is the image's."""
         children = psutil.Process(self.process.pid).children()
-        return bool(children) and os.readlink(f"/proc/{children[0].pid}/root") == str(self.image.root)
+        with suppress(FileNotFoundError):  # it has ended, which its log tells
+            return bool(children) and os.readlink(f"/proc/{children[0].pid}/root") == str(self.image.root)
+        return False
 
     def execute(self, arguments: Sequence[str], **variables: str) -> "subprocess.CompletedProcess[str]":
         """Runs another command beside it, as `kubectl exec` would."""

@@ -193,7 +193,7 @@ def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, folder: Pa
         return graft.job(names["texts"])
 
     # The first job ends while the others wait for their turn, and this one then waits behind them.
-    first = eventually(texts, lambda job: job.HasField("end_time"), 120, "the first job ends")
+    first = eventually(texts, lambda job: job.HasField("end_time"), 240, "the first job ends")
     assert first.state == first.STATE_SUCCEEDED, first.error.message
     names["onward"] = graft.create_job(
         BASE,
@@ -207,7 +207,7 @@ def train_all(stack: WholeStack, graft: Graft, client: openai.OpenAI, folder: Pa
     def ended() -> dict[str, fine_tuning_job_pb2.FineTuningJob]:
         return {suffix: graft.job(name) for suffix, name in names.items()}
 
-    jobs = eventually(ended, lambda told: all(job.HasField("end_time") for job in told.values()), 280, "all jobs end")
+    jobs = eventually(ended, lambda told: all(job.HasField("end_time") for job in told.values()), 500, "all jobs end")
     failed = {suffix: job.error.message for suffix, job in jobs.items() if job.state != job.STATE_SUCCEEDED}
     assert not failed, failed
     return Jobs(jobs, data)

@@ -1,7 +1,6 @@
 """A real MLflow server for tests, started as the stack starts it."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
+from tests.support.processes import end
 
 
 @contextmanager
@@ -46,13 +46,11 @@ def mlflow_server(home: Path, **settings: str) -> Iterator[str]:
                 time.sleep(0.2)
         yield uri
     finally:
-        family = psutil.Process(server.pid).children(recursive=True)
-        os.kill(server.pid, signal.SIGTERM)
+        family = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
+        server.terminate()
         try:
             server.wait(timeout=20)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-        for process in family:
-            if process.is_running():
-                process.kill()
+        end(family)

@@ -4,6 +4,7 @@ import glob
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.support.ports import free_port
 
 
 def postgres_binary(name: str) -> str:
@@ -25,13 +28,6 @@ def postgres_binary(name: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
-
-
-def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -73,6 +69,6 @@ def postgres_server(*, durable: bool = False) -> Iterator[str]:
         yield f"postgresql+psycopg://graft@127.0.0.1:{port}/postgres"
     finally:
         if process is not None:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # SIGTERM would wait for whoever is still connected
             process.wait(timeout=30)
         shutil.rmtree(folder)

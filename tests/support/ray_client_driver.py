@@ -32,17 +32,20 @@ class Cable:
         self._to = port
         self._whole = True
         self._open: list[socket.socket] = []
+        self._lock = threading.Lock()
+        """No connection comes to be while the others are ended."""
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self) -> None:
         """Ends what is connected and lets nobody through."""
-        self._whole = False
-        for one in self._open:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-        self._open.clear()
+        with self._lock:
+            self._whole = False
+            for one in self._open:
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
 
     def mend(self) -> None:
         """Lets connections through again."""
@@ -51,13 +54,18 @@ class Cable:
     def _accept(self) -> None:
         while True:
             near, _ = self._listener.accept()
-            if not self._whole:
-                near.close()
-                continue
-            far = socket.create_connection(("127.0.0.1", self._to))
-            self._open += [near, far]
+            with self._lock:
+                if (far := self._connected()) is None:
+                    near.close()
+                    continue
+                self._open += [near, far]
             for here, there in ((near, far), (far, near)):
                 threading.Thread(target=self._pump, args=(here, there), daemon=True).start()
+
+    def _connected(self) -> socket.socket | None:
+        with suppress(OSError):
+            return socket.create_connection(("127.0.0.1", self._to)) if self._whole else None
+        return None
 
     @staticmethod
     def _pump(here: socket.socket, there: socket.socket) -> None:
@@ -85,7 +93,7 @@ def sweep(runs: RayRuns, spec: RunSpec) -> dict[str, Any]:
 
 
 def cuts(runs: RayRuns, spec: RunSpec, cable: Cable) -> dict[str, Any]:
-    """What becomes of a run while the link is cut for 1 s, and for longer than Ray Client waits."""
+    """What becomes of a run while the link is cut for half a second, and for longer than Ray Client waits."""
     mine = replace(spec, job_id="ft-cut", output_key="runs/ft-cut/1", total_steps=10**6, checkpoint_steps=10**6)
     runs.start(mine)
     runs.start(mine)
@@ -97,11 +105,11 @@ def cuts(runs: RayRuns, spec: RunSpec, cable: Cable) -> dict[str, Any]:
     found: dict[str, Any] = {"before": seen}
 
     cable.cut()
-    threading.Timer(1.0, cable.mend).start()
+    threading.Timer(0.5, cable.mend).start()
     found["after_short_cut"] = runs.poll(mine.job_id, 1, seen).alive
 
     cable.cut()
-    threading.Timer(8.0, cable.mend).start()
+    threading.Timer(10.0, cable.mend).start()
     found["errors"] = []
     while time.monotonic() < deadline:
         try:

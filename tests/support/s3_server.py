@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from graft.stack.processes import tcp_probe
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 
 
 @dataclass(frozen=True)

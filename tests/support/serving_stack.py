@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from graft.settings import Settings, load
 from graft.stack.processes import engine_environment, ray_environment, ray_head
 
 from .adapters import make_adapter, tiny_base
+from .ports import free_port, free_ports
+from .processes import end
 from .tiny_llama import make_tiny_llama
 
 CAPACITY = 3
@@ -39,16 +40,6 @@ base["target_modules"] = tuple(base["target_modules"])
 sys.exit(main.run(load(), BaseModel(**base)))
 """
 """The service's process with the tiny llama as its base model."""
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @dataclass
@@ -68,19 +59,20 @@ class Stack:
         return EngineClient(self.settings.engine_address, first, token=engine_token(self.settings))
 
     def engine_core(self) -> psutil.Process:
-        """The process that runs the model: the only child of a fork server."""
-        (core,) = [
-            process for process in descendants(self.folder) if is_fork_server(process.parent()) and is_python(process)
-        ]
+        """The process that runs the model."""
+        (core,) = engine_cores(self.folder)
         return core
 
 
-def is_python(process: psutil.Process) -> bool:
-    return process.status() != psutil.STATUS_ZOMBIE
-
-
-def is_fork_server(process: psutil.Process | None) -> bool:
-    return process is not None and "from multiprocessing.forkserver" in " ".join(process.cmdline())
+def engine_cores(folder: Path) -> list[psutil.Process]:
+    """The processes of the stack that run models, each the only child of a fork server."""
+    found = []
+    for process in descendants(folder):
+        with suppress(psutil.NoSuchProcess):  # others come and go
+            parent = process.parent()
+            if parent is not None and "from multiprocessing.forkserver" in " ".join(parent.cmdline()):
+                found.append(process)
+    return found
 
 
 def descendants(folder: Path) -> list[psutil.Process]:
@@ -115,7 +107,9 @@ def ray_cluster(
     # Unix socket paths end at 107 characters, which pytest's temporary folders pass: Ray gets a short one.
     sockets = tempfile.mkdtemp(prefix="gr", dir="/tmp")
     head, log = ray_head(settings), folder / "ray.log"
-    command = [*head.argv, f"--temp-dir={sockets}", f"--include-dashboard={str(dashboard).lower()}", *more]
+    # The head ends where somebody has the port that Ray gives to every Ray Client server.
+    own = [f"--temp-dir={sockets}", f"--ray-client-server-port={free_port()}"]
+    command = [*head.argv, *own, f"--include-dashboard={str(dashboard).lower()}", *more]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -127,8 +121,7 @@ def ray_cluster(
         yield
     finally:
         # `ray stop` would end every cluster of the machine; ours carries our mark.
-        for left in descendants(folder):
-            left.kill()
+        end(descendants(folder))
         process.wait()
         shutil.rmtree(sockets, ignore_errors=True)
 
@@ -221,4 +214,5 @@ def serving_stack(
             yield stack
         finally:
             process.terminate()
-            process.wait(30)
+            with suppress(subprocess.TimeoutExpired):  # after a test that has failed: the cluster's end is its end too
+                process.wait(30)

@@ -14,6 +14,7 @@ from graft.client import Graft
 from graft.domain.resources import AdapterVersion
 from graft.registry.mlflow_registry import Publication, Registry
 from tests.support.adapters import make_adapter
+from tests.support.processes import held
 from tests.support.whole_stack import WholeStack, eventually
 
 BASE = "tiny"
@@ -93,19 +94,21 @@ def train_two(stack: WholeStack, graft: Graft, client: openai.OpenAI, folder: Pa
     )
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(lambda: list(graft.watch_job(job.name)))
-        workers = 0
-
-        def ended() -> OpenAIJob:
-            nonlocal workers
-            workers = max(workers, len(stack.training_workers()))
-            return client.fine_tuning.jobs.retrieve(echo.id)
-
-        echo = eventually(ended, lambda told: told.finished_at is not None, 240, "OpenAI's client sees its job end")
+        with held(
+            eventually(stack.training_workers, bool, 120, "a job trains")
+        ):  # or it may end before the other begins
+            workers = eventually(stack.training_workers, lambda found: len(found) > 1, 120, "another trains beside it")
+        echo = eventually(
+            lambda: client.fine_tuning.jobs.retrieve(echo.id),
+            lambda told: told.finished_at is not None,
+            240,
+            "OpenAI's client sees its job end",
+        )
         updates = watching.result(240)
     job = graft.job(job.name)
     assert job.state == job.STATE_SUCCEEDED, job.error.message
     assert echo.status == "succeeded", echo.error
-    return Trained(data, job, updates, echo, workers, core, replica)
+    return Trained(data, job, updates, echo, len(workers), core, replica)
 
 
 def publish(

@@ -26,9 +26,10 @@ import psutil
 
 from graft.internal.v1 import engine_pb2
 from tests.support.fake_engine import WORDS
-from tests.support.processes import process
+from tests.support.ports import free_ports
+from tests.support.processes import end, process
 from tests.support.scoring_engine import ScoringEngine
-from tests.support.serving_stack import free_ports, titles
+from tests.support.serving_stack import titles
 
 BASE = "tiny"
 PATIENCE_SECONDS = 200.0
@@ -145,10 +146,7 @@ class Release:
         """Ends the cluster and all that runs there."""
         family = self.head.children(recursive=True) if self.head is not None else []
         self._head.close()
-        for one in family:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        psutil.wait_procs(family, timeout=10)
+        end(family)
         self.head = None
 
     def training_workers(self) -> list[psutil.Process]:

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,9 @@ import yaml
 from graft.client import Connection, Graft
 from graft.settings import Settings, load
 from graft.stack.local import read_status
-from tests.support.serving_stack import descendants, free_ports, is_fork_server, is_python, titles
+from tests.support.ports import free_ports
+from tests.support.processes import end
+from tests.support.serving_stack import descendants, engine_cores, titles
 
 T = TypeVar("T")
 
@@ -99,8 +101,8 @@ class WholeStack:
         return descendants(self.home)
 
     def engine_core(self) -> psutil.Process:
-        """The process that runs the model: the only child of the replica's fork server."""
-        (core,) = [process for process in self.left() if is_fork_server(process.parent()) and is_python(process)]
+        """The process that runs the model."""
+        (core,) = engine_cores(self.home)
         return core
 
     def training_workers(self) -> list[psutil.Process]:
@@ -152,10 +154,7 @@ def removed(stack: WholeStack) -> Iterator[WholeStack]:
     finally:
         left = stack.left()
         told = [str(process) for process in left]
-        for process in left:
-            with suppress(psutil.NoSuchProcess):  # a parent's end may have been its own
-                process.kill()
-        psutil.wait_procs(left, timeout=10)
+        end(left)
         lines = stack.last_lines() if left else ""
         shutil.rmtree(stack.home, ignore_errors=True)
     assert not left, f"left behind: {told}\n{lines}"

@@ -11,7 +11,7 @@ from graft.stack.backends import check_backends
 from graft.stack.machine import State
 from graft.stack.processes import described
 from tests.support.command import ended, started
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 
 
 def _settings(tmp_path: Path, **variables: str) -> Settings:

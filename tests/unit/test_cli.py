@@ -10,7 +10,7 @@ from graft.cli.output import print_json, print_table
 from graft.domain.errors import Unavailable
 from tests.support.command import Ran, graft
 from tests.support.gateways import BASE, ROWS, Gateway, gateway, registry
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 
 REVIEWS = f"{BASE}:reviews"
 

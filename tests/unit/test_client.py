@@ -9,7 +9,7 @@ from graft.api.v1 import fine_tuning_job_pb2
 from graft.client import AsyncGraft, Connection, Graft
 from graft.domain.errors import InvalidArgument, NotFound, Unavailable
 from tests.support import gateways
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 
 State = fine_tuning_job_pb2.FineTuningJob.State
 

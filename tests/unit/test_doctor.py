@@ -21,7 +21,7 @@ from graft.stack.supervisor import Supervisor
 from tests.support.command import graft, short_home
 from tests.support.fake_engine import FakeEngine, fake_engine
 from tests.support.gateways import gateway
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 
 PORTS = (
     "RAY_PORT",

@@ -35,14 +35,9 @@ from graft.stack.processes import described
 from tests.support.command import graft
 from tests.support.fake_engine import FakeEngine, fake_engine
 from tests.support.gateways import eventually, seeded_store
+from tests.support.ports import free_port
 
 FORBIDDEN = ("ray", "torch", "vllm", "mlflow", "transformers", "peft", "datasets", "numpy", "pandas")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(home: Path, **variables: object) -> dict[str, str]:

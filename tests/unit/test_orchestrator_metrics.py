@@ -18,7 +18,7 @@ from graft.settings import load
 from graft.stack.processes import described
 from tests.support.dashboards import metric_names
 from tests.support.orchestration import FakeScorer, World, world
-from tests.support.postgres import free_port
+from tests.support.ports import free_port
 
 Samples = dict[str, float]
 

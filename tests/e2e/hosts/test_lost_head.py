@@ -11,6 +11,7 @@ from graft.domain.errors import Unavailable
 from tests.support.healing import Note
 from tests.support.host_cluster import BASE, HostCluster, seconds_until
 from tests.support.host_jobs import alive, ask, create, succeeded, told, trains, versions
+from tests.support.processes import held
 from tests.support.whole_stack import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(580)]
@@ -24,7 +25,8 @@ def test_a_lost_head_costs_no_job_no_version_and_no_adapter(cluster: HostCluster
     name = create(cluster, dataset, "headless", workers=1)
     trains(cluster, name)
 
-    head.kill()
+    with held(cluster.training_workers()):
+        head.kill()
     killed = time.monotonic()
     with pytest.raises(Unavailable) as refused:
         ask(cluster)

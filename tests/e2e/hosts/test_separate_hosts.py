@@ -4,14 +4,10 @@ In this order, since the last test kills a host.
 """
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 
 from graft.api.v1 import fine_tuning_job_pb2
@@ -19,12 +15,15 @@ from graft.domain.errors import Unavailable
 from tests.support.healing import Note
 from tests.support.host_cluster import BASE, HostCluster, patient, seconds_until
 from tests.support.host_jobs import alive, ask, create, succeeded, told, trains, versions
+from tests.support.processes import held, slowed
 from tests.support.whole_stack import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(580)]
 
 SHORT_CUT_SECONDS = 8.0
 """Less than Ray waits for a host."""
+TRAINING_SECONDS, HELD_SECONDS = 0.05, 0.45
+"""In turn."""
 BESIDE_BYTES = 60_000_000
 WORKER, REPLICA = "RayTrainWorker", "ServeReplica:graft-engine"
 
@@ -79,18 +78,6 @@ def test_two_hosts_train_what_two_replicas_on_two_hosts_answer_with(cluster: Hos
     assert not list(cluster.host("gate").disk.rglob("*.safetensors"))
 
 
-@contextmanager
-def held(processes: list[psutil.Process]) -> Iterator[None]:
-    """In the block they do nothing."""
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.resume()
-
-
 def test_a_stream_whose_link_is_cut_ends_with_an_error_and_the_next_is_answered(
     cluster: HostCluster, note: Note
 ) -> None:
@@ -127,10 +114,8 @@ def test_an_adapter_whose_download_is_cut_is_refused_as_unavailable_and_then_ser
     store, engines = cluster.host("store"), [cluster.host("head"), cluster.host("node")]
     cluster.publish("heavy", BESIDE_BYTES)
 
-    def downloading() -> list[Path]:
-        return [
-            found for host in engines for found in host.disk.glob("home/cache/adapters/.pull-*/**/*") if found.is_file()
-        ]
+    def downloading() -> list[int]:
+        return [size for host in engines for size in host.files("home/cache/adapters/.pull-*/**").values()]
 
     def generate() -> Any:
         return cluster.graft.generate(f"{BASE}:heavy@1", prompt="Number 3?", max_tokens=4)
@@ -138,11 +123,11 @@ def test_an_adapter_whose_download_is_cut_is_refused_as_unavailable_and_then_ser
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(generate)
 
-        def begun() -> list[Path]:
+        def begun() -> list[int]:
             assert not asked.done(), f"no download: {asked.exception() or asked.result()!r}"
             return downloading()
 
-        eventually(begun, lambda files: any(file.stat().st_size for file in files), 60, "the download begins")
+        eventually(begun, any, 60, "the download begins")
         with store.apart_from(*engines):
             cut = time.monotonic()
             with pytest.raises(Unavailable) as caught:
@@ -161,15 +146,17 @@ def test_a_job_only_waits_while_its_host_and_then_its_orchestrator_are_cut_off(
 ) -> None:
     name = create(cluster, dataset, "cut")
     trains(cluster, name)
-    for host, what in (("node", "a training host"), ("orch", "the orchestrator")):
-        cluster.host(host).cut()
-        time.sleep(SHORT_CUT_SECONDS)
-        before = alive(cluster, name)
-        cluster.host(host).heal()
-        healed = time.monotonic()
-        goes_on(cluster, name, before)
-        what = f"{what} from all others, for {SHORT_CUT_SECONDS:.0f} s"
-        note(what, error_seconds=None, told="the job waits", heal_seconds=time.monotonic() - healed)
+    # Else a quick machine's job may be over before its orchestrator is cut off.
+    with slowed(cluster.training_workers(), TRAINING_SECONDS, HELD_SECONDS):
+        for host, what in (("node", "a training host"), ("orch", "the orchestrator")):
+            cluster.host(host).cut()
+            time.sleep(SHORT_CUT_SECONDS)
+            before = alive(cluster, name)
+            cluster.host(host).heal()
+            healed = time.monotonic()
+            goes_on(cluster, name, before)
+            what = f"{what} from all others, for {SHORT_CUT_SECONDS:.0f} s"
+            note(what, error_seconds=None, told="the job waits", heal_seconds=time.monotonic() - healed)
     job = succeeded(cluster, name)
     assert job.attempt == 1
     assert versions(cluster, "cut") == ["1"]
@@ -188,9 +175,11 @@ def test_a_host_that_dies_costs_no_job_and_no_version_and_comes_back(
     cluster: HostCluster, dataset: str, note: Note
 ) -> None:
     node = cluster.host("node")
+    cluster.publish("beside", 0)
     name = create(cluster, dataset, "killed")
     trains(cluster, name)
-    node.kill()
+    with held(cluster.training_workers()):
+        node.kill()
     killed = time.monotonic()
     serving_seconds = seconds_until(lambda: ask(cluster), 120, "the other replica answers")
     queued = eventually(lambda: alive(cluster, name), lambda job: job.attempt == 2, 300, "the job is tried again")
@@ -210,7 +199,7 @@ def test_a_host_that_dies_costs_no_job_and_no_version_and_comes_back(
     cluster.wait_for_replicas(300)
     replicas_seconds = time.monotonic() - back
     assert cluster.hosts_with(REPLICA) == {"head", "node"}
-    for adapter in ("sums", "killed"):
+    for adapter in ("beside", "killed"):
         assert patient(lambda adapter=adapter: cluster.graft.generate(f"{BASE}:{adapter}@1", prompt="a", max_tokens=2))
     note("inference: one of two hosts dead", error_seconds=None, told="the other answers", heal_seconds=serving_seconds)
     note("a training host dead", error_seconds=noticed_seconds, told="attempt 2", heal_seconds=trained_seconds)

@@ -10,6 +10,7 @@ from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
 from graft.data.samples import reviews, write_rows, zero_shot
 from graft.orchestrator.evaluating import HALF_PARITY_NATS
 from tests.support.serving_stack import titles
+from tests.support.tracked import curve
 from tests.support.whole_stack import WholeStack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -44,9 +45,7 @@ def test_real_reviews_make_a_real_model_a_specialist_that_answers_and_is_in_mlfl
     version = registry.get_model_version_by_alias(f"default--{BASE}--reviews", "champion")
     assert version.tags["graft.base_model_digest"] == base.digest
     assert version.tags["graft.dataset_digest"] == data.digest
-    run = registry.get_run(version.run_id)
-    assert run.info.status == "FINISHED"
-    losses = [point.value for point in registry.get_metric_history(version.run_id, "loss")]
+    losses = [value for _, value in curve(registry, version.run_id, "loss")]
     assert len(losses) == STEPS
     assert losses[-1] < losses[0]
     assert math.isfinite(losses[-1])

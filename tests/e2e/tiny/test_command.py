@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_status_tells_every_process_as_json(stack: WholeStack) -> None:
 
 
 def test_the_command_reaches_the_gateway_by_its_address(stack: WholeStack) -> None:
-    stack.environment["GRAFT_ADDRESS"] = f"127.0.0.1:{stack.settings.gateway.grpc_port}"
-    ended = stack.graft("models", "--json")
+    address = f"127.0.0.1:{stack.settings.gateway.grpc_port}"
+    ended = replace(stack, environment={**stack.environment, "GRAFT_ADDRESS": address}).graft("models", "--json")
     assert ended.returncode == 0, ended.stderr
     assert [model["model"] for model in json.loads(ended.stdout)] == ["tiny"]

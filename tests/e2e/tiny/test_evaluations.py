@@ -14,8 +14,8 @@ from tests.support.method_jobs import TEXTS, Jobs, letters, preferences
 from tests.support.tiny_jobs import BASE, write_rows
 from tests.support.whole_stack import WholeStack, eventually
 
-# The first test waits for all jobs of `jobs`.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+# The first test waits for all jobs of `jobs`: two minutes on two cores.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def evaluated(graft: Graft, data: str, models: list[str], **options: Any) -> list[evaluation_pb2.ContestantResult]:

@@ -18,6 +18,7 @@ from graft.api.v1.fine_tuning_job_pb2 import FineTuningJob
 from graft.client import Graft
 from graft.registry.digest import adapter_digest
 from tests.support.tiny_jobs import BASE, STEPS, Trained
+from tests.support.tracked import curve, finished_run
 from tests.support.whole_stack import WholeStack
 
 pytestmark = pytest.mark.e2e
@@ -102,14 +103,13 @@ def test_mlflow_shows_the_version_its_alias_its_tags_and_its_run(
     assert version.tags["graft.base_model_digest"] == told.base_model_digest
     assert version.tags["graft.dataset_digest"] == told.dataset_digest
     assert version.tags["graft.rank"] == "16"
-    run = registry.get_run(told.mlflow_run_id)
+    run = finished_run(registry, told.mlflow_run_id)
     assert version.run_id == run.info.run_id
-    assert run.info.status == "FINISHED"
     assert run.data.params["base_model"] == BASE
     assert run.data.params["learning_rate"] == "0.02"
     assert run.data.tags["graft.adapter"] == "sums"
-    history = registry.get_metric_history(run.info.run_id, "loss")
-    assert [point.step for point in history] == list(range(1, STEPS + 1))
+    losses = curve(registry, run.info.run_id, "loss")
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.usefixtures("trained")

@@ -14,12 +14,13 @@ from transformers import AutoTokenizer
 from graft.api.v1 import fine_tuning_job_pb2
 from graft.client import Graft
 from graft.domain.errors import FailedPrecondition, InvalidArgument
+from tests.support import tracked
 from tests.support.method_jobs import PATIENCE, STOPPED_STEPS, Jobs
 from tests.support.tiny_jobs import BASE
 from tests.support.whole_stack import WholeStack
 
-# The first test waits for all jobs of `jobs`.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+# The first test waits for all jobs of `jobs`: two minutes on two cores.
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ADAPTERS = ("texts", "all", "turns", "pairs", "last", "full", "onward", "stopped")
 DELTAS = ("all", "turns", "last", "full")
@@ -28,10 +29,8 @@ PARITY_NATS = 0.05
 
 def curve(stack: WholeStack, graft: Graft, jobs: Jobs, suffix: str, name: str = "loss") -> list[float]:
     """A metric of every step, as MLflow has it."""
-    client = MlflowClient(stack.settings.tracking_uri)
     run = graft.adapter_version(jobs.model(suffix)).mlflow_run_id
-    found = sorted(client.get_metric_history(run, name), key=lambda one: one.step)
-    return [one.value for one in found]
+    return [value for _, value in tracked.curve(MlflowClient(stack.settings.tracking_uri), run, name)]
 
 
 def told(graft: Graft, job: fine_tuning_job_pb2.FineTuningJob, kind: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from graft.internal.engine_client import EngineClient
 from graft.internal.token import engine_token
 from graft.internal.v1 import engine_pb2
 from tests.support.tiny_jobs import BASE, write_rows
+from tests.support.tracked import curve
 from tests.support.whole_stack import WholeStack, eventually
 
 pytestmark = pytest.mark.e2e
@@ -71,7 +72,7 @@ def test_a_policy_is_sampled_learns_and_is_served(stack: WholeStack, graft: Graf
     assert policies(stack, job.name.rsplit("/", 1)[-1]) == []
     (version,) = graft.adapter_versions("tiny:letters")
     registry = MlflowClient(stack.settings.tracking_uri)
-    assert [point.step for point in registry.get_metric_history(version.mlflow_run_id, "reward")] == list(range(1, 9))
+    assert [step for step, _ in curve(registry, version.mlflow_run_id, "reward")] == list(range(1, 9))
 
 
 def test_a_cancelled_job_leaves_no_policy_in_the_engine(stack: WholeStack, graft: Graft, tmp_path: Path) -> None:
