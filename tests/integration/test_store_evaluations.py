@@ -57,6 +57,20 @@ async def test_a_retried_create_returns_the_first_evaluation(store: SqlStore) ->
         await store.get_evaluation("default", "ev-9")
 
 
+async def test_a_created_evaluation_is_answered_as_it_was_stored_however_quick_the_orchestrator_is(
+    store: SqlStore,
+) -> None:
+    async def orchestrate() -> None:
+        claimed = 0
+        while claimed < 20:
+            claimed += await store.claim_evaluation("me", LEASE) is not None
+
+    orchestrating = asyncio.create_task(orchestrate())
+    made = [await store.create_evaluation("default", f"ev-{n}", SPEC, None) for n in range(20)]
+    await orchestrating
+    assert {found.state for found in made} == {EvaluationState.QUEUED}
+
+
 async def test_evaluations_are_counted_by_state_whatever_their_project(store: SqlStore) -> None:
     assert await store.count_evaluations() == {}
     for number, project in enumerate(("default", "team", "team")):

@@ -60,6 +60,18 @@ async def test_a_retried_create_returns_the_first_job(store: SqlStore) -> None:
     assert (await store.create_job("other", "ft-9", SPEC, "request")).id == "ft-9"
 
 
+async def test_a_created_job_is_answered_as_it_was_stored_however_quick_the_orchestrator_is(store: SqlStore) -> None:
+    async def orchestrate() -> None:
+        claimed = 0
+        while claimed < 20:
+            claimed += len(await store.claim_jobs("me", LEASE, 10))
+
+    orchestrating = asyncio.create_task(orchestrate())
+    made = [await store.create_job("default", f"ft-{n}", SPEC, None) for n in range(20)]
+    await orchestrating
+    assert {job.lease_owner for job in made} == {None}
+
+
 async def test_jobs_are_counted_by_state_whatever_their_project(store: SqlStore) -> None:
     assert await store.count_jobs() == {}
     job = await _claimed(store)

@@ -14,8 +14,8 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,21 +94,23 @@ async def ended(process: asyncio.subprocess.Process, stdin: str = "") -> Ran:
 
 async def graft(*arguments: str | Path, stdin: str = "", **variables: object) -> Ran:
     """Runs the command to its end. What it raises, but for its exit, is raised here."""
-    return await asyncio.to_thread(_run, [str(argument) for argument in arguments], stdin, variables)
+    given = [str(argument) for argument in arguments]
+    return await asyncio.get_running_loop().run_in_executor(_one_at_a_time, _run, given, stdin, variables)
 
 
 def _run(arguments: list[str], stdin: str, variables: dict[str, object]) -> Ran:
     inherited: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GRAFT_")}
     given = {name: str(value) for name, value in variables.items()}
-    with _one_at_a_time, _quiet_logs():
+    with _quiet_logs():
         result = CliRunner().invoke(app, arguments, input=stdin, env=inherited | given)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Ran(result.exit_code, result.stdout, result.stderr)
 
 
-_one_at_a_time = threading.Lock()
-"""The runner puts its own files in the place of this process's standard output and error."""
+_one_at_a_time = ThreadPoolExecutor(1)
+"""The runner puts its own files in the place of this process's standard output and error. Its thread is none of the
+loop's: as many commands as there are of those would leave the gateway in this process none to answer them by."""
 
 
 @contextmanager

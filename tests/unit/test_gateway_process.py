@@ -86,7 +86,7 @@ def test_it_says_when_it_is_ready_answers_on_both_ports_and_stops_on_sigterm(tmp
                 list(stub.ListBaseModels(ListBaseModelsRequest(parent="projects/default"), timeout=20).base_models)
                 == []
             )
-        assert httpx.get(f"http://{ready['http']}/healthz").status_code == 200
+        assert httpx.get(f"http://{ready['http']}/healthz", timeout=20).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0  # nothing was in flight: no need of the whole grace
     finally:
@@ -194,7 +194,7 @@ async def test_with_tls_files_both_ports_speak_tls(tmp_path: Path) -> None:
             request = ListBaseModelsRequest(parent="projects/default")
             listed = await BaseModelServiceStub(channel).ListBaseModels(request, wait_for_ready=True, timeout=20)
             assert [model.model for model in listed.base_models] == ["smollm2-135m"]
-        async with httpx.AsyncClient(verify=ssl.create_default_context(cafile=certificate)) as client:
+        async with httpx.AsyncClient(verify=ssl.create_default_context(cafile=certificate), timeout=20) as client:
             answer = await client.get(f"https://localhost:{settings.gateway.http_port}/healthz")
             assert answer.status_code == 200
 

@@ -25,7 +25,7 @@ Samples = dict[str, float]
 
 async def read(port: int) -> Samples:
     """Every sample by its name with labels; none where nobody listens."""
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=20) as client:
         try:
             page = await client.get(f"http://127.0.0.1:{port}/metrics")
         except httpx.ConnectError:  # not yet

@@ -47,12 +47,12 @@ class EvaluationStore:
                         request_id=request_id,
                     )
                 )
+                return await _fetch(connection, project, evaluation_id)
         except IntegrityError:
             first = await self.find_evaluation_by_request(project, request_id) if request_id else None
             if first is None:  # what was violated is not that a request has one evaluation
                 raise
             return first
-        return await self.get_evaluation(project, evaluation_id)
 
     async def find_evaluation_by_request(self, project: str, request_id: str) -> Evaluation | None:
         """The evaluation that this request made, or None."""

@@ -53,12 +53,12 @@ class JobStore:
                     now,
                     (EventLevel.INFO, "state", "Job created.", state_data("VALIDATING")),
                 )
+                return await fetch_job(connection, project, job_id)
         except IntegrityError:
             first = await self.find_job_by_request(project, request_id) if request_id else None
             if first is None:
                 raise
             return first
-        return await self.get_job(project, job_id)
 
     async def find_job_by_request(self, project: str, request_id: str) -> Job | None:
         """The job that this request made, or None."""
