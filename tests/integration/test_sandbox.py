@@ -17,7 +17,7 @@ from graft.grading.sandbox import Limits, Outcome, run_python
 
 pytestmark = pytest.mark.integration
 
-MARK = "# untrusted code of test_sandbox"
+MARK = f"# untrusted code of test_sandbox in {os.getpid()}"
 SHORT = Limits(timeout_seconds=1)
 
 

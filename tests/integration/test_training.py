@@ -2,20 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from graft.domain.errors import Aborted
 from graft.domain.jobs import Lora, Method, Preference, ServedAs, Sharding, Tuning
 from graft.domain.resources import DatasetFormat
+from graft.training.link import NAMESPACE
 from graft.training.run import RayRuns
 from graft.training.spec import ENDS, Report, RunSpec
 from graft.training.sweep import SearchSpec, Trial
@@ -40,6 +44,18 @@ def runs() -> Iterator[RayRuns]:
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on(runs: RayRuns) -> Iterator[None]:
+    """What a test that has failed leaves running would keep its CPUs from all that follow."""
+    yield
+    from ray.util import list_named_actors
+
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and (run := re.fullmatch(r"run-(.+)-(\d+)", actor["name"])):
+            runs.cancel(run[1], int(run[2]))
+            runs.release(run[1], int(run[2]))
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +87,13 @@ def _losses(reports: list[Report]) -> list[float]:
 
 
 def _processes(word: str) -> set[int]:
-    """Process ids of Ray's actors whose class has that name. Ray titles a process after what it runs."""
+    """Process ids of this cluster's actors whose class has that name. Ray titles a process after what it runs."""
     found = set()
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                title = (folder / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:  # it ended while we looked
-                continue
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended while we looked
+            title = " ".join(process.cmdline())
             if title.startswith("ray::") and word in title:
-                found.add(int(folder.name))
+                found.add(process.pid)
     return found
 
 
@@ -303,6 +316,7 @@ def _wait_for_room() -> None:
 FOLLOW = """
 import json, sys, time
 import ray
+from graft.training.link import NAMESPACE
 from graft.training.run import RayRuns
 ray.init(address=sys.argv[1], namespace="graft", log_to_driver=False)
 runs, seen = RayRuns(), []

@@ -27,8 +27,6 @@ from tests.support.s3_server import S3Server, s3_server
 
 GRACE_SECONDS = 5
 """How long Ray Client goes on without its link: enough for one that is whole again, and only waited for beyond that."""
-GONE_SECONDS = 15
-"""How long the head waits for the process of a session that is gone, instead of 30 s. A new one takes five."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,6 @@ def covered_cluster(mlflow_database: str) -> Iterator[CoveredCluster]:
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         head = _covered([homes["outside"], homes["b"]], [*start, *as_head, f"--temp-dir={root / 'ray'}"])
         node = _covered([homes["outside"], homes["a"]], [*start, f"--address=127.0.0.1:{ray_port}"])
-        as_a = {**environment, "GRAFT_HOME": str(homes["a"])}
-        as_a["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = str(GONE_SECONDS)
         bucket = {
             "GRAFT_REGISTRY_BACKEND_STORE_URI": mlflow_database,
             "GRAFT_REGISTRY_ARTIFACTS_DESTINATION": "s3://graft/mlflow",
@@ -96,7 +92,7 @@ def covered_cluster(mlflow_database: str) -> Iterator[CoveredCluster]:
             "GRAFT_STORAGE_ENDPOINT_URL": s3.endpoint_url,
         }
         with (
-            process(head, as_a, root / "head.log") as running,
+            process(head, {**environment, "GRAFT_HOME": str(homes["a"])}, root / "head.log") as running,
             process(node, {**environment, "GRAFT_HOME": str(homes["b"])}, root / "node.log"),
             mlflow_server(root / "mlflow", **bucket) as uri,
         ):
