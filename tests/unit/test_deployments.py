@@ -404,6 +404,33 @@ async def test_a_full_model_that_is_served_stays_when_an_orchestrator_with_a_hom
         assert (await on.it.store.get_base_model("tiny-full-2")).digest == model.digest
 
 
+async def test_a_full_model_that_cannot_be_fetched_again_is_not_asked_for_at_every_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def away(registered_model: str, version: int, digest: str) -> Path:
+        del version, digest
+        asked.append(registered_model)
+        raise Unavailable("MLflow does not answer.", reason="REGISTRY_UNAVAILABLE")
+
+    async with scene(tmp_path) as on:
+        async with on.running():
+            await _full_model(on, LOGPROB)
+            await on.wish("tiny-full-2", "tiny:full@2")
+            await on.until("tiny-full-2", DeploymentState.READY)
+        shutil.rmtree((await on.it.store.get_base_model("tiny-full-2")).path)
+        monkeypatch.setattr(on.models, "pull_model", away)
+        deployments = Deployments(on.it.store, on.service, on.models, _nothing, on.settings, 0.01)
+        for _ in range(3):
+            await deployments.reconcile()
+            await asyncio.wait(deployments._starting.values())
+        assert asked == ["default--tiny--full"]
+        found = await on.it.store.find_deployment("tiny-full-2")
+        assert found is not None
+        assert found.state is DeploymentState.READY
+
+
 async def test_an_engine_that_computes_something_else_than_was_trained_is_not_left_to_answer(tmp_path: Path) -> None:
     async with scene(tmp_path) as on, on.running():
         await _full_model(on, LOGPROB - 0.3)

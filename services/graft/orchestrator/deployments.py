@@ -49,6 +49,8 @@ START_SECONDS = 1800.0
 BACK_SECONDS = 600.0
 """How long what was READY may be refused for want of nodes or memory before it is FAILED: as long as a job waits for a
 host that it has lost."""
+FETCH_SECONDS = 60.0
+"""How long until a full model that this host lacks, and that is served, is tried to be fetched again."""
 PASSES = frozenset({"NO_NODES", "NOT_ENOUGH_MEMORY"})
 """Reasons of refusals that may pass: nodes of a cluster that comes back join one by one, and those that ended may still
 be freeing their memory."""
@@ -76,8 +78,8 @@ class Deployments:
         self._stopping: dict[str, asyncio.Task[None]] = {}
         self._back_until: dict[str, float] = {}
         """Of those that were READY and are started again: until when a refusal may pass."""
-        self._missing: set[str] = set()
-        """Full models that are served and cannot be fetched: told once in the log."""
+        self._fetch_due: dict[str, float] = {}
+        """Of full models that are served and could not be fetched: when it is tried again."""
         self._turn = asyncio.Lock()
         """Engines start one after the other: memory that one has not taken yet would be counted for the next."""
         self._away = False
@@ -122,7 +124,7 @@ class Deployments:
                 wish.state is DeploymentState.READY and wish.base_model not in there
             ):
                 self._starting[wish.base_model] = asyncio.create_task(self._start(wish))
-            elif wish.state is DeploymentState.READY and wish.is_version and not await self._is_there(wish):
+            elif wish.is_version and wish.state is DeploymentState.READY and await self._is_missing(wish):
                 self._starting[wish.base_model] = asyncio.create_task(self._fetch_again(wish))
 
     async def _stop(self, wish: Deployment, task: "asyncio.Task[None] | None") -> None:
@@ -177,12 +179,10 @@ class Deployments:
         """A full model that is served, for the catalogue of this host, where another's orchestrator has led before."""
         try:
             await self._model(wish)
-            self._missing.discard(wish.base_model)
             log.info("full_model_fetched", base_model=wish.base_model)
-        except Exception as error:  # noqa: BLE001 - its engine answers all the same; again at the next turn
-            if wish.base_model not in self._missing:
-                self._missing.add(wish.base_model)
-                log.warning("full_model_missing", base_model=wish.base_model, error=str(error))
+        except Exception as error:  # noqa: BLE001 - its engine answers all the same
+            self._fetch_due[wish.base_model] = time.monotonic() + FETCH_SECONDS
+            log.warning("full_model_missing", base_model=wish.base_model, error=str(error), kind=type(error).__name__)
 
     def _may_pass(self, base: str, error: Exception) -> bool:
         refused = isinstance(error, GraftError) and error.reason in PASSES
@@ -223,6 +223,10 @@ class Deployments:
             await call(adopt, self._settings, wish.base_model, wish.project, wish.source, trained_from.license, pulled)
             await self._refresh_catalogue()
         return await self._store.get_base_model(wish.base_model)
+
+    async def _is_missing(self, wish: Deployment) -> bool:
+        """Whether it is to be fetched again."""
+        return time.monotonic() >= self._fetch_due.get(wish.base_model, 0.0) and not await self._is_there(wish)
 
     async def _is_there(self, wish: Deployment) -> bool:
         """Whether the catalogue has the full model, from an earlier deployment or before a restart, and its folder."""
