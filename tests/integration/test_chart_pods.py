@@ -16,6 +16,7 @@ pytestmark = pytest.mark.integration
 OUTSIDE: Object = {"baseModel": "smollm2-135m", "database": {"existingSecret": "db"}}
 HOOKS = ("migrate", "test")
 """What has a gateway's placement, and nothing of its own."""
+PLACE: Object = {"tolerations": [{"key": "dedicated", "operator": "Exists"}]}
 
 
 def test_what_is_set_for_all_pods_is_on_each(helm: Path) -> None:
@@ -200,3 +201,24 @@ def test_the_notes_tell_how_to_ask_and_what_a_trial_is_not() -> None:
     assert "helm test" not in real
     assert "get secret key " in real
     assert "GRAFT_ADDRESS=https://" in real
+
+
+@pytest.mark.parametrize(
+    ("changed", "marked"),
+    [
+        ({"inference": {"workers": {"replicas": 2}}}, "RayService/r-graft-inference/head"),
+        ({"inference": {"head": PLACE}}, "RayService/r-graft-inference/head"),
+        ({"inference": {"workers": PLACE}}, "RayService/r-graft-inference/engines"),
+        ({"training": {"head": PLACE}}, "RayCluster/r-graft-training/head"),
+        ({"training": {"workerGroups": {"cpu": PLACE}}}, "RayCluster/r-graft-training/cpu"),
+    ],
+)
+def test_what_kuberay_does_not_look_at_is_an_annotation_too(helm: Path, changed: Object, marked: str) -> None:
+    """It makes pods anew when its hash of a cluster changes, which has no tolerations and no numbers of nodes."""
+
+    def marks(values: Object) -> dict[str, Object]:
+        found = pods(render(helm, {"baseModel": "smollm2-135m", **values}))
+        return {pod.name: pod.metadata.get("annotations", {}) for pod in found if "/r-graft-" in pod.name}
+
+    before, after = marks({}), marks(changed)
+    assert {name for name in before if before[name] != after[name]} == {marked}

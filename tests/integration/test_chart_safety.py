@@ -65,7 +65,9 @@ def test_only_the_autoscaler_has_a_token_and_may_only_what_it_needs(helm: Path) 
     assert holders == {"RayCluster/r-graft-training/head"}
     (head,) = [pod for pod in pods(objects) if pod.name in holders]
     assert head.spec["serviceAccountName"] == "r-graft-autoscaler"
+    # KubeRay adds wider ones where none has the name of the RayCluster.
     (role,) = of_kind(objects, "Role").values()
+    assert role["metadata"]["name"] == "r-graft-training"
     assert role["rules"] == [
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]},
         {
@@ -76,6 +78,7 @@ def test_only_the_autoscaler_has_a_token_and_may_only_what_it_needs(helm: Path) 
         },
     ]
     (binding,) = of_kind(objects, "RoleBinding").values()
+    assert binding["metadata"]["name"] == binding["roleRef"]["name"] == "r-graft-training"
     assert [subject["name"] for subject in binding["subjects"]] == ["r-graft-autoscaler"]
     assert not [one["kind"] for one in objects if one["kind"].startswith("Cluster")]
 

@@ -29,3 +29,11 @@ volumes: {{- include "graft.stateVolumes" $ | nindent 2 }}
     configMap: {name: {{ include "graft.fullname" $ }}-ray}
   {{- include "graft.engineTokenVolume" $ | nindent 2 }}
 {{- end }}
+
+{{/* As graft.podMetadata. KubeRay looks neither at tolerations nor at how many nodes inference has, and would leave the pods
+as they are: they are annotations as well, at which it looks. */}}
+{{- define "graft.rayMetadata" -}}
+{{- $marks := index . 3 }}
+{{- with (index . 2).tolerations }}{{ $marks = merge (dict "checksum/tolerations" (toJson . | sha256sum)) $marks }}{{ end }}
+{{- include "graft.podMetadata" (list (index . 0) (index . 1) (index . 2) $marks) }}
+{{- end }}
