@@ -35,6 +35,7 @@ def test_each_host_has_a_disk_a_name_and_a_link_of_its_own() -> None:
         a, b, c = hosts.values()
         (a.disk / "mine").write_text("of a")
         (b.disk / "mine").write_text("of b")
+        assert a.files("**/m*") == {"mine": 4}
         b.popen([sys.executable, "-m", "http.server", "--bind", b.address, "8000", "--directory", "/"], "web.log")
         from_a, from_c = a.tunnel(b, 8000), c.tunnel(b, 8000)
         mine = f"{a.here}/mine"

@@ -14,7 +14,8 @@ TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0\nassert len([add(0, 0)]) 
 
 
 def _grade(completion: str, row: dict[str, Any] | None = None, **settings: Any) -> Grade:
-    grader = build_grader(GraderSpec("python_tests", {"timeout_seconds": 1, **settings}))
+    # Enough where every core is in use: what does not end by itself is given less.
+    grader = build_grader(GraderSpec("python_tests", {"timeout_seconds": 60, **settings}))
     (grade,) = grader.grade([GradeItem(row or {"tests": TESTS}, completion)])
     return grade
 
@@ -51,7 +52,7 @@ def test_right_code_passes(completion: str) -> None:
     ],
 )
 def test_wrong_code_fails_and_says_why(completion: str, detail: str) -> None:
-    grade = _grade(completion)
+    grade = _grade(completion, **({"timeout_seconds": 1} if "1 s" in detail else {}))
     assert (grade.reward, grade.passed) == (0.0, False)
     assert detail in grade.detail
 

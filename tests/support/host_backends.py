@@ -15,7 +15,9 @@ POSTGRES_PORT, S3_PORT, MLFLOW_PORT = 5432, 9100, 5000
 
 def start_postgres(host: Host, *databases: str) -> list[str]:
     """A server with these databases; returns their URLs. It asks for no password."""
-    initdb, server, createdb = (postgres_binary(name) for name in ("initdb", "postgres", "createdb"))
+    initdb, server, createdb, ready = (
+        postgres_binary(name) for name in ("initdb", "postgres", "createdb", "pg_isready")
+    )
     folder = host.disk / "postgres"
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
@@ -30,8 +32,11 @@ def start_postgres(host: Host, *databases: str) -> list[str]:
         "postgres.log",
     )
     host.listening(POSTGRES_PORT)
+    where = ["-h", host.address, "-p", str(POSTGRES_PORT), "-U", "graft"]
+    # The port is open a moment before sessions are taken.
+    host.run(["sh", "-c", 'until "$@"; do sleep 0.1; done', "sh", ready, *where])
     for name in databases:
-        host.run([createdb, "-h", host.address, "-p", str(POSTGRES_PORT), "-U", "graft", name])
+        host.run([createdb, *where, name])
     return [f"postgresql+psycopg://graft@{host.address}:{POSTGRES_PORT}/{name}" for name in databases]
 
 

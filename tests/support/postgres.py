@@ -5,7 +5,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -13,9 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from tests.support.ports import free_port
+
+START_SECONDS = 60.0
+"""Tells a start from a hang: it takes a second."""
 
 
 def postgres_binary(name: str) -> str:
@@ -28,6 +31,15 @@ def postgres_binary(name: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
+
+
+def _answers(port: int) -> bool:
+    """Whether sessions are taken: the port is open a moment before."""
+    try:
+        psycopg.connect(host="127.0.0.1", port=port, user="graft", dbname="postgres", connect_timeout=10).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 @contextmanager
@@ -58,11 +70,8 @@ def postgres_server(*, durable: bool = False) -> Iterator[str]:
                 cwd=folder,
                 **user,  # type: ignore[call-overload]
             )
-        deadline = time.monotonic() + 30
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"PostgreSQL did not start: {(folder / 'log').read_text()}")
             time.sleep(0.05)

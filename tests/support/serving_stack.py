@@ -25,7 +25,7 @@ from graft.settings import Settings, load
 from graft.stack.processes import engine_environment, ray_environment, ray_head
 
 from .adapters import make_adapter, tiny_base
-from .ports import free_port, free_ports
+from .ports import free_ports
 from .processes import end
 from .tiny_llama import make_tiny_llama
 
@@ -107,9 +107,7 @@ def ray_cluster(
     # Unix socket paths end at 107 characters, which pytest's temporary folders pass: Ray gets a short one.
     sockets = tempfile.mkdtemp(prefix="gr", dir="/tmp")
     head, log = ray_head(settings), folder / "ray.log"
-    # The head ends where somebody has the port that Ray gives to every Ray Client server.
-    own = [f"--temp-dir={sockets}", f"--ray-client-server-port={free_port()}"]
-    command = [*head.argv, *own, f"--include-dashboard={str(dashboard).lower()}", *more]
+    command = [*head.argv, f"--temp-dir={sockets}", f"--include-dashboard={str(dashboard).lower()}", *more]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
