@@ -78,7 +78,7 @@ async def test_an_alias_that_somebody_else_moves_at_once_is_told_as_it_is_then(t
             adapter_service_pb2.SetAdapterAliasRequest(name=LINE, alias="candidate", version=1)
         )
         call = asyncio.ensure_future(first)
-        wish = await asyncio.wait_for(wished(it), 5)
+        wish = await asyncio.wait_for(wished(it), 20)
         # Both were carried out before the first one's caller has looked again.
         await it.store.replace_registry(registry({"champion": 3, "candidate": 3}))
         await it.store.finish_alias_wish(wish.id, None)
