@@ -5,7 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
+from graft.registry.catalog import given_file, own_file
+from graft.settings import load
 from tests.support.chart import CHART, LAPTOP, Object, Pod, helm, helm_path, of_kind, pods, render, template
 from tests.support.chart_values import EVERYTHING, PART, PODS
 
@@ -222,3 +225,22 @@ def test_what_kuberay_does_not_look_at_is_an_annotation_too(helm: Path, changed:
 
     before, after = marks({}), marks(changed)
     assert {name for name in before if before[name] != after[name]} == {marked}
+
+
+def test_the_catalogue_is_the_file_that_graft_only_reads(helm: Path) -> None:
+    """A full model that is deployed becomes an entry of the other one, which nothing may be mounted on."""
+    rendered = render(helm, {**OUTSIDE, "baseModel": "mine", "catalog": {"mine": {"folder": "/m"}}})
+    mounted = 0
+    for pod in pods(rendered):
+        for container in pod.containers:
+            variables = {one["name"]: one.get("value", "") for one in container.get("env", [])}
+            mounts = {one["mountPath"]: one for one in container.get("volumeMounts", [])}
+            home = variables.get("GRAFT_HOME", "")
+            if mounts.get(home, {}).get("name") == "state":
+                settings = load({"GRAFT_HOME": home})
+                assert str(own_file(settings)) not in mounts
+                mount = mounts[str(given_file(settings))]
+                mounted += 1
+                (config,) = [one for one in of_kind(rendered, "ConfigMap").values() if mount["subPath"] in one["data"]]
+                assert yaml.safe_load(config["data"][mount["subPath"]]) == {"mine": {"folder": "/m"}}
+    assert mounted >= 5

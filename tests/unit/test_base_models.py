@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from graft.domain.errors import AlreadyExists, FailedPrecondition, GraftError, InvalidArgument, NotFound
-from graft.registry.base_models import ensure_base_model, load_catalog
+from graft.registry.base_models import catalog_stamp, ensure_base_model, load_catalog
 from graft.registry.catalog import Folder, entries, put
 from graft.registry.facts import read_facts
 from graft.registry.sources import make_once, source_text
@@ -256,3 +256,26 @@ def test_a_folder_that_no_job_could_use_is_refused(
     with pytest.raises(FailedPrecondition, match=told) as caught:
         read_facts("it", folder, tmp_path)
     assert caught.value.reason == reason
+
+
+def test_a_file_that_is_given_is_read_and_never_written(tmp_path: Path) -> None:
+    settings = load({"GRAFT_HOME": str(tmp_path)})
+    given = tmp_path / "catalog.yaml"
+    given.write_text("a: {folder: base}\nb: {folder: /b}\n")
+    (tmp_path / "base_models.yaml").write_text("b: {folder: /ours}\n")
+    put(settings, "c", {"folder": "/c"})
+    found = entries(settings)
+    assert [found[base].source for base in "abc"] == [
+        Folder(tmp_path / "base"),
+        Folder(Path("/ours")),
+        Folder(Path("/c")),
+    ]
+    with pytest.raises(AlreadyExists):
+        put(settings, "a", {"folder": "/other"})
+    assert given.read_text() == "a: {folder: base}\nb: {folder: /b}\n"
+    before = catalog_stamp(settings)
+    given.unlink()
+    assert catalog_stamp(settings) != before
+    given.write_text("a: 1")
+    with pytest.raises(InvalidArgument, match=r"catalog\.yaml: a: "):
+        entries(settings)

@@ -6,8 +6,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from graft.domain.errors import Unavailable
+from graft.domain.resources import RegistrySnapshot
+from graft.orchestrator.mirror import Mirror
 from graft.store.protocol import AliasWish
 from tests.support.orchestration import BASE, KEY, PROJECT, World, world
 
@@ -113,6 +116,36 @@ async def test_while_the_registry_is_down_the_read_model_stays_and_wishes_wait(t
 
             await _until(done)
         assert await _aliases(it) == {"champion": 1, "candidate": 1}
+
+
+async def test_that_the_registry_is_away_and_back_is_told_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as it:
+        asked = 0
+        snapshot = it.registry.snapshot
+
+        def counted() -> RegistrySnapshot:
+            nonlocal asked
+            asked += 1
+            return snapshot()
+
+        async def asked_thrice() -> bool:
+            return asked >= 3
+
+        async def back() -> bool:
+            return logs[-1]["event"] == "registry_back"
+
+        monkeypatch.setattr(it.registry, "snapshot", counted)
+        it.registry.down = True
+        with capture_logs() as logs:
+            following = asyncio.create_task(Mirror(it.store, it.registry, 0.2, 0.01).run())
+            await _until(asked_thrice)
+            it.registry.down = False
+            await _until(back)
+            following.cancel()
+            await asyncio.wait({following})
+        assert [line["event"] for line in logs] == ["registry_unavailable", "registry_back"]
 
 
 async def test_an_unchanged_registry_is_read_but_not_written(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ topologySpreadConstraints:
 - {name: state, mountPath: /var/lib/graft}
 - {name: run, mountPath: /var/lib/graft/run}
 {{- if .Values.catalog }}
-- {name: catalog, mountPath: /var/lib/graft/base_models.yaml, subPath: base_models.yaml, readOnly: true}
+- {name: catalog, mountPath: /var/lib/graft/catalog.yaml, subPath: catalog.yaml, readOnly: true}
 {{- end }}
 {{- with include "graft.moreMounts" . }}
 {{ . }}

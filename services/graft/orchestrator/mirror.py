@@ -39,7 +39,7 @@ class Mirror:
         due = 0.0
         while True:
             try:
-                if time.monotonic() >= due:
+                if self._down or time.monotonic() >= due:  # that no wish waits does not tell that it is back
                     due = time.monotonic() + self._snapshot_seconds
                     await self.refresh()
                 await self.carry_out_wishes()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from graft.domain.errors import GraftError
 from graft.domain.resources import BaseModel
-from graft.registry.catalog import UNKNOWN, Entry, Folder, entries, entry, own_file
+from graft.registry.catalog import UNKNOWN, Entry, Folder, entries, entry, given_file, own_file
 from graft.registry.facts import LINEAR, read_facts, read_lineage
 from graft.registry.sources import Progress, cache_folder, made_folder, ready_folder, source_text, unmade
 from graft.settings import Settings
@@ -60,7 +60,8 @@ def catalog_stamp(settings: Settings) -> tuple[int, ...]:
     """
     stamp = []
     folders = [one.source.path for one in entries(settings).values() if isinstance(one.source, Folder)]
-    for path in (own_file(settings), cache_folder(settings), *folders, *(each / "config.json" for each in folders)):
+    files = given_file(settings), own_file(settings), *(each / "config.json" for each in folders)
+    for path in (*files, cache_folder(settings), *folders):
         try:
             found = path.stat()
         except OSError:  # not there, or below a file

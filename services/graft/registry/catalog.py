@@ -1,6 +1,7 @@
-"""The catalogue's entries: what comes with Graft, and what `base_models.yaml` in GRAFT_HOME adds or replaces.
+"""The catalogue's entries: what comes with Graft, and what files in GRAFT_HOME add or replace: `catalog.yaml`, which is
+given, and `base_models.yaml`, to which entries are added.
 
-Owns that file and its form. Does not know whether what an entry names is there (`graft.registry.sources`).
+Owns the latter and the form of all. Does not know whether what an entry names is there (`graft.registry.sources`).
 """
 
 import os
@@ -75,17 +76,22 @@ class Entry:
     """SPDX id, or UNKNOWN."""
 
 
+def given_file(settings: Settings) -> Path:
+    """`catalog.yaml` of this home, there or not: whoever runs the stack writes it, Graft only reads it."""
+    return settings.home.path / "catalog.yaml"
+
+
 def own_file(settings: Settings) -> Path:
-    """`base_models.yaml` of this home, there or not."""
+    """`base_models.yaml` of this home, there or not, to which `put` adds."""
     return settings.home.path / "base_models.yaml"
 
 
 def entries(settings: Settings) -> dict[str, Entry]:
     """Every entry, by id. Raises InvalidArgument INVALID_CATALOG that names each file, entry and key at fault."""
     shipped = resources.files("graft.registry") / "catalog.yaml"
-    own = own_file(settings)
     found = _parse(shipped.read_text(), Path(str(shipped)))
-    found |= _parse(_own_text(own), own)
+    for file in (given_file(settings), own_file(settings)):
+        found |= _parse(_text(file), file)
     return dict(sorted(found.items()))
 
 
@@ -106,7 +112,7 @@ def put(settings: Settings, base: str, content: Mapping[str, Any]) -> Entry:
     own.parent.mkdir(parents=True, exist_ok=True)
     with locked(own.with_name(f".{own.name}.lock")):
         check_free(settings, base)
-        changed = _appended(_own_text(own), base, dict(content))
+        changed = _appended(_text(own), base, dict(content))
         made = _parse(changed, own)[base]
         fresh = own.with_name(f".{own.name}.{os.getpid()}")
         fresh.write_text(changed)
@@ -125,18 +131,18 @@ def check_free(settings: Settings, base: str) -> None:
         )
 
 
-def _own_text(own: Path) -> str:
+def _text(file: Path) -> str:
     """Empty when there is no file."""
     try:
-        return own.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
     except UnicodeDecodeError as error:
         raise InvalidArgument(
-            f"{own} is not UTF-8 text (byte {error.start}). Save it as UTF-8.", reason="INVALID_CATALOG"
+            f"{file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.", reason="INVALID_CATALOG"
         ) from None
     except OSError as error:
-        raise InvalidArgument(f"{own} cannot be read: {error.strerror}.", reason="INVALID_CATALOG") from None
+        raise InvalidArgument(f"{file} cannot be read: {error.strerror}.", reason="INVALID_CATALOG") from None
 
 
 def _appended(text: str, base: str, content: dict[str, Any]) -> str:
