@@ -82,8 +82,16 @@ class Pod:
     def _variable(self, variable: Object) -> str:
         if "value" in variable:
             return str(variable["value"])
+        if field := variable["valueFrom"].get("fieldRef"):
+            return self._field(field["fieldPath"])
         asked = variable["valueFrom"]["secretKeyRef"]
         return self._cluster.value("Secret", asked["name"], asked["key"])
+
+    def _field(self, path: str) -> str:
+        """Of the pod, as a variable may have it."""
+        if path.startswith("metadata.labels["):
+            return self.labels[path.split("'")[1]]
+        return {"metadata.name": self.host.name, "metadata.namespace": NAMESPACE}[path]
 
     @property
     def command(self) -> list[str]:
